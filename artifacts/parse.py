@@ -1,0 +1,178 @@
+"""Reading an artifact. A file is not trusted in anything: it is refused in one sentence, or it is valid throughout."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, deserialize
+
+from kvcompile.artifacts.errors import ArtifactError
+from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, Budgets, ByteAccount, ModelIdentity, Target
+from kvcompile.artifacts.serialize import NO_CHECKSUM, SECTIONS
+from kvcompile.artifacts.validate import (
+    BUDGET_TENSORS,
+    DTYPES,
+    printable,
+    refuse,
+    require_integer,
+    show,
+    validate,
+)
+
+MAX_FILE_BYTES = 2**30
+TENSORS = {**BUDGET_TENSORS, "fingerprint.samples": "F32"}
+
+
+def read(path: str | os.PathLike[str]) -> Artifact:
+    """The artifact in the file at `path`.
+
+    Raises ArtifactError, one sentence that names the file, the field, what was found and what was expected.
+    """
+    source = printable(str(path))
+    try:
+        found = Path(path).stat()
+        # Opening a pipe would wait for a writer, so this comes first.
+        if not stat.S_ISREG(found.st_mode):
+            refuse(source, "the file", "is not a regular file, expected one that `kvcompile build` wrote")
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{source}: the file cannot be read: {printable(str(reason))}") from error
+    return from_bytes(data, str(path))
+
+
+def from_bytes(data: bytes, name: str) -> Artifact:
+    """The artifact that a file's bytes hold; `name` is the file's name for the message. Raises as `read` does."""
+    source = printable(name)
+    if len(data) > MAX_FILE_BYTES:
+        refuse(source, "the file", f"is larger than {MAX_FILE_BYTES} bytes, expected a file `kvcompile build` wrote")
+    tensors = _tensors(data, source)
+    header_bytes = int.from_bytes(data[:8], "little")
+    metadata = _metadata(data[8 : 8 + header_bytes], source)
+    _check_version(metadata, source)
+    checksum = _get(metadata, "", "checksum", source)
+    model, target, account = (_section(metadata, section, source) for section in SECTIONS)
+    loss = _loss(metadata, source)
+    reports = {key: _get(metadata, "", key, source) for key in ("solver", "calibration", "versions")}
+    arrays = {key: _array(tensors, key, dtype, source) for key, dtype in TENSORS.items()}
+    profile = {
+        key.removeprefix("profile."): _array(tensors, key, None, source)
+        for key in sorted(tensors)
+        if key.startswith("profile.")
+    }
+    samples = arrays.pop("fingerprint.samples")
+    # The values' types are `validate`'s business: until then they are whatever the file says.
+    windows = model.pop("windows")
+    artifact = Artifact(
+        model=ModelIdentity(**model, windows=tuple(windows) if isinstance(windows, list) else windows, samples=samples),
+        target=Target(**target),
+        bytes=ByteAccount(**account),
+        budgets=Budgets(**arrays),
+        predicted_loss=loss,
+        **reports,
+        profile=profile,
+    )
+    validate(artifact, name)
+    # Last, so that a wrong field is reported by its own name.
+    _check_checksum(data, header_bytes, checksum, source)
+    return artifact
+
+
+def _tensors(data: bytes, source: str) -> dict[str, dict[str, Any]]:
+    try:
+        return dict(deserialize(data))
+    except (SafetensorError, OverflowError) as error:
+        reason = printable(str(error))
+        expected = "expected a whole file that `kvcompile build` wrote"
+        raise ArtifactError(f"{source}: the file is cut short or not safetensors ({reason}), {expected}") from error
+
+
+def _metadata(header: bytes, source: str) -> dict[str, Any]:
+    try:
+        entries = json.loads(header.decode()).get("__metadata__") or {}
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{source}: the header holds no JSON object, expected a safetensors header") from error
+    if "kvcompile" not in entries:
+        refuse(source, "the metadata key kvcompile", "is missing, expected a file that `kvcompile build` wrote")
+    try:
+        metadata = json.loads(entries["kvcompile"], parse_float=_finite, parse_constant=_not_finite)
+    except (ValueError, RecursionError) as error:
+        reason = printable(str(error))
+        raise ArtifactError(f"{source}: the metadata key kvcompile is no JSON, expected an object: {reason}") from error
+    if not isinstance(metadata, dict):
+        refuse(source, "the metadata key kvcompile", f"is {show(metadata)}, expected a JSON object")
+    return metadata
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _not_finite(text)
+
+
+def _not_finite(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _get(section: dict[str, Any], prefix: str, key: str, source: str) -> Any:
+    if key not in section:
+        refuse(source, prefix + key, "is missing in the metadata, expected as FORMAT.md says")
+    return section[key]
+
+
+def _section(metadata: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    section = _get(metadata, "", name, source)
+    if not isinstance(section, dict):
+        refuse(source, name, f"is {show(section)}, expected a JSON object")
+    return {key: _get(section, f"{name}.", key, source) for key in SECTIONS[name]}
+
+
+def _check_version(metadata: dict[str, Any], source: str) -> None:
+    version = _get(metadata, "", "format_version", source)
+    if type(version) is int and version > FORMAT_VERSION:
+        upgrade = f"this kvcompile reads up to version {FORMAT_VERSION}, upgrade it"
+        refuse(source, "format_version", f"is {show(version)}, but {upgrade}")
+    require_integer(source, "format_version", version, 1, FORMAT_VERSION)
+
+
+def _loss(metadata: dict[str, Any], source: str) -> Any:
+    """The predicted loss as a float: JSON has no NaN and may give 2.0 as 2; all else is left for `validate`."""
+    loss = _get(metadata, "", "predicted_loss", source)
+    if loss is None:
+        return math.nan
+    return float(loss) if type(loss) is int and abs(loss) < 2**53 else loss
+
+
+def _array(tensors: dict[str, dict[str, Any]], name: str, dtype: str | None, source: str) -> NDArray[Any]:
+    """One tensor as a read-only array of the file's own element type, which has to be `dtype` if that is given."""
+    if name not in tensors:
+        refuse(source, f"tensor {name}", f"is missing, expected element type {dtype}")
+    found = tensors[name]
+    allowed = (dtype,) if dtype else tuple(DTYPES)
+    if found["dtype"] not in allowed:
+        problem = f"has the element type {show(found['dtype'])}, expected {' or '.join(allowed)}"
+        refuse(source, f"tensor {printable(name)}", problem)
+    try:
+        return np.frombuffer(found["data"], DTYPES[found["dtype"]]).reshape(found["shape"])
+    except (ValueError, OverflowError) as error:
+        problem = f"has the shape {show(found['shape'])}, expected at most 64 dimensions of sizes that numpy can hold"
+        raise ArtifactError(f"{source}: tensor {printable(name)} {problem}") from error
+
+
+def _check_checksum(data: bytes, header_bytes: int, checksum: object, source: str) -> None:
+    header = data[: 8 + header_bytes]
+    digits = checksum.encode() if isinstance(checksum, str) and checksum.isascii() and len(checksum) == 64 else b""
+    if not digits or header.count(digits) != 1:
+        refuse(source, "checksum", f"is {show(checksum)}, expected 64 hex digits that stand once in the header")
+    digest = hashlib.sha256(header.replace(digits, NO_CHECKSUM.encode()))
+    digest.update(memoryview(data)[len(header) :])
+    if digest.hexdigest() != checksum:
+        refuse(source, "checksum", f"is {checksum}, expected {digest.hexdigest()}: the file has been altered")

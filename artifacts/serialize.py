@@ -1,0 +1,99 @@
+"""Writing an artifact: the same artifact gives the same bytes, and a file is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save
+
+from kvcompile.artifacts.errors import ArtifactError
+from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, ByteAccount, ModelIdentity, Target
+from kvcompile.artifacts.validate import BUDGET_TENSORS, printable, validate
+
+NO_CHECKSUM = "0" * 64
+"""What stands in the checksum's place while it is computed."""
+
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "model": tuple(f.name for f in fields(ModelIdentity) if f.name != "samples"),
+    "target": tuple(f.name for f in fields(Target)),
+    "bytes": tuple(f.name for f in fields(ByteAccount)),
+}
+"""The metadata's objects with fixed keys."""
+
+
+def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
+    """Check an artifact and write it to `path` atomically: whatever happens, `path` holds the old file, or none, or
+    the whole new one.
+
+    Raises ArtifactError, and writes nothing, if a value is wrong or the file cannot be written.
+    """
+    validate(artifact, str(path))
+    data = to_bytes(artifact)
+    try:
+        _replace(Path(path).resolve(), data)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"{printable(str(path))}: the file cannot be written: {printable(str(reason))}") from error
+
+
+def to_bytes(artifact: Artifact) -> bytes:
+    """The file of a valid artifact, byte for byte."""
+    checksum = hashlib.sha256(_encode(artifact, NO_CHECKSUM)).hexdigest()
+    return _encode(artifact, checksum)
+
+
+def _encode(artifact: Artifact, checksum: str) -> bytes:
+    sections = {name: {key: getattr(getattr(artifact, name), key) for key in keys} for name, keys in SECTIONS.items()}
+    metadata: dict[str, Any] = {
+        **sections,
+        "format_version": FORMAT_VERSION,
+        "checksum": checksum,
+        "predicted_loss": None if math.isnan(artifact.predicted_loss) else artifact.predicted_loss,
+        "solver": dict(artifact.solver),
+        "calibration": dict(artifact.calibration),
+        "versions": dict(artifact.versions),
+    }
+    tensors = {
+        **{name: getattr(artifact.budgets, name) for name in BUDGET_TENSORS},
+        "fingerprint.samples": artifact.model.samples,
+        **{f"profile.{name}": values for name, values in artifact.profile.items()},
+    }
+    text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    # safetensors copies memory as it lies: a transposed array has to be laid out anew.
+    return save({name: np.asarray(values, order="C") for name, values in tensors.items()}, {"kvcompile": text})
+
+
+def _replace(path: Path, data: bytes) -> None:
+    if path.exists() and not path.is_file():
+        raise OSError(None, "it is not a regular file")
+    temporary = path.parent / f".kvb-{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable; Windows has no such call for folders."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Cutting a prompt's keys and values down to the budget."""

@@ -1,0 +1,53 @@
+"""Attention of new tokens over a ragged store: the checked entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.ragged_attention import dense
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: LayerLayout,
+    seen: Sequence[int],
+    *,
+    scaling: float,
+    new_keys: torch.Tensor | None = None,
+    new_values: torch.Tensor | None = None,
+    new_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend to every filled slot and, where given, causally to the new tokens themselves.
+
+    Args:
+        query: [B, num_heads, T, D], query heads of one KV head side by side, in storage order.
+        keys, values: the layer's store [B, slots, D]; RoPE is already applied to keys, so slots have no order.
+        layout: the layer's classes; `num_heads` is a multiple of its KV heads.
+        seen: tokens stored so far, one number a sequence; a head of capacity C has `min(seen, C)` filled slots.
+        scaling: factor on the logits.
+        new_keys, new_values: [B, num_kv_heads, T, D], tokens not yet stored. Without them the query's own tokens
+            have been stored already, and T must be 1.
+        new_mask: bool [B, 1, T, T], True where query t sees new token j; None: causal.
+
+    Returns:
+        [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, query t sees the stored tokens
+        fewer than `window` before it.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    batch, num_heads, length, head_dim = query.shape
+    if num_heads % layout.num_kv_heads:
+        raise ValueError(f"{num_heads} query heads are no multiple of the layout's {layout.num_kv_heads} KV heads")
+    if keys.shape != (batch, layout.slots, head_dim) or values.shape != keys.shape:
+        raise ValueError(f"a store of {tuple(keys.shape)}, expected {(batch, layout.slots, head_dim)}")
+    if len(seen) != batch:
+        raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
+    if new_keys is None and length != 1:
+        raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
+    return dense.ragged_attention(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

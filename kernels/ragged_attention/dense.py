@@ -1,0 +1,94 @@
+"""Ragged attention in torch: every class of equal heads is one dense batch for `scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from kvcompile.kernels.layout import HeadClass, LayerLayout
+
+MASK_ELEMENTS = 1 << 24
+"""Most elements of one mask; longer runs of new tokens go through in blocks of queries."""
+
+
+def ragged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    layout: LayerLayout,
+    seen: Sequence[int],
+    scaling: float,
+    new_keys: torch.Tensor | None,
+    new_values: torch.Tensor | None,
+    new_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `api.ragged_attention`."""
+    batch, num_heads, length, _ = query.shape
+    group = num_heads // layout.num_kv_heads
+    grouped = query.unflatten(1, (layout.num_kv_heads, group))
+    out = torch.empty_like(grouped)
+    for cls in layout.classes:
+        heads = slice(cls.start, cls.start + cls.count)
+        filled = min(max(seen), cls.capacity)
+        k = cls.view(keys)[:, :, :filled].to(query.dtype)
+        v = cls.view(values)[:, :, :filled].to(query.dtype)
+        q = grouped[:, heads]
+        if new_keys is None or new_values is None:
+            mask = _stored_mask(cls, 0, seen, 1, query.device)
+            attended = scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=mask, scale=scaling)
+            out[:, heads] = attended.unsqueeze(3)
+            continue
+        k = torch.cat([k, new_keys[:, heads]], dim=2)
+        v = torch.cat([v, new_values[:, heads]], dim=2)
+        block = max(1, MASK_ELEMENTS // (batch * group * k.shape[2]))
+        for t in range(0, length, block):
+            rows = q[:, :, :, t : t + block]
+            mask = _extended_mask(cls, layout.window, seen, new_mask, length, t, rows.shape[3], query.device)
+            # Query heads of a group and their tokens are rows of one product, so K and V are not repeated.
+            attended = scaled_dot_product_attention(
+                rows.flatten(2, 3), k, v, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling
+            )
+            out[:, heads, :, t : t + block] = attended.unflatten(2, (group, -1))
+    return out.flatten(1, 2)
+
+
+def _stored_mask(
+    cls: HeadClass, window: int, seen: Sequence[int], length: int, device: torch.device, first: int = 0
+) -> torch.Tensor | None:
+    """Which filled slots the new tokens `first` .. `first + length - 1` see: bool [B, 1, length, filled], or None if
+    they see all."""
+    filled = min(max(seen), cls.capacity)
+    if min(seen) >= filled and not window:
+        return None
+    slot = torch.arange(filled, device=device)
+    count = torch.tensor(seen, device=device).view(-1, 1, 1, 1)
+    mask = (slot < count).expand(-1, 1, length, filled)
+    if window:
+        # A sliding layer is one ring without sinks, so a slot holds the last token that is its number modulo the ring.
+        token = count - 1 - (count - 1 - slot) % cls.capacity
+        query = count + torch.arange(first, first + length, device=device).view(1, 1, -1, 1)
+        mask = mask & (token > query - window)
+    return mask
+
+
+def _extended_mask(
+    cls: HeadClass,
+    window: int,
+    seen: Sequence[int],
+    new_mask: torch.Tensor | None,
+    total: int,
+    first: int,
+    length: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Which filled slots and new tokens the queries `first` .. see: bool [B, 1, length, filled + total]."""
+    if new_mask is None:
+        causal = torch.ones(total, total, dtype=torch.bool, device=device).tril()
+        new_mask = causal.expand(len(seen), 1, total, total)
+    rows = new_mask[:, :, first : first + length]
+    stored = _stored_mask(cls, window, seen, length, device, first)
+    if stored is None:
+        return pad(rows, (min(max(seen), cls.capacity), 0), value=True)
+    return torch.cat([stored, rows], dim=-1)

@@ -1,0 +1,92 @@
+"""Where the parts of a transformers decoder are, and how to run it without leaving a trace on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+LOGITS_AT_ONCE = 1 << 24
+"""Elements of the logits that are computed at once, whatever the vocabulary."""
+
+Tick = Callable[[int], None]
+"""Told of work done, in tokens x layers."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a forward pass leaves for the backward pass: `inputs`, the residual stream [1, n, d] before every layer;
+    `arguments`, the other arguments of every layer; `final`, the residual stream [n, d] before the last norm."""
+
+    inputs: list[Tensor]
+    arguments: list[dict[str, Any]]
+    final: Tensor
+
+
+def layers(model: Any) -> list[nn.Module]:
+    """The decoder layers, first to last."""
+    return list(model.get_decoder().layers)
+
+
+def heads(model: Any) -> tuple[int, int]:
+    """Numbers of query heads and of KV heads in every layer."""
+    config = model.config.get_text_config()
+    return config.num_attention_heads, config.num_key_value_heads
+
+
+def head_blocks(model: Any, length: int) -> Iterator[slice]:
+    """Blocks of positions small enough for their logits to be held at once."""
+    step = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])
+    return (slice(first, min(first + step, length)) for first in range(0, length, step))
+
+
+def logits(model: Any, hidden: Tensor) -> Tensor:
+    """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
+    scores: Tensor = model.get_output_embeddings()(model.get_decoder().norm(hidden[None]))[0]
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return scores if cap is None else torch.tanh(scores / cap) * cap
+
+
+@torch.no_grad()
+def forward(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Trace:
+    """One forward pass over `ids` [n] that keeps nothing but the inputs of the layers."""
+    inputs: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
+    final: list[Tensor] = []
+
+    def keep(_: nn.Module, args: tuple[Tensor], kwargs: dict[str, Any]) -> None:
+        inputs.append(args[0])
+        arguments.append(kwargs)
+        tick(len(ids))
+
+    def keep_final(_: nn.Module, args: tuple[Tensor]) -> None:
+        final.append(args[0][0])
+
+    decoder = model.get_decoder()
+    with ExitStack() as hooks:
+        for layer in layers(model):
+            hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+        hooks.callback(decoder.norm.register_forward_pre_hook(keep_final).remove)
+        decoder(input_ids=torch.as_tensor(ids, device=model.device)[None], use_cache=False)
+    return Trace(inputs, arguments, final[0])
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """Evaluation mode and no gradients for parameters; afterwards every module and parameter is as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.eval().requires_grad_(False)
+        yield
+    finally:
+        for module, was_training in training:
+            module.training = was_training
+        for parameter, required_grad in gradients:
+            parameter.requires_grad_(required_grad)

@@ -1,0 +1,115 @@
+"""The gradient pass: loss curves of every head from one backward pass over labels the model itself draws.
+
+Layers are recomputed one by one, last to first, so that the memory is the layers' inputs and one layer's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcompile.profile.anatomy import Tick, Trace, head_blocks, heads, layers, logits
+from kvcompile.profile.attention import Attention, attending, causal
+from kvcompile.profile.curves import recent_losses, sampled_positions
+
+QUERIES = 512
+"""Query positions sampled from a window's last half."""
+
+BACKWARD_TICKS = 3
+"""Work of the backward pass through a layer, recomputation and curves included, in forward passes."""
+
+Visit = Callable[[Attention, Tensor], None]
+"""Is given a layer's attention and the gradient [Hq, n, D] of the log-likelihood with respect to its output."""
+
+
+def recent_curves(
+    model: Any,
+    trace: Trace,
+    budgets: NDArray[np.int32],
+    *,
+    sink: int,
+    seed: tuple[int, ...],
+    queries: int = QUERIES,
+    tick: Tick = lambda _: None,
+) -> NDArray[np.float64]:
+    """Predicted KL in nats a token of every head under the `recent` policy, float64 [L, H, C]; see `curves`.
+
+    `trace` is the forward pass over the window. Layers whose sliding window is narrower than it stay zero: their
+    budget is not a matter of choice.
+    """
+    num_heads, num_kv_heads = heads(model)
+    losses = np.zeros((len(trace.inputs), num_kv_heads, len(budgets)))
+    device = trace.final.device
+    positions = sampled_positions(len(trace.final), queries).to(device)
+    grid = torch.as_tensor(budgets.astype(np.int64), device=device)
+
+    def visit(call: Attention, gradient: Tensor) -> None:
+        if call.window is None:
+            curve = recent_losses(
+                call.query,
+                call.key,
+                call.value,
+                gradient,
+                scaling=call.scaling,
+                positions=positions,
+                budgets=grid,
+                sink=sink,
+            )
+            losses[call.layer] = curve.cpu().numpy()
+
+    backward(model, trace, head_gradient(model, trace.final, seed), visit, tick)
+    return losses
+
+
+def head_gradient(model: Any, final: Tensor, seed: tuple[int, ...]) -> Tensor:
+    """Gradient [n, d] at the last layer's output of the summed log-likelihood of one sampled label a position.
+
+    The labels follow the model's own distribution (true Fisher, not empirical). They are drawn by inverting its
+    cumulative distribution at one uniform number a position, so they depend neither on blocks nor on the device's
+    random numbers.
+    """
+    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(final), dtype=np.float32)).to(final.device)
+    gradient = torch.empty_like(final)
+    for block in head_blocks(model, len(final)):
+        hidden = final[block].detach().requires_grad_()
+        with torch.enable_grad():
+            scores = logits(model, hidden)
+        probability = scores.detach().float().softmax(-1)
+        labels = draw(probability, uniform[block])
+        # d log softmax(z)[y] / dz = onehot(y) - softmax(z)
+        slope = probability.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.float32))
+        (gradient[block],) = torch.autograd.grad(scores, hidden, slope.to(scores.dtype))
+    return gradient
+
+
+def draw(probability: Tensor, uniform: Tensor) -> Tensor:
+    """Labels i64 [m, 1] from distributions [m, vocab], each the first whose cumulative probability exceeds `uniform`."""
+    cumulative = probability.cumsum(-1)
+    labels = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
+    return labels.clamp_(max=probability.shape[-1] - 1)
+
+
+def backward(model: Any, trace: Trace, gradient: Tensor, visit: Visit, tick: Tick = lambda _: None) -> None:
+    """Carry `gradient` [n, d] from the last layer's output down to the embeddings, and let `visit` see every layer."""
+
+    def attend(call: Attention) -> Tensor:
+        output = causal(call)
+        detached = Attention(
+            call.layer, call.query.detach(), call.key.detach(), call.value.detach(), call.scaling, call.window
+        )
+        output.register_hook(lambda upstream: visit(detached, upstream))
+        return output
+
+    upstream = gradient[None]
+    with attending(model, attend):
+        for layer, inputs, arguments in reversed(list(zip(layers(model), trace.inputs, trace.arguments, strict=True))):
+            below = inputs.detach().requires_grad_()
+            with torch.enable_grad():
+                output = layer(below, **arguments)
+            (upstream,) = torch.autograd.grad(output, below, upstream)
+            tick(BACKWARD_TICKS * inputs.shape[1])

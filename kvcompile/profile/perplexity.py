@@ -1,0 +1,58 @@
+"""Perplexity under a table of `recent` budgets, simulated with masks: BaKlaVa's parameter search asks for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcompile.profile.anatomy import forward, frozen, head_blocks, logits
+from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
+
+
+def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
+    """Attention in which every KV head sees only its first `sink` tokens and its last `budget - sink`, itself included.
+
+    `budgets` i32 [L, H] tokens, each above `sink`. A layer whose sliding window is narrower than the sequence keeps it.
+    """
+
+    def attend(call: Attention) -> Tensor:
+        budget = torch.as_tensor(budgets[call.layer], device=call.query.device)
+        if call.window is not None or bool((budget >= call.query.shape[1]).all()):
+            return causal(call)
+        recent = (budget - sink)[:, None, None]
+
+        def keep(rows: Tensor, keys: Tensor) -> Tensor:
+            distance = rows[:, None] - keys[None, :]
+            return visible(rows, keys, None) & ((keys < sink) | (distance < recent))
+
+        return masked(call, keep)
+
+    return attend
+
+
+def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArray[np.int32], sink: int) -> float:
+    """exp of the mean negative log-likelihood over all tokens of `windows` (i64 [n] each) but their first, when every
+    KV head attends only to what a `recent` budget (i32 [L, H] tokens, sinks included) would have kept."""
+    total, count = 0.0, 0
+    with frozen(model), attending(model, recent_handler(budgets, sink)):
+        for ids in windows:
+            total += _negative_log_likelihood(model, ids)
+            count += len(ids) - 1
+    return math.exp(total / count)
+
+
+@torch.no_grad()
+def _negative_log_likelihood(model: Any, ids: NDArray[np.int64]) -> float:
+    hidden = forward(model, ids).final[:-1]
+    labels = torch.as_tensor(ids[1:], device=hidden.device)
+    total = 0.0
+    for block in head_blocks(model, len(hidden)):
+        chosen = logits(model, hidden[block]).float().log_softmax(-1).gather(-1, labels[block, None])
+        total -= chosen.double().sum().item()
+    return total

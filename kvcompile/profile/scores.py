@@ -1,0 +1,76 @@
+"""Importance of heads and layers from cosines in one forward pass: BaKlaVa's and SqueezeAttention's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kvcompile.profile.anatomy import heads, layers
+from kvcompile.profile.attention import Attention, attending, causal
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Means over one window's tokens. `value` float64 [L, Hq]: cos(a head's value row, its attention output).
+    `residual` float64 [L]: cos(residual stream before the attention block, and after it, before the MLP)."""
+
+    value: NDArray[np.float64]
+    residual: NDArray[np.float64]
+
+
+@contextmanager
+def watching(model: Any) -> Iterator[Cosines]:
+    """Fill the cosines in from whatever forward pass runs inside the block."""
+    decoder = layers(model)
+    num_heads, _ = heads(model)
+    seen = Cosines(np.zeros((len(decoder), num_heads)), np.zeros(len(decoder)))
+    before: Tensor | None = None
+
+    def attend(call: Attention) -> Tensor:
+        output = causal(call)
+        values = call.value.repeat_interleave(len(output) // len(call.value), dim=0)
+        seen.value[call.layer] = _mean_cosine(values, output).cpu().numpy()
+        return output
+
+    def enter(_: nn.Module, args: tuple[Tensor]) -> None:
+        nonlocal before
+        before = args[0]
+
+    with ExitStack() as stack:
+        for index, layer in enumerate(decoder):
+
+            def leave(_: nn.Module, args: tuple[Tensor], index: int = index) -> None:
+                assert before is not None
+                seen.residual[index] = _mean_cosine(before, args[0]).item()
+
+            # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
+            norm = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
+            stack.callback(layer.register_forward_pre_hook(enter).remove)
+            stack.callback(norm.register_forward_pre_hook(leave).remove)
+        stack.enter_context(attending(model, attend))
+        yield seen
+
+
+def baklava(value: NDArray[np.float64], residual: NDArray[np.float64], num_kv_heads: int) -> NDArray[np.float64]:
+    """BaKlaVa's importance (arXiv 2502.13176), float64 [L, H], from the cosines `value` [L, Hq] and `residual` [L].
+
+    Stated: a head's importance is 1 - cosine(its input, its output), combined with a proxy for its layer. Our reading:
+    the input is the head's value row, a KV head takes the mean over its query heads, the proxy is 1 - SqueezeAttention's
+    cosine of the layer, and the two are multiplied.
+    """
+    head = (1 - value).reshape(len(value), num_kv_heads, -1).mean(-1)
+    importance: NDArray[np.float64] = head * (1 - residual)[:, None]
+    return importance
+
+
+def _mean_cosine(left: Tensor, right: Tensor) -> Tensor:
+    """Cosine over the last axis, averaged over the one before it."""
+    return F.cosine_similarity(left.float(), right.float(), dim=-1).mean(-1, dtype=torch.float64)

@@ -1,0 +1,53 @@
+"""Interrupted profiles resume: running sums on disk, replaced atomically after every finished item."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Sums = dict[str, NDArray[Any]]
+
+FILE = "sums.npz"
+
+
+def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int) -> str:
+    """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
+    calibration text, seed and sinks, and the source of this package, so that no change of ours meets old numbers."""
+    digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink)).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def load(folder: Path, fresh: Sums) -> Sums:
+    """The sums kept in `folder`, or `fresh` where there are none of the same names, shapes and dtypes that can be read."""
+    try:
+        with np.load(folder / FILE, allow_pickle=False) as file:
+            kept = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return fresh
+    return kept if _layout(kept) == _layout(fresh) else fresh
+
+
+def save(folder: Path, sums: Sums) -> None:
+    """Replace the sums in `folder`, so that a crash leaves either the old or the new ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{FILE}.{os.getpid()}"
+    try:
+        with partial.open("wb") as file:
+            np.savez(file, allow_pickle=False, **sums)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / FILE)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _layout(sums: Sums) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {name: (array.shape, array.dtype.str) for name, array in sums.items()}

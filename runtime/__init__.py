@@ -1,0 +1,8 @@
+"""Load a `.kvb` artifact, reorder a model's heads to match, and generate inside the budget."""
+
+from __future__ import annotations
+
+from kvcompile.runtime.attach import Attachment, attach
+from kvcompile.runtime.cache import RaggedCache
+
+__all__ = ["Attachment", "RaggedCache", "attach"]

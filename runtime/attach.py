@@ -1,0 +1,165 @@
+"""Binding an artifact to a model: heads are permuted once, and attention goes through the ragged cache."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, check_identity, identify, read
+from kvcompile.kernels import LayerLayout
+from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
+
+IMPLEMENTATION = "kvcompile"
+"""Name under which our attention function is registered with transformers."""
+BINDING = "_kvcompile_binding"
+"""Attribute of an attention module that holds its `Binding`."""
+
+
+class Binding:
+    """Passes the cache layer of the forward pass under way from a hook on the attention module to its attention
+    function, which transformers calls without the cache."""
+
+    def __init__(self, attachment: str, module: nn.Module) -> None:
+        self.attachment = attachment
+        self.layer: RaggedLayer | None = None
+        self.hooks = (
+            module.register_forward_pre_hook(self._enter, with_kwargs=True),
+            module.register_forward_hook(self._leave, always_call=True),
+        )
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, RaggedCache):
+            return
+        if cache.attachment != self.attachment:
+            raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
+        self.layer = cache.layers[module.layer_idx]
+        self.layer.expected = True
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self.layer is not None:
+            self.layer.expected = False
+            self.layer = None
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Through the ragged cache where one is in use, else as transformers' own `sdpa`."""
+
+    def exact() -> torch.Tensor:
+        output: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )[0]
+        return output
+
+    binding: Binding | None = getattr(module, BINDING, None)
+    if binding is None or binding.layer is None:
+        return exact(), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return binding.layer.attend(query, key, value, attention_mask, scale, exact), None
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+
+
+class Attachment:
+    """A model with an artifact bound to it. The model computes what it did before, with plain caches too; with a cache
+    from `new_cache` it stays within the artifact's budget."""
+
+    def __init__(self, model: PreTrainedModel, artifact: Artifact) -> None:
+        found = identify(model, artifact.model.name)
+        if found.architecture not in ARCHITECTURES:
+            raise ModelError(
+                f"cannot reorder the heads of a {found.architecture!r} model, expected one of "
+                f"{', '.join(ARCHITECTURES)}"
+            )
+        check_identity(artifact.model, found)
+        self.model = model
+        self.artifact = artifact
+        self.layouts = layer_layouts(artifact)
+        self._attention = [layer.self_attn for layer in model.get_decoder().layers]
+        if any(hasattr(module, BINDING) for module in self._attention):
+            raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
+        self._id = uuid.uuid4().hex
+        self._previous = model.config._attn_implementation
+        self._permute(undo=False)
+        for module in self._attention:
+            setattr(module, BINDING, Binding(self._id, module))
+        model.set_attn_implementation(IMPLEMENTATION)
+
+    def new_cache(self, batch_size: int = 1) -> RaggedCache:
+        """An empty cache for `batch_size` sequences, all of its memory allocated.
+
+        Raises:
+            CacheError: a batch below 1.
+        """
+        if batch_size < 1:
+            raise CacheError(f"a batch of {batch_size} sequences was asked for, expected 1 or more")
+        dtype = getattr(torch, self.artifact.target.dtype)
+        layers = [
+            RaggedLayer(layout, self.artifact.model.head_dim, dtype, module.o_proj.weight.device, batch_size)
+            for layout, module in zip(self.layouts, self._attention, strict=True)
+        ]
+        return RaggedCache(layers, self._id)
+
+    def detach(self) -> None:
+        """Give the model back as it was, bit for bit; its ragged caches cannot be used any more. Safe to repeat."""
+        if not hasattr(self._attention[0], BINDING):
+            return
+        for module in self._attention:
+            for hook in getattr(module, BINDING).hooks:
+                hook.remove()
+            delattr(module, BINDING)
+        self._permute(undo=True)
+        self.model.set_attn_implementation(self._previous)
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _permute(self, undo: bool) -> None:
+        identity = self.artifact.model
+        for module, row in zip(self._attention, self.artifact.budgets.head_order.tolist(), strict=True):
+            order = inverse(row) if undo else row
+            permute_heads(identity.architecture, module, order, identity.num_attention_heads, identity.head_dim)
+
+
+def attach(model: PreTrainedModel, artifact: str | Path | Artifact) -> Attachment:
+    """Bind an artifact to a transformers causal LM, in place; usable as a context manager that detaches.
+
+    Raises:
+        ArtifactError: a file that cannot be read or fails a check.
+        ModelError: another model than the artifact's, an unsupported one, or one that is attached already.
+    """
+    return Attachment(model, artifact if isinstance(artifact, Artifact) else read(Path(artifact)))
+
+
+def layer_layouts(artifact: Artifact) -> list[LayerLayout]:
+    """The store's layout, layer by layer, with heads in storage order."""
+    budgets, layouts = artifact.budgets, []
+    for i, order in enumerate(budgets.head_order.tolist()):
+        heads = [
+            (POLICIES[budgets.policy[i, h]], *(int(a[i, h]) for a in (budgets.capacity, budgets.sink, budgets.recent)))
+            for h in order
+        ]
+        window = artifact.model.windows[i]
+        layouts.append(LayerLayout.from_heads(heads, window if window < artifact.target.context else 0))
+    return layouts

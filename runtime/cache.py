@@ -1,0 +1,136 @@
+"""The ragged store as a transformers cache: all that depends on that library's cache interface is in this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvcompile.artifacts import CacheError
+from kvcompile.kernels import LayerLayout
+from kvcompile.runtime.store import LayerStore
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer's store. `update` hands the new keys and values on unchanged; `attend`, called by the model's attention
+    function right after, is where they meet the stored ones."""
+
+    supports_early_init = False
+
+    def __init__(self, layout: LayerLayout, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int):
+        super().__init__()
+        self.is_sliding = layout.window > 0
+        self.is_initialized = True
+        self.store = LayerStore(layout, head_dim, dtype, device, batch)
+        self.head_dim = head_dim
+        self.columns = 0  # of the attention mask: tokens so far, padding included
+        self.expected = False  # set by the attached model for the length of one forward pass
+
+    @property
+    def batch_size(self) -> int:
+        return self.store.batch
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do: the store was allocated with the layer."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.expected:
+            raise CacheError(
+                "this cache works only with the model it was made for while that is attached: call attach() and "
+                "take the cache from new_cache()"
+            )
+        return key_states, value_states
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+        exact: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, and
+        `exact` is the model's own attention over them, for the prompt."""
+        if mask is not None and mask.dtype != torch.bool:
+            raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
+        # Padding is seen by no query, so a token that does not see itself is padding.
+        real = None if mask is None else mask.expand(len(query), -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
+        if real is not None and bool(real.all()):
+            real = None
+        first, self.columns = self.columns == 0, self.columns + query.shape[2]
+        if first:
+            self._fit_batch(len(query))
+            out = exact()
+            self.store.prefill(query, keys, values, real, scaling)
+            return out
+        if len(query) != self.store.batch:
+            raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
+        if query.shape[2] == 1 and real is None:
+            return self.store.step(query, keys, values, scaling).transpose(1, 2)
+        return self.store.extend(query, keys, values, mask, real, scaling).transpose(1, 2)
+
+    def _fit_batch(self, batch: int) -> None:
+        if batch != self.store.batch:  # an empty cache follows its first prompt: beam search multiplies the batch
+            old = self.store
+            self.store = LayerStore(old.layout, self.head_dim, old.keys.dtype, old.keys.device, batch)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover the new tokens alone: of the stored ones, the runtime knows itself which can be seen."""
+        return int(query_length), self.columns
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.18
+
+    def reset(self) -> None:
+        for tensor in self.store.tensors():
+            tensor.zero_()
+        self.store.seen = [0] * self.store.batch
+        self.columns = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.store.take(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.store.take(torch.arange(self.store.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.store.take(torch.arange(self.store.batch)[indices.cpu()])
+
+    def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise CacheError("a ragged cache cannot be cropped, as evicted tokens are gone: fork it with copy.deepcopy")
+
+    def offload(self) -> NoReturn:
+        raise CacheError("a ragged cache cannot be offloaded: build for a smaller memory target instead")
+
+    prefetch = offload
+
+
+class RaggedCache(Cache):
+    """A cache for `model(...)` and `model.generate(...)`; made by `Attachment.new_cache`. `copy.deepcopy` forks it."""
+
+    layers: list[RaggedLayer]
+
+    def __init__(self, layers: list[RaggedLayer], attachment: str) -> None:
+        super().__init__(layers=layers)
+        self.attachment = attachment
+        """Identifies the attachment whose head order the stored keys and values follow."""
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor that the cache holds."""
+        for layer in self.layers:
+            yield from layer.store.tensors()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes resident now: the sizes of all storages."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())

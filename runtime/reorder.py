@@ -1,0 +1,76 @@
+"""Permuting a model's heads, in place, so that its keys and values come out in storage order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from kvcompile.artifacts import ModelError
+
+Cut = tuple[torch.Tensor, int, torch.Tensor]
+"""A weight, the dimension its heads lie along, and the order to bring that dimension into."""
+
+
+def split_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """`q_proj`, `k_proj`, `v_proj`, `o_proj`. Norms on queries and keys act on one head at a time and stay."""
+    for name, index in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        yield from _rows(attention.get_submodule(name), index)
+    yield attention.get_submodule("o_proj").weight, 1, q
+
+
+def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """`qkv_proj`, whose rows are all queries, then all keys, then all values, and `o_proj`."""
+    rows = torch.cat([q, kv + len(q), kv + len(q) + len(kv)])
+    yield from _rows(attention.get_submodule("qkv_proj"), rows)
+    yield attention.get_submodule("o_proj").weight, 1, q
+
+
+def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
+    yield projection.weight, 0, index
+    if projection.bias is not None:
+        yield projection.bias, 0, index
+
+
+ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
+    "gemma3_text": split_projections,
+    "llama": split_projections,
+    "mistral": split_projections,
+    "mixtral": split_projections,
+    "phi3": fused_projection,
+    "qwen2": split_projections,
+    "qwen3": split_projections,
+    "qwen3_moe": split_projections,
+}
+
+
+def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int], num_heads: int, head_dim: int) -> None:
+    """Bring KV head `order[i]` and its group of query heads to place i. Exact: numbers move and do not change.
+
+    Raises:
+        ModelError: an architecture without an entry in `ARCHITECTURES`, or weights that are packed or not loaded.
+    """
+    heads = torch.tensor(order)
+    group = num_heads // len(heads)
+    query_heads = (heads[:, None] * group + torch.arange(group)).flatten()
+    q, kv = _elements(query_heads, head_dim), _elements(heads, head_dim)
+    cuts = list(ARCHITECTURES[architecture](attention, q, kv))
+    for weight, dim, index in cuts:
+        if not weight.is_floating_point() or weight.is_meta or weight.shape[dim] != len(index):
+            raise ModelError(
+                f"cannot reorder heads in a {weight.dtype} weight of shape {tuple(weight.shape)} on {weight.device}: "
+                "load the model with unpacked floating-point weights"
+            )
+    with torch.no_grad():
+        for weight, dim, index in cuts:
+            weight.copy_(weight.index_select(dim, index.to(weight.device)))
+
+
+def inverse(order: Sequence[int]) -> list[int]:
+    """The order that undoes `order`."""
+    return torch.tensor(order).argsort().tolist()
+
+
+def _elements(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
+    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()

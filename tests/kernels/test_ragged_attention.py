@@ -1,0 +1,94 @@
+"""Ragged attention against its float64 reference, over odd shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvcompile.kernels import LayerLayout, ragged_attention
+from kvcompile.kernels.ragged_attention import dense, reference
+
+LAYOUTS = {
+    "one slot": LayerLayout.from_heads([("recent", 1, 0, 1)]),
+    "uniform": LayerLayout.from_heads([("recent", 13, 4, 9)] * 3),
+    "ragged": LayerLayout.from_heads(
+        [("full", 31, 4, 27), ("recent", 5, 4, 1), ("recent", 5, 4, 1), ("snapkv", 17, 4, 6)]
+    ),
+    "window": LayerLayout.from_heads([("recent", 7, 0, 7)] * 2, window=7),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def inputs(layout: LayerLayout, batch: int, group: int, length: int, dtype: torch.dtype, head_dim: int = 16):
+    generator = torch.Generator().manual_seed(batch * 1000 + group * 10 + length)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    heads = layout.num_kv_heads
+    return {
+        "query": draw(batch, heads * group, length, head_dim),
+        "keys": draw(batch, layout.slots, head_dim),
+        "values": draw(batch, layout.slots, head_dim),
+        "new_keys": draw(batch, heads, length, head_dim),
+        "new_values": draw(batch, heads, length, head_dim),
+    }
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("group", [1, 5, 7])
+@pytest.mark.parametrize("seen", [[40], [2], [50, 3, 11]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_one_token(layout: LayerLayout, seen: list[int], group: int, dtype: torch.dtype) -> None:
+    data = inputs(layout, len(seen), group, 1, dtype)
+    args = (data["query"], data["keys"], data["values"], layout, seen)
+    out = ragged_attention(*args, scaling=0.3)
+    assert out.dtype == dtype
+    expected = reference.ragged_attention(*args, scaling=0.3)
+    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", [1, 2, 6])
+@pytest.mark.parametrize("group", [1, 5, 7])
+@pytest.mark.parametrize("seen", [[40], [2], [50, 3, 11]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_several_tokens(layout: LayerLayout, seen: list[int], group: int, length: int) -> None:
+    data = inputs(layout, len(seen), group, length, torch.float32)
+    args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
+    out = ragged_attention(*args, scaling=0.3, **data)
+    torch.testing.assert_close(
+        out.double(), reference.ragged_attention(*args, scaling=0.3, **data), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_padding_among_new_tokens_is_not_seen() -> None:
+    layout, seen = LAYOUTS["ragged"], [9, 40]
+    data = inputs(layout, 2, 2, 4, torch.float32)
+    mask = torch.ones(4, 4, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[0, :, :, :2] = False
+    args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
+    out = ragged_attention(*args, scaling=1.0, new_mask=mask, **data)
+    expected = reference.ragged_attention(*args, scaling=1.0, new_mask=mask, **data)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, seen = LAYOUTS["window"], [20]
+    data = inputs(layout, 1, 3, 11, torch.float32)
+    args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
+    whole = ragged_attention(*args, scaling=1.0, **data)
+    monkeypatch.setattr(dense, "MASK_ELEMENTS", 2 * 3 * 18)
+    torch.testing.assert_close(ragged_attention(*args, scaling=1.0, **data), whole, atol=1e-6, rtol=1e-6)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    layout = LAYOUTS["uniform"]
+    data = inputs(layout, 1, 2, 2, torch.float32)
+    with pytest.raises(ValueError, match="only one token"):
+        ragged_attention(data["query"], data["keys"], data["values"], layout, [5], scaling=1.0)
+    with pytest.raises(ValueError, match="no multiple"):
+        ragged_attention(data["query"][:, :4], data["keys"], data["values"], layout, [5], scaling=1.0)
+    with pytest.raises(ValueError, match="a store of"):
+        ragged_attention(data["query"][:, :, :1], data["keys"][:, 1:], data["values"], layout, [5], scaling=1.0)
+    with pytest.raises(ValueError, match="lengths"):
+        ragged_attention(data["query"][:, :, :1], data["keys"], data["values"], layout, [5, 5], scaling=1.0)
