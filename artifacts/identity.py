@@ -28,7 +28,8 @@ def identify(model: Any, name: str) -> ModelIdentity:
 
     The fingerprint is 64 hex digits: the first 32 of a sha256 over the names and shapes of the state dict, then the
     first 32 of a sha256 over the samples, so that equal structure is still seen when weights were rounded.
-    Raises ModelError for a model without the usual shape, or whose weights are on the meta device, packed or not finite.
+    Raises ModelError for a model without the usual shape, and for weights that are on the meta device, packed or not
+    finite.
     """
     config = model.config.get_text_config()
     try:
@@ -68,11 +69,8 @@ def check_identity(expected: ModelIdentity, found: ModelIdentity) -> None:
             raise ModelError(f"the model has {field} {now}, but the artifact is for one with {field} {was}: {remedy}")
     if expected.fingerprint[:32] != found.fingerprint[:32]:
         raise ModelError(f"the model's tensors differ in name or shape from those the artifact is for: {remedy}")
-    if expected.dtype == found.dtype:
-        same = expected.fingerprint == found.fingerprint
-    else:
-        same = _agree(expected, found)
-    if not same:
+    rounded = expected.dtype != found.dtype
+    if not (_agree(expected, found) if rounded else expected.fingerprint == found.fingerprint):
         raise ModelError(f"the model's weights are not those the artifact is for: {remedy}")
 
 
@@ -87,15 +85,14 @@ def _agree(expected: ModelIdentity, found: ModelIdentity) -> bool:
 
 def _windows(config: Any) -> tuple[int, ...]:
     """Each layer's sliding window, 0 for full attention, read from the config as transformers' own caches read it."""
-    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    widths = {"full_attention": 0, "sliding_attention": int(getattr(config, "sliding_window", None) or 0)}
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
-        kinds = ["sliding_attention" if window else "full_attention"] * layers
-    widths = {"full_attention": 0, "sliding_attention": window}
+        kinds = ["sliding_attention"] * config.num_hidden_layers
     for kind in kinds:
         if kind not in widths:
             raise ModelError(f"the model has a layer of type {kind}, expected full_attention or sliding_attention")
-    return tuple(int(widths[kind]) for kind in kinds)
+    return tuple(widths[kind] for kind in kinds)
 
 
 def _dtype_name(tensor: Any) -> str:

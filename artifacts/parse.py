@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any, NoReturn
@@ -42,8 +43,9 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         # Opening a pipe would wait for a writer, so this comes first.
         if not stat.S_ISREG(found.st_mode):
             refuse(source, "the file", "is not a regular file, expected one that `kvcompile build` wrote")
+        _check_size(found.st_size, source)
         with open(path, "rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(found.st_size + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{source}: the file cannot be read: {printable(str(reason))}") from error
@@ -53,8 +55,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 def from_bytes(data: bytes, name: str) -> Artifact:
     """The artifact that a file's bytes hold; `name` is the file's name for the message. Raises as `read` does."""
     source = printable(name)
-    if len(data) > MAX_FILE_BYTES:
-        refuse(source, "the file", f"is larger than {MAX_FILE_BYTES} bytes, expected a file `kvcompile build` wrote")
+    _check_size(len(data), source)
     tensors = _tensors(data, source)
     header_bytes = int.from_bytes(data[:8], "little")
     metadata = _metadata(data[8 : 8 + header_bytes], source)
@@ -87,9 +88,14 @@ def from_bytes(data: bytes, name: str) -> Artifact:
     return artifact
 
 
+def _check_size(size: int, source: str) -> None:
+    if size > MAX_FILE_BYTES:
+        refuse(source, "the file", f"has {size} bytes, expected at most {MAX_FILE_BYTES}")
+
+
 def _tensors(data: bytes, source: str) -> dict[str, dict[str, Any]]:
     try:
-        return dict(deserialize(data))
+        return dict(deserialize(data))  # type: ignore[no-untyped-call]
     except (SafetensorError, OverflowError) as error:
         reason = printable(str(error))
         expected = "expected a whole file that `kvcompile build` wrote"
@@ -124,7 +130,7 @@ def _not_finite(text: str) -> NoReturn:
 
 def _get(section: dict[str, Any], prefix: str, key: str, source: str) -> Any:
     if key not in section:
-        refuse(source, prefix + key, "is missing in the metadata, expected as FORMAT.md says")
+        refuse(source, prefix + key, "is missing in the metadata, expected it as FORMAT.md describes")
     return section[key]
 
 
@@ -152,7 +158,7 @@ def _loss(metadata: dict[str, Any], source: str) -> Any:
 
 
 def _array(tensors: dict[str, dict[str, Any]], name: str, dtype: str | None, source: str) -> NDArray[Any]:
-    """One tensor as a read-only array of the file's own element type, which has to be `dtype` if that is given."""
+    """One tensor as an array of the file's own element type, which has to be `dtype` if that is given."""
     if name not in tensors:
         refuse(source, f"tensor {name}", f"is missing, expected element type {dtype}")
     found = tensors[name]
@@ -168,10 +174,11 @@ def _array(tensors: dict[str, dict[str, Any]], name: str, dtype: str | None, sou
 
 
 def _check_checksum(data: bytes, header_bytes: int, checksum: object, source: str) -> None:
-    header = data[: 8 + header_bytes]
-    digits = checksum.encode() if isinstance(checksum, str) and checksum.isascii() and len(checksum) == 64 else b""
-    if not digits or header.count(digits) != 1:
-        refuse(source, "checksum", f"is {show(checksum)}, expected 64 hex digits that stand once in the header")
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        refuse(source, "checksum", f"is {show(checksum)}, expected 64 lower-case hex digits")
+    header, digits = data[: 8 + header_bytes], checksum.encode()
+    if header.count(digits) != 1:
+        refuse(source, "checksum", f"stands {header.count(digits)} times in the header, expected once")
     digest = hashlib.sha256(header.replace(digits, NO_CHECKSUM.encode()))
     digest.update(memoryview(data)[len(header) :])
     if digest.hexdigest() != checksum:

@@ -26,8 +26,8 @@ class ModelIdentity:
     """Which model an artifact is for.
 
     `windows` has one entry a layer: the width in tokens of its sliding window, 0 for full attention.
-    `fingerprint` is a sha256 over the names, shapes and a sample of every tensor; `samples` (f32, flat) are those
-    sampled numbers, so that the same weights loaded in another dtype are still recognised.
+    `fingerprint` is 32 hex digits over the names and shapes of all tensors, then 32 over a sample of each; `samples`
+    (f32, flat) are those numbers, so that the same weights in another dtype are still recognised.
     """
 
     name: str

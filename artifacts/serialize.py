@@ -39,7 +39,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     validate(artifact, str(path))
     data = to_bytes(artifact)
     try:
-        _replace(Path(path).resolve(), data)
+        _replace(Path(os.path.realpath(path)), data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{printable(str(path))}: the file cannot be written: {printable(str(reason))}") from error

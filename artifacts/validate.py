@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -42,6 +43,10 @@ BUDGET_TENSORS = {
     "head_order": "I32",
 }
 """The fields of `Budgets`, all [num_layers, num_kv_heads]."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+_SHORT.maxlevel = 2
 
 MAX_TOKENS = 2**31 - 1
 MAX_BYTES = 2**63 - 1
@@ -84,9 +89,8 @@ def printable(text: str) -> str:
 
 
 def show(value: object) -> str:
-    """A found value, short enough for a sentence."""
-    text = printable(repr(value))
-    return text if len(text) <= 80 else text[:77] + "..."
+    """A found value, short enough for a sentence, however long or deep it is."""
+    return printable(_SHORT.repr(value))
 
 
 def require_integer(source: str, field: str, value: object, low: int, high: int) -> None:

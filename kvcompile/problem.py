@@ -40,7 +40,7 @@ class Problem:
     window (`limit` tokens, policy recent, no sinks), whatever it costs; allocators leave those rows alone.
     `slot_bytes` maps a policy to the bytes of one slot. `target` is bytes for one sequence.
     `policy` is the token policy the allocator should use and `sink` its protected first tokens.
-    `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on calibration text.
+    `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on real text.
     """
 
     profile: Profile

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, check_identity, identify, read
 from kvcompile.kernels import LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "kvcompile"
 """Name under which our attention function is registered with transformers."""
@@ -74,8 +76,12 @@ def attention_forward(
     return binding.layer.attend(query, key, value, attention_mask, scale, exact), None
 
 
-AttentionInterface.register(IMPLEMENTATION, attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+def _register() -> None:
+    # Here and not on import: transformers' module of models loads scipy where it is installed.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
 
 
 class Attachment:
@@ -83,19 +89,19 @@ class Attachment:
     from `new_cache` it stays within the artifact's budget."""
 
     def __init__(self, model: PreTrainedModel, artifact: Artifact) -> None:
-        found = identify(model, artifact.model.name)
-        if found.architecture not in ARCHITECTURES:
+        architecture = model.config.get_text_config().model_type
+        if architecture not in ARCHITECTURES:
             raise ModelError(
-                f"cannot reorder the heads of a {found.architecture!r} model, expected one of "
-                f"{', '.join(ARCHITECTURES)}"
+                f"cannot reorder the heads of a {architecture!r} model, expected one of {', '.join(ARCHITECTURES)}"
             )
-        check_identity(artifact.model, found)
-        self.model = model
-        self.artifact = artifact
-        self.layouts = layer_layouts(artifact)
         self._attention = [layer.self_attn for layer in model.get_decoder().layers]
         if any(hasattr(module, BINDING) for module in self._attention):
             raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
+        check_identity(artifact.model, identify(model, artifact.model.name))
+        self.model = model
+        self.artifact = artifact
+        self.layouts = layer_layouts(artifact)
+        _register()
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
         self._permute(undo=False)

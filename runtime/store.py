@@ -34,6 +34,7 @@ class LayerStore:
         for tensors in self.state:
             yield from tensors
 
+    @torch.no_grad()
     def prefill(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, scaling: float
     ) -> None:
@@ -54,6 +55,7 @@ class LayerStore:
                 policy.remember(state, b, token, score)
             self.seen[b] = k.shape[1]
 
+    @torch.no_grad()
     def step(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
         for cls, state in zip(self.layout.classes, self.state, strict=True):
@@ -69,6 +71,7 @@ class LayerStore:
             POLICIES[cls.policy].observe(state, cls, grouped[:, heads], cls.view(self.keys), self.seen, scaling)
         return out
 
+    @torch.no_grad()
     def extend(
         self,
         query: torch.Tensor,

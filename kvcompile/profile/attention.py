@@ -14,13 +14,11 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kvcompile.artifacts.errors import ModelError
+from kvcompile.profile.curves import BLOCK
 
 IMPLEMENTATION = "kvcompile_profile"
 """The name under which transformers knows our attention function. It has no mask function on purpose: transformers then
 builds no [n, n] mask, and causality and sliding windows are ours to apply, block by block."""
-
-BLOCK = 128
-"""Queries handled at once wherever attention probabilities or masks are materialised."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def masked(call: Attention, keep: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     grouped = call.query.view(num_kv_heads, num_heads // num_kv_heads, length, head_dim)
     key, value = call.key[:, None], call.value[:, None]
     outputs = []
-    for rows in torch.arange(length, device=call.query.device).split(BLOCK):
+    for rows in torch.split(torch.arange(length, device=call.query.device), BLOCK):
         stop = int(rows[-1]) + 1
         mask = keep(rows, torch.arange(stop, device=rows.device))[:, None]
         outputs.append(

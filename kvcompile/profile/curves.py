@@ -7,10 +7,10 @@ tokens, with the softmax renormalised over it, changes the log-likelihood by
 
     err[t] = sum_K S[t] / sum_K P[t] - sum S[t],         summed over the query heads that share the KV head.
 
-With labels sampled from the model itself, E[err^2] is the quadratic form of that change in the true Fisher matrix, which
-is the Hessian of the KL divergence. Taken block-diagonal over heads and over t, the predicted KL in nats a token is
+With labels sampled from the model itself, E[err^2] is the quadratic form of that change in the true Fisher matrix,
+which is the Hessian of the KL divergence. Taken block-diagonal over heads and over t, the predicted KL is
 
-    loss = 1/2 mean_t err[t]^2.
+    loss = 1/2 mean_t err[t]^2        nats a token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.profile.attention import BLOCK
+BLOCK = 128
+"""Queries handled at once wherever attention probabilities or masks are materialised."""
 
 POINTS = 40
 """Budgets on a curve, before those that fall on the same number of tokens are merged."""
@@ -34,8 +35,7 @@ def budget_grid(window: int, sink: int, points: int = POINTS) -> NDArray[np.int3
 def sampled_positions(window: int, count: int) -> Tensor:
     """`count` positions (fewer in a short window), i64 ascending, evenly strided over the window's last half."""
     first = window // 2
-    step = max(1, (window - first) // count)
-    return torch.arange(window - 1, first - 1, -step)[:count].flip(0)
+    return torch.from_numpy(np.linspace(first, window - 1, min(count, window - first)).round().astype(np.int64))
 
 
 def recent_losses(
@@ -53,20 +53,22 @@ def recent_losses(
 
     `query` and `gradient` (u above) are [Hq, n, D], `key` and `value` [H, n, D], of any float type; the arithmetic is
     float32. `positions` i64 [T] ascending are the queries averaged over. `budgets` i64 [C] ascending, all above `sink`:
-    the query at t keeps the tokens before `sink` and its last `budget - sink`, itself included; t < budget loses nothing.
+    the query at t keeps the tokens before `sink` and its last `budget - sink`, itself included, and loses
+    nothing where t < budget.
     """
-    num_kv_heads, length, _ = key.shape
+    num_kv_heads, length, head_dim = key.shape
     # Newest token first, so that a running sum over keys is the mass of the most recent ones, with no cancellation.
     key, value = key.float().flip(1), value.float().flip(1)
     total = torch.zeros(num_kv_heads, len(budgets), dtype=torch.float64, device=key.device)
-    for rows in positions.split(BLOCK):
+    for rows in torch.split(positions, BLOCK):
         newest = int(rows[-1]) + 1
         seen = slice(length - newest, None)
+        grouped = (num_kv_heads, -1, len(rows), head_dim)
         total += _block(
-            query[:, rows].float().unflatten(0, (num_kv_heads, -1)) * scaling,
+            query[:, rows].float().view(grouped) * scaling,
             key[:, seen],
             value[:, seen],
-            gradient[:, rows].float().unflatten(0, (num_kv_heads, -1)),
+            gradient[:, rows].float().view(grouped),
             rows,
             budgets,
             sink,

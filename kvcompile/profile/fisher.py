@@ -42,7 +42,7 @@ def recent_curves(
     `trace` is the forward pass over the window. Layers whose sliding window is narrower than it stay zero: their
     budget is not a matter of choice.
     """
-    num_heads, num_kv_heads = heads(model)
+    _, num_kv_heads = heads(model)
     losses = np.zeros((len(trace.inputs), num_kv_heads, len(budgets)))
     device = trace.final.device
     positions = sampled_positions(len(trace.final), queries).to(device)
@@ -88,7 +88,7 @@ def head_gradient(model: Any, final: Tensor, seed: tuple[int, ...]) -> Tensor:
 
 
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Labels i64 [m, 1] from distributions [m, vocab], each the first whose cumulative probability exceeds `uniform`."""
+    """Labels i64 [m, 1] from distributions [m, vocab]: the first whose cumulative probability exceeds `uniform` [m]."""
     cumulative = probability.cumsum(-1)
     labels = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return labels.clamp_(max=probability.shape[-1] - 1)
@@ -102,7 +102,7 @@ def backward(model: Any, trace: Trace, gradient: Tensor, visit: Visit, tick: Tic
         detached = Attention(
             call.layer, call.query.detach(), call.key.detach(), call.value.detach(), call.scaling, call.window
         )
-        output.register_hook(lambda upstream: visit(detached, upstream))
+        output.register_hook(lambda upstream: visit(detached, upstream))  # type: ignore[no-untyped-call]
         return output
 
     upstream = gradient[None]

@@ -55,8 +55,8 @@ def measure(
     least = 2 * (sink + 1)
     if window < least:
         raise CalibrationError(
-            f"the longest calibration window has {window} tokens, and a profile with {sink} sinks needs at least {least}:"
-            " give it more text"
+            f"the longest calibration window has {window} tokens, and a profile with {sink} sinks needs at "
+            f"least {least}: give it more text"
         )
     budgets = budget_grid(window, sink)
     sums = _fresh(model, len(budgets))
@@ -88,7 +88,7 @@ def measure(
 
 
 def _fresh(model: Any, points: int) -> Sums:
-    """Running sums over finished items; `infsc` and `infsc_answered` over all probes and over those answered rightly."""
+    """Sums over finished items; `infsc` is over all probes, `infsc_answered` over those answered rightly."""
     num_layers = len(layers(model))
     num_heads, num_kv_heads = heads(model)
     return {

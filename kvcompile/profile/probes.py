@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.profile.anatomy import Tick, forward, heads, layers, logits
-from kvcompile.profile.attention import BLOCK, Attention, attending, causal, visible
+from kvcompile.profile.attention import Attention, attending, causal, visible
+from kvcompile.profile.curves import BLOCK
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
@@ -40,7 +41,7 @@ class ProbeScore:
 def score(model: Any, probe: Probe, tick: Tick = lambda _: None) -> ProbeScore:
     """One forward pass over prompt and answer; the rows looked at are those that predict a token of the answer."""
     prompt, answer = probe.prompt_ids, probe.answer_ids
-    num_heads, num_kv_heads = heads(model)
+    _, num_kv_heads = heads(model)
     infsc = np.zeros((len(layers(model)), num_kv_heads))
     rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1, device=model.device)
     needle = torch.zeros(len(prompt) + len(answer) - 1, dtype=torch.bool, device=model.device)
@@ -48,7 +49,7 @@ def score(model: Any, probe: Probe, tick: Tick = lambda _: None) -> ProbeScore:
         needle[first:stop] = True
 
     def attend(call: Attention) -> Tensor:
-        steps = torch.cat([retrieval(attention_rows(call, block), needle) for block in rows.split(BLOCK)], dim=1)
+        steps = torch.cat([retrieval(attention_rows(call, block), needle) for block in torch.split(rows, BLOCK)], dim=1)
         infsc[call.layer] = steps.double().mean(1).view(num_kv_heads, -1).mean(1).cpu().numpy()
         return causal(call)
 

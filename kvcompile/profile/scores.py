@@ -52,7 +52,11 @@ def watching(model: Any) -> Iterator[Cosines]:
                 seen.residual[index] = _mean_cosine(before, args[0]).item()
 
             # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
-            norm = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
+            norm = layer.get_submodule(
+                "pre_feedforward_layernorm"
+                if hasattr(layer, "pre_feedforward_layernorm")
+                else "post_attention_layernorm"
+            )
             stack.callback(layer.register_forward_pre_hook(enter).remove)
             stack.callback(norm.register_forward_pre_hook(leave).remove)
         stack.enter_context(attending(model, attend))
@@ -63,8 +67,8 @@ def baklava(value: NDArray[np.float64], residual: NDArray[np.float64], num_kv_he
     """BaKlaVa's importance (arXiv 2502.13176), float64 [L, H], from the cosines `value` [L, Hq] and `residual` [L].
 
     Stated: a head's importance is 1 - cosine(its input, its output), combined with a proxy for its layer. Our reading:
-    the input is the head's value row, a KV head takes the mean over its query heads, the proxy is 1 - SqueezeAttention's
-    cosine of the layer, and the two are multiplied.
+    the input is the head's value row, a KV head takes the mean over its query heads, the proxy is one minus
+    SqueezeAttention's cosine of the layer, and the two are multiplied.
     """
     head = (1 - value).reshape(len(value), num_kv_heads, -1).mean(-1)
     importance: NDArray[np.float64] = head * (1 - residual)[:, None]

@@ -26,7 +26,7 @@ def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, si
 
 
 def load(folder: Path, fresh: Sums) -> Sums:
-    """The sums kept in `folder`, or `fresh` where there are none of the same names, shapes and dtypes that can be read."""
+    """The sums kept in `folder`, or `fresh` where none of the same names, shapes and dtypes can be read."""
     try:
         with np.load(folder / FILE, allow_pickle=False) as file:
             kept = dict(file)

@@ -1,0 +1,67 @@
+"""Allocators by name; a new one is a file here and a line below."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from kvcompile.allocators.baklava import BaKlaVa
+from kvcompile.allocators.duo import DuoAttention
+from kvcompile.allocators.optimal import Optimal
+from kvcompile.allocators.pyramid import PyramidKV
+from kvcompile.allocators.rows import all_full, least_bytes, plan_bytes
+from kvcompile.allocators.squeeze import SqueezeAttention
+from kvcompile.allocators.surfacelogic import SurfaceLogicKV
+from kvcompile.allocators.uniform import Uniform
+from kvcompile.artifacts import TargetError
+from kvcompile.problem import Plan, Problem
+
+ALLOCATORS: dict[str, Any] = {
+    "optimal": Optimal,
+    "uniform": Uniform,
+    "baklava": BaKlaVa,
+    "squeeze": SqueezeAttention,
+    "surfacelogic": SurfaceLogicKV,
+    "pyramid": PyramidKV,
+    "duo": DuoAttention,
+}
+
+__all__ = ["ALLOCATORS", "allocate", "default_policy", "least_bytes", "plan_bytes"]
+
+
+def default_policy(name: str) -> str:
+    """The token policy that the allocator was published with.
+
+    Raises:
+        TargetError: an unknown allocator.
+    """
+    if name not in ALLOCATORS:
+        raise TargetError(f"there is no allocator {name!r}: expected one of {', '.join(ALLOCATORS)}")
+    policy: str = ALLOCATORS[name].policies[0]
+    return policy
+
+
+def allocate(name: str, problem: Problem) -> Plan:
+    """Divide the target among the heads. A target at or above the full cache is the full cache, whoever divides it.
+
+    Raises:
+        TargetError: an unknown allocator, a policy it cannot work with, or a target below `least_bytes`.
+    """
+    default_policy(name)
+    allocator = ALLOCATORS[name]()
+    if problem.policy not in allocator.policies:
+        raise TargetError(
+            f"the allocator {name} cannot work with the policy {problem.policy!r}: "
+            f"expected one of {', '.join(allocator.policies)}"
+        )
+    least = least_bytes(problem)
+    if problem.target < least:
+        raise TargetError(
+            f"{problem.target} bytes are too few for a sequence: the sinks and one recent token of every head, and the "
+            f"sliding windows, take {least}"
+        )
+    full, start = all_full(problem), time.perf_counter()
+    plan: Plan = full if plan_bytes(problem, full) <= problem.target else allocator(problem)
+    assert plan_bytes(problem, plan) <= problem.target, f"{name} went over the target"
+    return dataclasses.replace(plan, seconds=time.perf_counter() - start)

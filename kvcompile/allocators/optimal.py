@@ -1,0 +1,131 @@
+"""The optimum: a multiple-choice knapsack over {full, recent x tokens}, with the bound that certifies it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_array
+
+from kvcompile.allocators.curves import grid, loss_at
+from kvcompile.allocators.rows import floors, free_tokens, limits, rows
+from kvcompile.problem import Plan, Problem
+
+
+@dataclass(frozen=True)
+class Optimal:
+    """Minimise the sum of predicted losses w[i,c] x[i,c] over heads i and choices c, with one choice a head and
+    sum m[i,c] x[i,c] <= target.
+
+    Every head's choices are the vertices of the lower convex hull of its measured curve: dropping the others changes
+    nothing for the LP, whose answer mixes at most one head, and all but nothing for the integer answer. The LP gives
+    the bound, HiGHS the integer answer, and the tokens that are left go to where the curves fall fastest.
+    """
+
+    seconds: float = 2.0
+    """Time limit of the integer solve; the LP's answer, rounded down, stands in beyond it."""
+    policies: ClassVar[tuple[str, ...]] = ("recent",)
+
+    def __call__(self, problem: Problem) -> Plan:
+        tokens = limits(problem)
+        heads = np.argwhere(np.broadcast_to(~problem.fixed[:, None], tokens.shape))
+        hulls = [hull(problem, int(i), int(h)) for i, h in heads]
+        total = free_tokens(problem)
+        bound, chosen, exact = solve(hulls, total, self.seconds)
+        budget = np.array([points[c, 0] for points, c in zip(hulls, chosen, strict=True)], np.int64)
+        solved = sum(points[c, 1] for points, c in zip(hulls, chosen, strict=True))
+        budget = top_up(problem, heads, hulls, chosen, budget, total)
+        tokens[heads[:, 0], heads[:, 1]] = budget
+        loss = float(sum(loss_at(problem, i, h, budget[n : n + 1])[0] for n, (i, h) in enumerate(heads)))
+        report = {
+            "objective": loss,
+            "bound": bound,
+            "gap": max(0.0, loss - bound) / max(loss, 1e-30),
+            "integer_objective": float(solved),
+            "integer_solved": exact,
+            "heads": len(heads),
+            "choices": sum(map(len, hulls)),
+        }
+        return rows(problem, tokens, loss=loss, report=report)
+
+
+def hull(problem: Problem, layer: int, head: int) -> NDArray[np.float64]:
+    """Vertices [n, 2] of the lower convex hull of a head's curve, as (tokens, loss): tokens rise, losses fall."""
+    limit, floor = int(problem.limit[layer]), int(floors(problem)[layer, head])
+    tokens = np.unique(np.clip(np.rint(grid(problem)).astype(np.int64), floor, limit))
+    tokens = np.union1d(tokens, [floor, limit])
+    vertices: list[tuple[float, float]] = []
+    for t, w in zip(tokens.tolist(), loss_at(problem, layer, head, tokens).tolist(), strict=True):
+        if vertices and w >= vertices[-1][1]:
+            continue  # dominated: more tokens for no less loss
+        while len(vertices) > 1 and _above(vertices[-2], vertices[-1], (t, w)):
+            vertices.pop()
+        vertices.append((t, w))
+    return np.array(vertices)
+
+
+def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or above the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def solve(hulls: list[NDArray[np.float64]], total: int, seconds: float) -> tuple[float, NDArray[np.int64], bool]:
+    """The LP's bound on the summed loss, one choice a head within `total` tokens, and whether the choice is the integer
+    optimum (else the LP's answer rounded down)."""
+    sizes = [len(points) for points in hulls]
+    flat = np.concatenate(hulls)
+    owner = np.repeat(np.arange(len(hulls)), sizes)
+    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(hulls), len(flat)))
+    scale = max(float(flat[:, 1].max()), 1e-30)  # losses span decades, and HiGHS works to absolute tolerances
+    cost, weight = flat[:, 1] / scale, flat[:, 0] / max(total, 1)
+    relaxed = linprog(
+        cost, A_ub=csr_array(weight[None]), b_ub=[1.0], A_eq=one_each, b_eq=np.ones(len(hulls)), method="highs"
+    )
+    integer = milp(
+        cost,
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(weight[None]), -np.inf, 1.0)],
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        options={"time_limit": seconds, "mip_rel_gap": 1e-5},
+    )
+    starts = np.cumsum([0, *sizes[:-1]])
+    if integer.x is not None:
+        x = integer.x
+        chosen = np.array([x[s : s + n].argmax() for s, n in zip(starts, sizes, strict=True)])
+        if sum(points[c, 0] for points, c in zip(hulls, chosen, strict=True)) <= total:
+            return float(relaxed.fun) * scale, chosen, integer.status == 0
+    # The LP mixes at most one head's two neighbouring vertices; its smaller one fits.
+    chosen = np.array([(relaxed.x[s : s + n] > 1e-9).argmax() for s, n in zip(starts, sizes, strict=True)])
+    return float(relaxed.fun) * scale, chosen, False
+
+
+def top_up(
+    problem: Problem,
+    heads: NDArray[np.int64],
+    hulls: list[NDArray[np.float64]],
+    chosen: NDArray[np.int64],
+    budget: NDArray[np.int64],
+    total: int,
+) -> NDArray[np.int64]:
+    """Give the tokens left of `total` to the heads whose hulls fall fastest beyond their choice, where the measured
+    curve falls too."""
+    budget, left = budget.copy(), total - int(budget.sum())
+    steps = []
+    for n, (points, c) in enumerate(zip(hulls, chosen, strict=True)):
+        for k in range(c, len(points) - 1):
+            slope = (points[k, 1] - points[k + 1, 1]) / (points[k + 1, 0] - points[k, 0])
+            steps.append((-slope, n, int(points[k, 0]), int(points[k + 1, 0])))
+    for _, n, start, end in sorted(steps):
+        if left == 0:
+            break
+        if budget[n] != start:
+            continue
+        more = min(left, end - start)
+        now, then = loss_at(problem, *heads[n], np.array([start, start + more]))
+        if then < now:
+            budget[n] += more
+            left -= more
+    return budget

@@ -1,0 +1,82 @@
+"""From tokens a head to the rows of a plan, and what they cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.artifacts import POLICIES
+from kvcompile.problem import Plan, Problem
+
+OBSERVED = 32
+"""Queries at the prompt's end that SnapKV observes; they stay in its ring."""
+
+
+def limits(problem: Problem) -> NDArray[np.int64]:
+    """Tokens at which each head is full, [L, H]."""
+    return np.repeat(problem.limit.astype(np.int64)[:, None], problem.num_kv_heads, axis=1)
+
+
+def floors(problem: Problem) -> NDArray[np.int64]:
+    """Fewest tokens a head can hold, [L, H]: its sinks and the newest one; a sliding layer, its window."""
+    most = limits(problem)
+    return np.where(problem.fixed[:, None], most, np.minimum(problem.sink + 1, most))
+
+
+def least_bytes(problem: Problem) -> int:
+    """Bytes of one sequence below which no plan exists."""
+    return plan_bytes(problem, rows(problem, floors(problem)))
+
+
+def free_tokens(problem: Problem) -> int:
+    """Tokens of the problem's policy that the target holds beside the layers that keep their own window."""
+    own = int(limits(problem)[problem.fixed].sum()) * problem.slot_bytes["recent"]
+    return (problem.target - own) // problem.slot_bytes[problem.policy]
+
+
+def all_full(problem: Problem) -> Plan:
+    """The full cache."""
+    return rows(problem, limits(problem), loss=0.0)
+
+
+def rows(
+    problem: Problem,
+    tokens: NDArray[np.int64],
+    *,
+    loss: float = math.nan,
+    report: Mapping[str, Any] | None = None,
+) -> Plan:
+    """A plan in which head [l, h] holds `tokens[l, h]` under the problem's policy; a head at its limit is `full`.
+
+    `recent` keeps its sinks and a ring of all the rest. `h2o` halves what is left after the sinks between recent tokens
+    and heavy hitters (arXiv 2306.14048, section 5). `snapkv` keeps a quarter as a ring for generated tokens, and at
+    least its observation window (our choice: SnapKV itself never evicts while it generates).
+    """
+    most = limits(problem)
+    sink = np.minimum(problem.sink, tokens - 1)
+    left = tokens - sink
+    ring = {
+        "recent": left,
+        "h2o": np.maximum(left // 2, 1),
+        "snapkv": np.minimum(left, np.maximum(OBSERVED, tokens // 4)),
+    }[problem.policy]
+    full, fixed = tokens == most, np.broadcast_to(problem.fixed[:, None], tokens.shape)
+    policy = np.where(full, POLICIES.index("full"), POLICIES.index(problem.policy))
+    return Plan(
+        policy=np.where(fixed, POLICIES.index("recent"), policy).astype(np.uint8),
+        capacity=tokens.astype(np.int32),
+        sink=np.where(fixed, 0, sink).astype(np.int32),
+        recent=np.where(fixed, tokens, np.where(full, left, ring)).astype(np.int32),
+        loss=loss,
+        report=dict(report or {}),
+    )
+
+
+def plan_bytes(problem: Problem, plan: Plan) -> int:
+    """Bytes of one sequence's cache under a plan."""
+    cost = np.array([problem.slot_bytes[name] for name in POLICIES], np.int64)
+    return int((cost[plan.policy] * plan.capacity.astype(np.int64)).sum())

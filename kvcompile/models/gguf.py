@@ -1,0 +1,92 @@
+"""A GGUF file as a folder that transformers loads at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from kvcompile.artifacts.errors import ModelError
+from kvcompile.cache_dir import cache_dir
+
+
+def converted(file: Path) -> Path:
+    """The folder of `file`'s copy in transformers' own format, made on first use.
+
+    Reading GGUF takes about 0.1 s for every million weights, reading the copy next to nothing. The copy holds the
+    dequantised weights in float32, bit for bit, so four bytes a weight; it lies in the cache folder under a name made
+    of the file's path, size and time and of the version of transformers. Raises ModelError for a file that cannot be
+    read and for a cache folder that cannot be written.
+    """
+    state = file.stat()
+    key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, transformers.__version__))
+    folder = cache_dir("gguf", f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
+    if not folder.is_dir():
+        model, tokenizer = _read(file)
+        _store(model, tokenizer, folder)
+    return folder
+
+
+def _read(file: Path) -> tuple[Any, Any]:
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ModelError(f"{file} is no GGUF file: it does not start with the letters GGUF")
+    # Packed weights could not be reordered, hence dequantize.
+    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    try:
+        with _quiet_off_terminal():
+            model = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    except ImportError:
+        raise ModelError("GGUF files need two more packages: pip install gguf accelerate") from None
+    except Exception as error:  # The parser meets a damaged file with whatever exception comes first.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{file} cannot be read as a GGUF model ({reason}): get it anew, or give a folder") from None
+    # transformers 5.17 names the wrong tokens here; the numbers, taken from the file, are right.
+    for name in ("bos_token", "eos_token"):
+        number = getattr(model.config, f"{name}_id", None)
+        if isinstance(number, int):
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
+    return model, tokenizer
+
+
+def _store(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write the copy under another name first, so that a killed process leaves nothing that looks finished."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unfinished-") as name:
+            unfinished = Path(name) / "model"
+            with _quiet_off_terminal():
+                model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            try:
+                unfinished.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # Else another process was faster, and its copy is as good.
+                    raise
+    except (OSError, SafetensorError) as error:
+        size = sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 1e9
+        raise ModelError(
+            f"the converted model ({size:.1f} GB) cannot be written to {folder.parent} ({error}): make room, or name "
+            "another folder in KVCOMPILE_CACHE"
+        ) from None
+
+
+@contextlib.contextmanager
+def _quiet_off_terminal() -> Iterator[None]:
+    """Keep the converter's progress bars, which cannot be switched off, out of logs."""
+    if sys.stderr.isatty():
+        yield
+    else:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kvcompile.artifacts.errors import CalibrationError, ModelError
+from kvcompile.profile import Profiled, measure
+from kvcompile.profile.curves import BLOCK
+
+Tiny = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt_ids: NDArray[np.int64]
+    answer_ids: NDArray[np.int64]
+    needles: tuple[tuple[int, int], ...]
+
+
+def calibration() -> tuple[list[NDArray[np.int64]], list[Question]]:
+    draw = np.random.default_rng(0)
+    windows = [draw.integers(3, 61, length) for length in (64, 30, 64)]
+    probes = [Question(draw.integers(3, 61, 40), draw.integers(3, 61, 3), ((4, 8),)) for _ in range(2)]
+    return windows, probes
+
+
+def assert_same(left: Profiled, right: Profiled) -> None:
+    for field in fields(left.profile):
+        np.testing.assert_array_equal(getattr(left.profile, field.name), getattr(right.profile, field.name))
+    assert (left.curve_windows, left.probes, left.answered) == (right.curve_windows, right.probes, right.answered)
+
+
+def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
+    result = measure(tiny(family), *calibration(), seed=0)
+    profile, points = result.profile, len(result.profile.tokens)
+    assert (profile.window, profile.tokens[0], profile.tokens[-1]) == (64, 5, 64)
+    assert profile.recent_loss.shape == (3, 2, points)
+    assert (profile.baklava.shape, profile.squeeze.shape, profile.surfacelogic.shape) == ((3, 2), (3,), (3, 2))
+    arrays = [profile.recent_loss, profile.baklava, profile.squeeze, profile.surfacelogic]
+    assert all(array.dtype == np.float32 for array in arrays)
+    assert (profile.surfacelogic.min(), profile.surfacelogic.max()) == (0, 1)
+    assert (result.curve_windows, result.probes, result.answered) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("family_", ["llama", "gemma3_text", "qwen3_moe"])
+def test_bfloat16_agrees_with_float32(tiny: Tiny, family_: str) -> None:
+    exact = measure(tiny(family_), *calibration(), seed=0).profile
+    half = measure(tiny(family_).to(torch.bfloat16), *calibration(), seed=0).profile
+    np.testing.assert_allclose(half.squeeze, exact.squeeze, atol=0.03)
+    # Rounded probabilities draw a few labels anew, so curves agree in shape, not in every digit.
+    losses = [np.log(profile.recent_loss[-1, :, :-1]).ravel() for profile in (half, exact)]
+    assert np.corrcoef(losses)[0, 1] > 0.9
+
+
+def test_deterministic_under_a_seed(tiny: Tiny) -> None:
+    assert_same(measure(tiny(), *calibration(), seed=3), measure(tiny(), *calibration(), seed=3))
+    other = measure(tiny(), *calibration(), seed=4).profile
+    assert not np.array_equal(other.recent_loss, measure(tiny(), *calibration(), seed=3).profile.recent_loss)
+
+
+def test_probes_answered_rightly_decide(tiny: Tiny) -> None:
+    model = tiny()
+    prompt = np.random.default_rng(1).integers(3, 61, 30)
+    with torch.no_grad():
+        told = model(torch.as_tensor(prompt)[None]).logits[0, -1].argmax().item()
+    windows, wrong = calibration()
+    right = Question(prompt, np.array([told]), ((3, 6),))
+    mixed, alone = measure(model, windows, [*wrong, right], seed=0), measure(model, windows, [right], seed=0)
+    assert (mixed.probes, mixed.answered) == (3, 1)
+    np.testing.assert_array_equal(mixed.profile.surfacelogic, alone.profile.surfacelogic)
+
+
+def test_progress_rises_to_the_whole(tiny: Tiny) -> None:
+    seen: list[tuple[int, int]] = []
+    measure(tiny(), *calibration(), seed=0, progress=lambda done, total: seen.append((done, total)))
+    assert len({total for _, total in seen}) == 1
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+    assert seen[-1][0] == seen[-1][1]
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping_after(calls: int) -> Callable[[int, int], None]:
+    left = calls
+
+    def progress(done: int, total: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise StopError
+
+    return progress
+
+
+@pytest.mark.parametrize("calls", [0, 4, 8, 14, 16, 20])
+def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int) -> None:
+    whole = measure(tiny(), *calibration(), seed=0)
+    with pytest.raises(StopError):
+        measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=stopping_after(calls))
+    starts: list[int] = []
+    resumed = measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done))
+    assert_same(resumed, whole)
+    # A first window is 3 layers forward and 3 back: from the seventh call on something is kept.
+    assert (starts[0] > 64) == (calls >= 6)
+
+
+def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> None:
+    whole = measure(tiny(), *calibration(), seed=0, store=tmp_path)
+    assert_same(measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=stopping_after(0)), whole)
+
+
+@pytest.mark.parametrize("calls", [None, 1, 4, 20])
+def test_model_is_left_as_it_was(tiny: Tiny, family: str, calls: int | None) -> None:
+    """After a whole profile, or one stopped in a forward pass, a backward pass or a probe."""
+    model = tiny(family)
+    model.set_attn_implementation("eager")
+    model.train()
+    model.model.layers[1].eval()
+    model.model.norm.weight.requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def visible() -> object:
+        return (
+            model.config._attn_implementation,
+            [(name, module.training) for name, module in model.named_modules()],
+            [(name, parameter.requires_grad, parameter.grad) for name, parameter in model.named_parameters()],
+            [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()],
+        )
+
+    before = visible()
+    if calls is None:
+        measure(model, *calibration(), seed=0)
+    else:
+        with pytest.raises(StopError):
+            measure(model, *calibration(), seed=0, progress=stopping_after(calls))
+    assert visible() == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    assert torch.is_grad_enabled()
+
+
+class LargestTensor(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            # Views of broadcast tensors count many elements and hold few.
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("family_", ["llama", "gemma3_text"])
+def test_memory_is_one_block_of_one_layers_attention(tiny: Tiny, family_: str) -> None:
+    model, length = tiny(family_), 1024
+    ids = np.random.default_rng(0).integers(3, 61, length)
+    with LargestTensor() as seen:
+        measure(model, [ids], [Question(ids[:-200], ids[-200:], ((4, 8),))], seed=0)
+    block = model.config.num_attention_heads * BLOCK * length
+    assert block // 4 < seen.elements <= 1.5 * block
+
+
+def test_too_little_text_is_refused(tiny: Tiny) -> None:
+    for windows in ([], [np.arange(9)]):
+        with pytest.raises(CalibrationError, match="needs at least 10"):
+            measure(tiny(), windows, [], seed=0)
+
+
+def test_numbers_that_are_not_finite_are_refused(tiny: Tiny) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match="not finite"):
+        measure(model, *calibration(), seed=0)
+
+
+def test_capped_attention_logits_are_refused(tiny: Tiny) -> None:
+    with pytest.raises(ModelError, match="attn_logit_softcapping"):
+        measure(tiny("gemma2"), *calibration(), seed=0)

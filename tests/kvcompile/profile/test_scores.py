@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kvcompile.profile.anatomy import forward
+from kvcompile.profile.scores import baklava, watching
+
+
+def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any], family: str) -> None:
+    model, ids = tiny(family), np.random.default_rng(0).integers(3, 61, 50)
+    with watching(model) as seen:
+        forward(model, ids)
+
+    model.set_attn_implementation("eager")
+    values: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        projection = getattr(attention, "v_proj", None) or attention.qkv_proj
+        projection.register_forward_hook(lambda _, args, out: values.append(out[0].detach()))
+        attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0].detach()))
+    # The residual stream after the attention block, from the layer's parts.
+    with torch.no_grad():
+        result = model(torch.as_tensor(ids)[None], output_hidden_states=True)
+    for index, layer in enumerate(model.model.layers):
+        head_dim = outputs[index].shape[-1] // 4
+        value = values[index][:, -2 * head_dim :].view(50, 2, head_dim).repeat_interleave(2, 1)
+        expected = F.cosine_similarity(value, outputs[index].view(50, 4, head_dim), dim=-1).mean(0)
+        np.testing.assert_allclose(seen.value[index], expected.numpy(), atol=1e-5)
+        with torch.no_grad():
+            before = result.hidden_states[index][0]
+            added = layer.self_attn.o_proj(outputs[index])
+            if family == "gemma3_text":
+                added = layer.post_attention_layernorm(added)
+        residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
+        np.testing.assert_allclose(seen.residual[index], residual, atol=1e-5)
+
+
+def test_baklava_is_head_times_layer() -> None:
+    value = np.array([[0.5, 0.7, 0.0, 1.0], [1.0, 1.0, -1.0, 0.0]])
+    expected = [[0.4 * 0.25, 0.5 * 0.25], [0.0, 1.5 * 0.5]]
+    np.testing.assert_allclose(baklava(value, np.array([0.75, 0.5]), 2), expected)
