@@ -62,11 +62,12 @@ def _probe(tokenizer: Any, family: Family, kind: str, length: int, seed: str) ->
     room = max(length - len(bos) - len(asked) - sum(map(len, needles)), len(needles) + 1)
     haystack = np.resize(Stream(tokenizer, family, seed).take(room), room)
     depths = sorted(rng.sample(range(1, room), len(needles)))
-    pieces, spans, position = [bos], [], len(bos)
+    pieces, spans = [bos], list[tuple[int, int]]()
+    shift = len(bos)
     for depth, hay, needle in zip(depths, np.split(haystack, depths), needles, strict=False):
         pieces += [hay, needle]
-        position = len(bos) + depth + sum(stop - start for start, stop in spans)
-        spans.append((position, position + len(needle)))
+        spans.append((shift + depth, shift + depth + len(needle)))
+        shift += len(needle)
     pieces += [haystack[depths[-1] :], asked]
     return Probe(kind, np.concatenate(pieces), answered, tuple(spans))
 

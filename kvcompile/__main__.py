@@ -1,0 +1,5 @@
+"""`python -m kvcompile`."""
+
+from kvcompile.cli import main
+
+main()
