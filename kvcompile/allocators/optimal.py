@@ -14,6 +14,13 @@ from kvcompile.allocators.curves import grid, loss_at
 from kvcompile.allocators.rows import floors, free_tokens, limits, rows
 from kvcompile.problem import Plan, Problem
 
+GAP = 3e-4
+"""Relative gap at which the integer search may stop."""
+NODES = 200
+"""Branch-and-bound nodes after which it stops anyway."""
+NEIGHBOURS = 2
+"""Vertices on either side of the LP's answer that the integer search covers."""
+
 
 @dataclass(frozen=True)
 class Optimal:
@@ -25,8 +32,6 @@ class Optimal:
     the bound, HiGHS the integer answer, and the tokens that are left go to where the curves fall fastest.
     """
 
-    seconds: float = 2.0
-    """Time limit of the integer solve; the LP's answer, rounded down, stands in beyond it."""
     policies: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __call__(self, problem: Problem) -> Plan:
@@ -34,7 +39,7 @@ class Optimal:
         heads = np.argwhere(np.broadcast_to(~problem.fixed[:, None], tokens.shape))
         hulls = [hull(problem, int(i), int(h)) for i, h in heads]
         total = free_tokens(problem)
-        bound, chosen, exact = solve(hulls, total, self.seconds)
+        bound, chosen, exact = solve(hulls, total)
         budget = np.array([points[c, 0] for points, c in zip(hulls, chosen, strict=True)], np.int64)
         solved = sum(points[c, 1] for points, c in zip(hulls, chosen, strict=True))
         budget = top_up(problem, heads, hulls, chosen, budget, total)
@@ -55,8 +60,10 @@ class Optimal:
 def hull(problem: Problem, layer: int, head: int) -> NDArray[np.float64]:
     """Vertices [n, 2] of the lower convex hull of a head's curve, as (tokens, loss): tokens rise, losses fall."""
     limit, floor = int(problem.limit[layer]), int(floors(problem)[layer, head])
-    tokens = np.unique(np.clip(np.rint(grid(problem)).astype(np.int64), floor, limit))
-    tokens = np.union1d(tokens, [floor, limit])
+    # Whole tokens on both sides of every measured point: between them the curve is straight, so that no budget lies
+    # below the hull and the bound holds for all.
+    around = np.concatenate([np.floor(grid(problem)), np.ceil(grid(problem)), [floor, limit]])
+    tokens = np.unique(np.clip(around, floor, limit).astype(np.int64))
     vertices: list[tuple[float, float]] = []
     for t, w in zip(tokens.tolist(), loss_at(problem, layer, head, tokens).tolist(), strict=True):
         if vertices and w >= vertices[-1][1]:
@@ -72,34 +79,55 @@ def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def solve(hulls: list[NDArray[np.float64]], total: int, seconds: float) -> tuple[float, NDArray[np.int64], bool]:
-    """The LP's bound on the summed loss, one choice a head within `total` tokens, and whether the choice is the integer
-    optimum (else the LP's answer rounded down)."""
-    sizes = [len(points) for points in hulls]
-    flat = np.concatenate(hulls)
-    owner = np.repeat(np.arange(len(hulls)), sizes)
-    one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(hulls), len(flat)))
-    scale = max(float(flat[:, 1].max()), 1e-30)  # losses span decades, and HiGHS works to absolute tolerances
-    cost, weight = flat[:, 1] / scale, flat[:, 0] / max(total, 1)
+def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[np.int64], bool]:
+    """The LP's bound on the summed loss, one choice a head within `total` tokens, and whether HiGHS proved the choice
+    optimal within `GAP` (else it is the LP's answer rounded down)."""
+    # HiGHS works to absolute tolerances and losses span decades, so one unit is a head's mean loss at equal budgets.
+    equal = total / len(hulls)
+    scale = max(float(np.mean([np.interp(equal, points[:, 0], points[:, 1]) for points in hulls])), 1e-30)
+    table = _Table(hulls, scale, total)
     relaxed = linprog(
-        cost, A_ub=csr_array(weight[None]), b_ub=[1.0], A_eq=one_each, b_eq=np.ones(len(hulls)), method="highs"
+        table.loss, A_ub=table.tokens, b_ub=[1.0], A_eq=table.one_each, b_eq=np.ones(len(hulls)), method="highs"
     )
+    bound = float(relaxed.fun) * scale
+    # The LP mixes two neighbouring vertices of at most one head; the smaller of them fits.
+    rounded = table.chosen(relaxed.x > 1e-9)
+
+    # The integer optimum lies close to the LP's, so a few vertices around it are enough to search (the core of Balas
+    # and Zemel, Operations Research 28, 1980); the bound covers them all.
+    first = np.maximum(rounded - NEIGHBOURS, 0)
+    core = [points[f : f + 2 * NEIGHBOURS + 2] for points, f in zip(hulls, first.tolist(), strict=True)]
+    table = _Table(core, scale, total)
+    # Limited in nodes and not in seconds: the same problem has to give the same plan on any machine.
     integer = milp(
-        cost,
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(csr_array(weight[None]), -np.inf, 1.0)],
-        integrality=np.ones(len(flat)),
+        table.loss,
+        constraints=[LinearConstraint(table.one_each, 1, 1), LinearConstraint(table.tokens, -np.inf, 1.0)],
+        integrality=np.ones(len(table.loss)),
         bounds=Bounds(0, 1),
-        options={"time_limit": seconds, "mip_rel_gap": 1e-5},
+        options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
-    starts = np.cumsum([0, *sizes[:-1]])
     if integer.x is not None:
-        x = integer.x
-        chosen = np.array([x[s : s + n].argmax() for s, n in zip(starts, sizes, strict=True)])
+        chosen = first + table.chosen(integer.x > 0.5)
         if sum(points[c, 0] for points, c in zip(hulls, chosen, strict=True)) <= total:
-            return float(relaxed.fun) * scale, chosen, integer.status == 0
-    # The LP mixes at most one head's two neighbouring vertices; its smaller one fits.
-    chosen = np.array([(relaxed.x[s : s + n] > 1e-9).argmax() for s, n in zip(starts, sizes, strict=True)])
-    return float(relaxed.fun) * scale, chosen, False
+            return bound, chosen, integer.status == 0
+    return bound, rounded, False
+
+
+class _Table:
+    """Every choice of every head as one column: scaled loss, share of the tokens, and which head it belongs to."""
+
+    def __init__(self, hulls: list[NDArray[np.float64]], scale: float, total: int) -> None:
+        self.sizes = [len(points) for points in hulls]
+        flat = np.concatenate(hulls)
+        owner = np.repeat(np.arange(len(hulls)), self.sizes)
+        self.loss = flat[:, 1] / scale
+        self.tokens = csr_array(flat[None, :, 0] / max(total, 1))
+        self.one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(hulls), len(flat)))
+
+    def chosen(self, taken: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """The first choice of each head that is taken."""
+        starts = np.cumsum([0, *self.sizes[:-1]])
+        return np.array([taken[s : s + n].argmax() for s, n in zip(starts, self.sizes, strict=True)])
 
 
 def top_up(

