@@ -35,8 +35,8 @@ PROFILE_TOKENS = 4096
 """Longest calibration window; a longer context is profiled at this length and its curves are stretched."""
 WINDOWS = 6
 PROBES = 8
-SEARCH_WINDOWS = 2
-"""Windows on which an allocator's parameter search measures perplexity."""
+SEARCH_TOKENS = 2048
+"""Longest window on which an allocator's parameter search measures perplexity; all of that length are used."""
 
 Report = Callable[[str, int, int], None]
 """Called with the stage's name, the work done and the work in all."""
@@ -200,9 +200,10 @@ def check_out(out: str | os.PathLike[str] | None) -> None:
 def _perplexity(
     model: Any, calibration: Calibration, problem: Problem, report: Report | None
 ) -> Callable[[np.ndarray], float]:
-    """Measures budgets at the problem's context on the longest calibration windows, scaled to their length."""
-    longest = max(len(window.ids) for window in calibration.windows)
-    windows = [window.ids for window in calibration.windows if len(window.ids) == longest][:SEARCH_WINDOWS]
+    """Measures budgets at the problem's context on shorter calibration windows, scaled to their length."""
+    lengths = [len(window.ids) for window in calibration.windows]
+    longest = max((n for n in lengths if n <= SEARCH_TOKENS), default=min(lengths))
+    windows = [window.ids for window in calibration.windows if len(window.ids) == longest]
     calls = 0
 
     def perplexity_of(capacity: np.ndarray) -> float:

@@ -14,7 +14,7 @@ from kvcompile.problem import Plan, Problem
 def grid(problem: Problem) -> NDArray[np.float64]:
     """The curves' token axis at the problem's context: budgets are taken to matter as shares of the context, so that a
     profile on shorter windows serves a longer context."""
-    return problem.profile.tokens * (problem.context / problem.profile.window)
+    return problem.profile.tokens.astype(np.float64) * (problem.context / problem.profile.window)
 
 
 def loss_at(problem: Problem, layer: int, head: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -28,8 +28,7 @@ def predicted_loss(problem: Problem, plan: Plan) -> float:
     known = [POLICIES.index("full"), POLICIES.index("recent")]
     if not np.isin(plan.policy, known).all():
         return math.nan
-    layers = np.flatnonzero(~problem.fixed)
-    heads = range(problem.num_kv_heads)
-    return float(
-        sum(loss_at(problem, i, h, plan.capacity[i, h : h + 1].astype(np.int64))[0] for i in layers for h in heads)
-    )
+    tokens = plan.capacity.astype(np.int64)
+    layers = np.flatnonzero(~problem.fixed).tolist()
+    heads = [(i, h) for i in layers for h in range(problem.num_kv_heads)]
+    return float(sum(loss_at(problem, i, h, tokens[i, h : h + 1])[0] for i, h in heads))

@@ -102,7 +102,7 @@ def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[
     integer = milp(
         table.loss,
         constraints=[LinearConstraint(table.one_each, 1, 1), LinearConstraint(table.tokens, -np.inf, 1.0)],
-        integrality=np.ones(len(table.loss)),
+        integrality=np.ones(len(table.loss), np.int64),
         bounds=Bounds(0, 1),
         options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
@@ -152,7 +152,8 @@ def top_up(
         if budget[n] != start:
             continue
         more = min(left, end - start)
-        now, then = loss_at(problem, *heads[n], np.array([start, start + more]))
+        layer, head = heads[n].tolist()
+        now, then = loss_at(problem, layer, head, np.array([start, start + more]))
         if then < now:
             budget[n] += more
             left -= more
