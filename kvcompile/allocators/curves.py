@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES
-from kvcompile.problem import Plan, Problem
+from kvcompile.problem import DEFAULT_SINK, Plan, Problem
 
 
 def grid(problem: Problem) -> NDArray[np.float64]:
-    """The curves' token axis at the problem's context: budgets are taken to matter as shares of the context, so that a
-    profile on shorter windows serves a longer context."""
-    return problem.profile.tokens.astype(np.float64) * (problem.context / problem.profile.window)
+    """The curves' token axis at the problem's context: beyond the sinks, budgets are taken to matter as shares of the
+    context, so that a profile on shorter windows serves a longer context."""
+    stretch = (problem.context - DEFAULT_SINK) / (problem.profile.window - DEFAULT_SINK)
+    return DEFAULT_SINK + (problem.profile.tokens.astype(np.float64) - DEFAULT_SINK) * stretch
 
 
 def loss_at(problem: Problem, layer: int, head: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.rows import floors, free_tokens, limits
+from kvcompile.allocators.rows import floors, free_tokens, limits, plan_bytes, rows
 from kvcompile.problem import Problem
 
 
@@ -39,7 +39,13 @@ def distribute(
 
 def share(problem: Problem, weights: NDArray[np.float64]) -> NDArray[np.int64]:
     """The problem's free tokens divided in proportion to `weights` [L, H]; sliding layers keep their window."""
-    active = ~problem.fixed
+    active, total = ~problem.fixed, free_tokens(problem)
+    floor, cap = floors(problem)[active], limits(problem)[active]
     tokens = limits(problem)
-    tokens[active] = distribute(weights[active], free_tokens(problem), floors(problem)[active], limits(problem)[active])
-    return tokens
+    while True:
+        tokens[active] = distribute(weights[active], total, floor, cap)
+        # A head at its limit is `full`, which can be cheaper than the policy's slots: what that saves is divided too.
+        left = (problem.target - plan_bytes(problem, rows(problem, tokens))) // problem.slot_bytes[problem.policy]
+        if left <= 0 or total >= cap.sum():
+            return tokens
+        total += left

@@ -97,7 +97,7 @@ def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[
     # and Zemel, Operations Research 28, 1980); the bound covers them all.
     first = np.maximum(rounded - NEIGHBOURS, 0)
     core = [points[f : f + 2 * NEIGHBOURS + 2] for points, f in zip(hulls, first.tolist(), strict=True)]
-    table = _Table(core, scale, total)
+    table = _Table(core, max(bound / len(hulls), 1e-30), total)
     # Limited in nodes and not in seconds: the same problem has to give the same plan on any machine.
     integer = milp(
         table.loss,

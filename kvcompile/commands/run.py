@@ -82,13 +82,13 @@ def answer(
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
     else:
         ids = tokenizer(text, return_tensors="pt").input_ids
+    cache = attach(model, plan).new_cache()
     if ids.shape[1] > plan.target.context:
-        display.stderr.print(
+        click.echo(
             f"note: the prompt has {ids.shape[1]} tokens and the artifact was built for {plan.target.context}; "
-            "what does not fit its budget is dropped"
+            "what does not fit its budget is dropped",
+            err=True,
         )
-    kv = attach(model, plan)
-    cache = kv.new_cache()
     streamer = TimedStreamer(tokenizer, silent)
     with torch.inference_mode():
         ids = ids.to(model.device)
@@ -112,11 +112,11 @@ def answer(
 
 
 def _print(result: dict[str, Any]) -> None:
-    err = display.stderr.print
-    err(
-        f"\n{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.1f} s, "
-        f"{result['new_tokens']} new ones at {result['tokens_per_second']:.1f} a second"
-    )
     share = result["cache_bytes"] / result["full_bytes"]
-    err(f"cache: {display.human(result['cache_bytes'])} in use, {share:.1%} of the full one")
-    err(f"target: {display.human(result['target_bytes'])}")
+    click.echo(
+        f"\n{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.1f} s, "
+        f"{result['new_tokens']} new ones at {result['tokens_per_second']:.1f} a second\n"
+        f"cache: {display.human(result['cache_bytes'])} in use, {share:.1%} of the full one\n"
+        f"target: {display.human(result['target_bytes'])}",
+        err=True,
+    )

@@ -1,0 +1,212 @@
+"""The commands, as a user calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcompile.artifacts import read
+
+
+@pytest.fixture(scope="module")
+def artifact(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from kvcompile.compiler import build
+    from kvcompile.models import load
+
+    loaded = load(str(model_folder))
+    out = tmp_path_factory.mktemp("artifacts") / "tiny.kvb"
+    build(loaded.model, loaded.tokenizer, mem="30%", context=192, out=out, name=loaded.name)
+    return out
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.txt"
+    path.write_text("All work and no play makes the cache a dull place. " * 3, encoding="utf-8")
+    return path
+
+
+def test_build_writes_a_valid_artifact_and_says_what_it_did(kvcompile, model_folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = kvcompile("build", "--model", model_folder, "--mem", "30%", "--context", 192)
+    assert (status, err) == (0, "")
+    path = tmp_path / f"{model_folder.name}.kvb"
+    plan = read(path)
+    assert str(plan.bytes.resident) in out
+    assert str(plan.target.bytes) in out
+    assert "gap" in out
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_build_json(kvcompile, model_folder, tmp_path) -> None:
+    path = tmp_path / "a.kvb"
+    command = ("build", "--model", model_folder, "--mem", "4kB", "--context", 192, "-o", path, "--json")
+    status, out, _ = kvcompile(*command, "--kv-dtype", "bf16", "--allocator", "uniform")
+    report = json.loads(out)
+    assert status == 0
+    assert report["target_bytes"] == 4000 >= report["resident_bytes"] == read(path).bytes.resident
+    assert (report["dtype"], report["solver"]["allocator"]) == ("bfloat16", "uniform")
+
+
+def test_build_from_an_artifact(kvcompile, artifact, tmp_path) -> None:
+    out = tmp_path / "b.kvb"
+    status, *_ = kvcompile("build", "--from", artifact, "--mem", "60%", "-o", out, "--allocator", "squeeze")
+    assert status == 0
+    assert read(out).target.bytes == read(artifact).bytes.full * 60 // 100
+
+
+def test_squeeze_with_a_plain_sliding_window(kvcompile, artifact, tmp_path) -> None:
+    out = tmp_path / "b.kvb"
+    command = ("build", "--from", artifact, "--mem", "30%", "-o", out, "--allocator", "squeeze", "--policy", "window")
+    assert kvcompile(*command)[0] == 0
+    budgets = read(out).budgets
+    assert not budgets.sink.any()
+    assert (budgets.recent == budgets.capacity).all()
+
+
+def test_run_streams_the_answer_and_reports_on_stderr(kvcompile, artifact, prompt) -> None:
+    status, out, err = kvcompile("run", artifact, "--prompt", prompt, "--max-new-tokens", 12)
+    assert status == 0
+    assert out.strip()
+    assert f"{read(artifact).bytes.resident} bytes" in err
+    assert "target" in err
+
+
+def test_run_json_and_sampling(kvcompile, artifact, prompt) -> None:
+    command = ("run", artifact, "--prompt", prompt, "--max-new-tokens", 9, "--json", "--temperature", 1)
+    results = [json.loads(kvcompile(*command, "--seed", seed)[1]) for seed in (1, 1, 2)]
+    assert results[0]["text"] == results[1]["text"] != results[2]["text"]
+    assert results[0]["new_tokens"] == 9
+    assert results[0]["cache_bytes"] == results[0]["artifact_bytes"] <= results[0]["target_bytes"]
+
+
+def test_run_equals_plain_generation_at_a_full_target(kvcompile, artifact, prompt, model_folder, tmp_path) -> None:
+    from kvcompile.models import load
+
+    out = tmp_path / "full.kvb"
+    kvcompile("build", "--from", artifact, "--mem", "100%", "-o", out)
+    text = json.loads(kvcompile("run", out, "--prompt", prompt, "--max-new-tokens", 30, "--json", "--raw")[1])["text"]
+    loaded = load(str(model_folder))
+    ids = loaded.tokenizer(prompt.read_text(), return_tensors="pt").input_ids
+    plain = loaded.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
+    assert text == loaded.tokenizer.decode(plain[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_inspect(kvcompile, artifact) -> None:
+    status, out, _ = kvcompile("inspect", artifact)
+    assert status == 0
+    plan = read(artifact)
+    assert "llama" in out
+    assert all(str(tokens) in out for tokens in plan.budgets.capacity.flat)
+    report = json.loads(kvcompile("inspect", artifact, "--json")[1])
+    assert report["heads"]["capacity"] == plan.budgets.capacity.tolist()
+    assert report["resident_bytes"] == plan.bytes.resident
+
+
+def test_verify(kvcompile, artifact, model_folder) -> None:
+    assert kvcompile("verify", artifact)[0] == 0
+    report = json.loads(kvcompile("verify", artifact, "--model", model_folder, "--json")[1])
+    assert report["measured_bytes"] == report["resident_bytes"]
+
+
+def test_verify_notices_another_model(kvcompile, artifact, model_folder, tmp_path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.2.mlp.down_proj.weight"] *= 1.001
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    for command in (("verify", artifact, "--model", other), ("run", artifact, "--prompt", __file__, "--model", other)):
+        refused(kvcompile(*command), "weights")
+
+
+def refused(result: tuple[int, str, str], *words: str) -> None:
+    status, out, err = result
+    assert status == 2
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err
+
+
+BUILD = ("build", "--context", "192", "-o", "{out}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((*BUILD, "--mem", "25%", "--model", "no-such-model"), "no-such-model"),
+        ((*BUILD, "--mem", "25%", "--model", "./nowhere.gguf"), "nowhere.gguf"),
+        ((*BUILD, "--mem", "8XB", "--model", "{model}"), "8XB"),
+        ((*BUILD, "--mem", "0", "--model", "{model}"), "more than zero"),
+        ((*BUILD, "--mem", "100", "--model", "{model}"), "sinks"),
+        ((*BUILD, "--mem", "1%", "--model", "{model}"), "sinks"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--calib", "/no/such/text"), "/no/such/text"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--allocator", "duo", "--policy", "h2o"), "duo"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--kv-dtype", "int3"), "int3"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--batch", "0"), "--batch"),
+        ((*BUILD, "--mem", "25%"), "--model"),
+        ((*BUILD, "--mem", "25%", "--from", "no.kvb"), "no.kvb"),
+        (("build", "--mem", "25%", "--model", "{model}", "-o", "/no/folder/a.kvb"), "/no/folder"),
+        (("run", "{artifact}", "--prompt", "{empty}"), "empty"),
+        (("run", "{artifact}", "--prompt", "no-prompt.txt"), "no-prompt.txt"),
+        (("run", "no.kvb", "--prompt", "{empty}"), "no.kvb"),
+        (("run", "{cut}", "--prompt", "{empty}"), "cut.kvb"),
+        (("inspect", "{cut}"), "cut.kvb"),
+        (("verify", "{flipped}"), "flipped.kvb"),
+        (("verify", "{model}"), "tiny-llama"),
+        (("frobnicate",), "frobnicate"),
+        (("inspect", "{artifact}", "--frobnicate"), "--frobnicate"),
+    ],
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, tuple) else None,
+)
+def test_mistakes_are_refused_in_one_sentence(kvcompile, artifact, model_folder, tmp_path, arguments, word) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    whole = artifact.read_bytes()
+    (tmp_path / "cut.kvb").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "flipped.kvb").write_bytes(whole[:99] + bytes([whole[99] ^ 4]) + whole[100:])
+    before = sorted(os.listdir(tmp_path))
+    places = {
+        "out": tmp_path / "out.kvb", "model": model_folder, "artifact": artifact, "empty": tmp_path / "empty.txt",
+        "cut": tmp_path / "cut.kvb", "flipped": tmp_path / "flipped.kvb",
+    }  # fmt: skip
+    refused(kvcompile(*(argument.format(**places) for argument in arguments)), word)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_killed_build_leaves_nothing(model_folder, tmp_path) -> None:
+    """SIGKILL in the middle of the profile."""
+    environment = {**os.environ, "KVCOMPILE_CACHE": str(tmp_path / "cache")}
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "kvcompile", "build", "--model", model_folder, "--mem", "30%", "-o", out / "a.kvb"]
+    process = subprocess.Popen(command, env=environment, cwd=out, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (started := list((tmp_path / "cache").glob("profiles/*/*"))) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert started
+    assert [path.name for path in out.iterdir() if path.name != "a.kvb"] == []
+    if (out / "a.kvb").exists():  # the machine was faster than the signal: then the file is whole
+        read(out / "a.kvb")
+
+
+def test_help_names_every_command(kvcompile) -> None:
+    status, out, _ = kvcompile("--help")
+    assert status == 0
+    assert all(name in out for name in ("build", "run", "inspect", "verify"))
+    assert "--allocator" in kvcompile("build", "--help")[1]
