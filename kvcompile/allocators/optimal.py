@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
-from kvcompile.allocators.curves import grid, loss_at
+from kvcompile.allocators.curves import grid, loss_at, predicted_loss
 from kvcompile.allocators.rows import floors, free_tokens, limits, rows
 from kvcompile.problem import Plan, Problem
 
@@ -29,7 +30,8 @@ class Optimal:
 
     Every head's choices are the vertices of the lower convex hull of its measured curve: dropping the others changes
     nothing for the LP, whose answer mixes at most one head, and all but nothing for the integer answer. The LP gives
-    the bound, HiGHS the integer answer, and the tokens that are left go to where the curves fall fastest.
+    the bound and HiGHS the integer answer; the tokens that either leaves go to where the curves fall fastest, and the
+    better of the two is the plan.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("recent",)
@@ -39,22 +41,24 @@ class Optimal:
         heads = np.argwhere(np.broadcast_to(~problem.fixed[:, None], tokens.shape))
         hulls = [hull(problem, int(i), int(h)) for i, h in heads]
         total = free_tokens(problem)
-        bound, chosen, exact = solve(hulls, total)
-        budget = np.array([points[c, 0] for points, c in zip(hulls, chosen, strict=True)], np.int64)
-        solved = sum(points[c, 1] for points, c in zip(hulls, chosen, strict=True))
-        budget = top_up(problem, heads, hulls, chosen, budget, total)
-        tokens[heads[:, 0], heads[:, 1]] = budget
-        loss = float(sum(loss_at(problem, i, h, budget[n : n + 1])[0] for n, (i, h) in enumerate(heads)))
+        bound, rounded, integer = solve(hulls, total)
+        answers = [rounded] if integer is None else [integer, rounded]
+        plans = []
+        for chosen in answers:
+            tokens[heads[:, 0], heads[:, 1]] = top_up(problem, heads, hulls, chosen, total)
+            plan = rows(problem, tokens)
+            plans.append(dataclasses.replace(plan, loss=predicted_loss(problem, plan)))
+        best = min(plans, key=lambda plan: plan.loss)
+        loss = best.loss
         report = {
             "objective": loss,
             "bound": bound,
             "gap": max(0.0, loss - bound) / max(loss, 1e-30),
-            "integer_objective": float(solved),
-            "integer_solved": exact,
+            "integer_solved": integer is not None,
             "heads": len(heads),
             "choices": sum(map(len, hulls)),
         }
-        return rows(problem, tokens, loss=loss, report=report)
+        return dataclasses.replace(best, report=report)
 
 
 def hull(problem: Problem, layer: int, head: int) -> NDArray[np.float64]:
@@ -79,9 +83,9 @@ def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
     return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
 
 
-def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[np.int64], bool]:
-    """The LP's bound on the summed loss, one choice a head within `total` tokens, and whether HiGHS proved the choice
-    optimal within `GAP` (else it is the LP's answer rounded down)."""
+def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[np.int64], NDArray[np.int64] | None]:
+    """The LP's bound on the summed loss within `total` tokens; its answer, one vertex a head, rounded down; and the
+    integer answer of HiGHS, or None where it found none."""
     # HiGHS works to absolute tolerances and losses span decades, so one unit is a head's mean loss at equal budgets.
     equal = total / len(hulls)
     scale = max(float(np.mean([np.interp(equal, points[:, 0], points[:, 1]) for points in hulls])), 1e-30)
@@ -97,7 +101,7 @@ def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[
     # and Zemel, Operations Research 28, 1980); the bound covers them all.
     first = np.maximum(rounded - NEIGHBOURS, 0)
     core = [points[f : f + 2 * NEIGHBOURS + 2] for points, f in zip(hulls, first.tolist(), strict=True)]
-    table = _Table(core, max(bound / len(hulls), 1e-30), total)
+    table = _Table(core, scale, total)
     # Limited in nodes and not in seconds: the same problem has to give the same plan on any machine.
     integer = milp(
         table.loss,
@@ -106,11 +110,11 @@ def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[
         bounds=Bounds(0, 1),
         options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
-    if integer.x is not None:
-        chosen = first + table.chosen(integer.x > 0.5)
-        if sum(points[c, 0] for points, c in zip(hulls, chosen, strict=True)) <= total:
-            return bound, chosen, integer.status == 0
-    return bound, rounded, False
+    if integer.x is None:
+        return bound, rounded, None
+    chosen = first + table.chosen(integer.x > 0.5)
+    fits = sum(points[c, 0] for points, c in zip(hulls, chosen, strict=True)) <= total
+    return bound, rounded, chosen if fits else None
 
 
 class _Table:
@@ -135,12 +139,12 @@ def top_up(
     heads: NDArray[np.int64],
     hulls: list[NDArray[np.float64]],
     chosen: NDArray[np.int64],
-    budget: NDArray[np.int64],
     total: int,
 ) -> NDArray[np.int64]:
-    """Give the tokens left of `total` to the heads whose hulls fall fastest beyond their choice, where the measured
-    curve falls too."""
-    budget, left = budget.copy(), total - int(budget.sum())
+    """Tokens of every head: its chosen vertex, and of what is left of `total`, more for the heads whose hulls fall
+    fastest beyond their choice, where the measured curve falls too."""
+    budget = np.array([points[c, 0] for points, c in zip(hulls, chosen, strict=True)], np.int64)
+    left = total - int(budget.sum())
     steps = []
     for n, (points, c) in enumerate(zip(hulls, chosen, strict=True)):
         for k in range(c, len(points) - 1):

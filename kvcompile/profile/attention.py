@@ -57,60 +57,41 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 
 
 def causal(call: Attention) -> Tensor:
-    """Plain causal attention, [Hq, n, D], differentiable; a sliding window is applied in blocks of queries."""
-    if call.window is None:
-        return _sdpa(call.query, call.key, call.value, call.scaling, is_causal=True)
-    outputs = []
-    for first in range(0, call.query.shape[1], BLOCK):
-        rows = torch.arange(first, min(first + BLOCK, call.query.shape[1]), device=call.query.device)
-        start = max(0, first - call.window + 1)
-        stop = first + len(rows)
-        mask = visible(rows, torch.arange(start, stop, device=rows.device), call.window)
-        outputs.append(
-            _sdpa(call.query[:, rows], call.key[:, start:stop], call.value[:, start:stop], call.scaling, mask=mask)
-        )
-    return torch.cat(outputs, dim=1)
+    """Plain causal attention inside the layer's window, [Hq, n, D], differentiable."""
+    if call.window is not None:
+        return streaming(call, sink=0, recent=call.window)
+    return F.scaled_dot_product_attention(
+        call.query[None], call.key[None], call.value[None], is_causal=True, scale=call.scaling, enable_gqa=True
+    )[0]
 
 
-def masked(call: Attention, keep: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Attention of every KV head over its own choice of tokens, in blocks of queries; [Hq, n, D].
+def streaming(call: Attention, sink: int, recent: int) -> Tensor:
+    """Causal attention over the first `sink` tokens and the last `recent`, itself included; [Hq, n, D].
 
-    `keep(rows, keys)` gives bool [H, len(rows), len(keys)] for positions `rows` and `keys`, causality included.
+    In blocks of queries, each with no more keys than it sees.
     """
-    num_heads, length, head_dim = call.query.shape
-    num_kv_heads = call.key.shape[0]
-    # KV heads take the place of the batch, so that the query heads of a group share one mask.
-    grouped = call.query.view(num_kv_heads, num_heads // num_kv_heads, length, head_dim)
-    key, value = call.key[:, None], call.value[:, None]
     outputs = []
-    for rows in torch.split(torch.arange(length, device=call.query.device), BLOCK):
-        stop = int(rows[-1]) + 1
-        mask = keep(rows, torch.arange(stop, device=rows.device))[:, None]
-        outputs.append(
-            F.scaled_dot_product_attention(
-                grouped[:, :, rows],
-                key[:, :, :stop],
-                value[:, :, :stop],
-                attn_mask=mask,
-                scale=call.scaling,
-                enable_gqa=True,
-            )
+    for rows in torch.split(torch.arange(call.query.shape[1], device=call.query.device), BLOCK):
+        start, stop = max(0, int(rows[0]) - recent + 1), int(rows[-1]) + 1
+        keys = torch.arange(min(sink, start) + stop - start, device=rows.device)
+        keys[sink:] += max(0, start - sink)
+        mask = visible(rows, keys, recent) | (keys < sink) & visible(rows, keys, None)
+        output = F.scaled_dot_product_attention(
+            call.query[None, :, rows],
+            call.key[None, :, keys],
+            call.value[None, :, keys],
+            attn_mask=mask,
+            scale=call.scaling,
+            enable_gqa=True,
         )
-    return torch.cat(outputs, dim=2).view(num_heads, length, head_dim)
+        outputs.append(output[0])
+    return torch.cat(outputs, dim=1)
 
 
 def visible(rows: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """bool [len(rows), len(keys)]: which key positions a query position sees through causality and a sliding window."""
-    distance = rows[:, None] - keys[None, :]
-    seen = distance >= 0
-    return seen if window is None else seen & (distance < window)
-
-
-def _sdpa(query: Tensor, key: Tensor, value: Tensor, scaling: float, **masking: Any) -> Tensor:
-    mask = masking.pop("mask", None)
-    return F.scaled_dot_product_attention(
-        query[None], key[None], value[None], attn_mask=mask, scale=scaling, enable_gqa=True, **masking
-    )[0]
+    distance = rows[:, None] - keys
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def _forward(

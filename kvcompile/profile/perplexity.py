@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.profile.anatomy import forward, frozen, head_blocks, logits
-from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
+from kvcompile.profile.attention import Attention, Handler, attending, causal, streaming
 
 
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
@@ -22,16 +23,17 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
     """
 
     def attend(call: Attention) -> Tensor:
-        budget = torch.as_tensor(budgets[call.layer], device=call.query.device)
-        if call.window is not None or bool((budget >= call.query.shape[1]).all()):
+        num_kv_heads, length, _ = call.key.shape
+        if call.window is not None:
             return causal(call)
-        recent = (budget - sink)[:, None, None]
-
-        def keep(rows: Tensor, keys: Tensor) -> Tensor:
-            distance = rows[:, None] - keys[None, :]
-            return visible(rows, keys, None) & ((keys < sink) | (distance < recent))
-
-        return masked(call, keep)
+        group = len(call.query) // num_kv_heads
+        output = torch.empty_like(call.query)
+        for budget in np.unique(budgets[call.layer]):
+            heads = np.flatnonzero(budgets[call.layer] == budget)
+            queries = (heads[:, None] * group + np.arange(group)).ravel()
+            part = replace(call, query=call.query[queries], key=call.key[heads], value=call.value[heads])
+            output[queries] = causal(part) if budget >= length else streaming(part, sink, int(budget) - sink)
+        return output
 
     return attend
 

@@ -37,7 +37,7 @@ def test_no_combination_of_measured_points_is_better(make_problem, share: float,
     assert plan.loss <= best + (plan.report["objective"] - plan.report["bound"]) + 1e-9
 
 
-@pytest.mark.parametrize("share", [0.05, 0.25, 0.5])
+@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.9, 0.99])
 @pytest.mark.parametrize(("layers", "heads", "seconds"), [(28, 4, 1.0), (80, 8, 5.0)])
 def test_large_models_solve_quickly_with_a_small_gap(make_problem, layers, heads, seconds, share) -> None:
     problem = make_problem(layers, heads, 40, share=share, context=4096, window=4096)
