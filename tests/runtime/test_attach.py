@@ -124,10 +124,10 @@ def test_head_order_matters_only_to_the_store(llama, make_artifact) -> None:
 def test_the_runtime_loads_neither_scipy_nor_click() -> None:
     """In a fresh process; what `import transformers` loads by itself (click, with huggingface_hub 1) is not ours."""
     heavy = "{'scipy', 'click', 'matplotlib', 'rich', 'kvcompile.compiler'} & sys.modules.keys()"
-    code = f"import sys, {{}}; print(sorted({heavy}))"
+    code = f"import sys, MODULE; print(sorted({heavy}))"
     loaded = [
         subprocess.run(
-            [sys.executable, "-c", code.format(module)], capture_output=True, text=True, check=True, cwd="/"
+            [sys.executable, "-c", code.replace("MODULE", module)], capture_output=True, text=True, check=True, cwd="/"
         ).stdout
         for module in ("transformers", "kvcompile.runtime")
     ]
