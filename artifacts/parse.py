@@ -16,11 +16,22 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
 from kvcompile.artifacts.errors import ArtifactError
-from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, Budgets, ByteAccount, ModelIdentity, Target
+from kvcompile.artifacts.schema import (
+    FORMAT_VERSION,
+    Artifact,
+    Budgets,
+    ByteAccount,
+    ModelIdentity,
+    Quantiser,
+    Scorer,
+    Target,
+)
 from kvcompile.artifacts.serialize import NO_CHECKSUM, SECTIONS
 from kvcompile.artifacts.validate import (
     BUDGET_TENSORS,
     DTYPES,
+    QUANTISER_TENSORS,
+    SCORER_TENSORS,
     printable,
     refuse,
     require_integer,
@@ -70,6 +81,8 @@ def from_bytes(data: bytes, name: str) -> Artifact:
         for key in sorted(tensors)
         if key.startswith("profile.")
     }
+    scorer = _part(tensors, "scorer", SCORER_TENSORS, source)
+    quantiser = _part(tensors, "quantiser", QUANTISER_TENSORS, source)
     samples = arrays.pop("fingerprint.samples")
     # The values' types are `validate`'s business: until then they are whatever the file says.
     windows = model.pop("windows")
@@ -81,6 +94,9 @@ def from_bytes(data: bytes, name: str) -> Artifact:
         predicted_loss=loss,
         **reports,
         profile=profile,
+        scorer=None if scorer is None else Scorer(**scorer),
+        quantiser=None if quantiser is None else Quantiser(**quantiser),
+        rank=_array(tensors, "rank", "I32", source) if "rank" in tensors else None,
     )
     validate(artifact, name)
     # Last, so that a wrong field is reported by its own name.
@@ -171,6 +187,15 @@ def _array(tensors: dict[str, dict[str, Any]], name: str, dtype: str | None, sou
     except (ValueError, OverflowError) as error:
         problem = f"has the shape {show(found['shape'])}, expected at most 64 dimensions of sizes that numpy can hold"
         raise ArtifactError(f"{source}: tensor {printable(name)} {problem}") from error
+
+
+def _part(
+    tensors: dict[str, dict[str, Any]], part: str, dtypes: dict[str, str], source: str
+) -> dict[str, NDArray[Any]] | None:
+    """The tensors `part.NAME`, all of them or, where the file has none, None."""
+    if not any(f"{part}.{name}" in tensors for name in dtypes):
+        return None
+    return {name: _array(tensors, f"{part}.{name}", dtype, source) for name, dtype in dtypes.items()}
 
 
 def _check_checksum(data: bytes, header_bytes: int, checksum: object, source: str) -> None:

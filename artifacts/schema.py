@@ -9,16 +9,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest version known. A file without anything new in version 2 is written as version 1."""
 
-POLICIES = ("full", "recent", "h2o", "snapkv")
+POLICIES = ("full", "recent", "h2o", "snapkv", "scored")
 """Token policies; a policy's code in the file is its place here, so names are only ever appended."""
 
 DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 """Cache element types by torch's name, and their bits."""
 
-STATE_BYTES = {"full": 0, "recent": 0, "h2o": 8, "snapkv": 0}
-"""Bytes that a policy keeps beside K and V for each slot: h2o, one f32 score and one i32 position."""
+QUANTISED_BITS = (4, 8)
+"""Bits of quantised elements; every other element is of the target's dtype."""
+
+GROUP = 64
+"""Most elements of a quantised key or value that share one f16 scale."""
+
+STATE_BYTES = {"full": 0, "recent": 0, "h2o": 8, "snapkv": 0, "scored": 2}
+"""Bytes that a policy keeps beside K and V for each slot: h2o, one f32 score and one i32 position; scored, one f16
+score."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Target:
 
 @dataclass(frozen=True)
 class ByteAccount:
-    """Bytes for the whole batch: `resident` is what a cache holds, `scorer` the scorer's weights (loaded once),
+    """Bytes for the whole batch: `resident` is what a cache holds, `scorer` the scorer and the quantiser (loaded once,
+    whatever the batch),
     `transient` one layer's K and V during prefill, `full` the resident bytes of the full cache."""
 
     resident: int
@@ -83,8 +92,38 @@ class Budgets:
 
 
 @dataclass(frozen=True)
+class Scorer:
+    """The compiled scorer of the policy `scored`: the log utility of a token for KV head h of layer l is
+    `weight[l, h] @ x + bias[l, h]`, where x is the input of the layer's attention block (after its norm).
+
+    `weight` f16 [L, H, hidden_size], `bias` f32 [L, H].
+    """
+
+    weight: NDArray[np.float16]
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Quantiser:
+    """How keys (RoPE applied) and values are turned before they are rounded: y = transform @ (x - mean), and back
+    x = inverse(transform) @ y + mean. The runtime applies the inverse to queries and attention outputs instead of to
+    stored tokens. Keys or values of a head that are not quantised are stored as they are.
+
+    `key_transform`, `value_transform` f16 [L, H, head_dim, head_dim], invertible; `key_mean`, `value_mean` f16
+    [L, H, head_dim].
+    """
+
+    key_transform: NDArray[np.float16]
+    key_mean: NDArray[np.float16]
+    value_transform: NDArray[np.float16]
+    value_mean: NDArray[np.float16]
+
+
+@dataclass(frozen=True)
 class Artifact:
-    """A whole `.kvb` file. `profile` maps a name without its `profile.` prefix to an array; `solver`, `calibration`
+    """A whole `.kvb` file. `scorer` is there where a head has the policy `scored`, `quantiser` where one has quantised
+    keys or values; both may be there without. `rank` i32 [L, H] is the tensor-parallel rank of every head where the
+    plan was placed on several, else None. `profile` maps a name without its `profile.` prefix to an array; `solver`, `calibration`
     and `versions` are JSON objects that the runtime does not read."""
 
     model: ModelIdentity
@@ -96,17 +135,41 @@ class Artifact:
     calibration: Mapping[str, Any]
     versions: Mapping[str, str]
     profile: Mapping[str, NDArray[Any]]
+    scorer: Scorer | None = None
+    quantiser: Quantiser | None = None
+    rank: NDArray[np.int32] | None = None
+
+
+def groups(head_dim: int) -> int:
+    """Parts of equal size, of at most 64 elements, that a quantised key or value is cut into; each has its own scale."""
+    return -(-head_dim // GROUP)
+
+
+def vector_bytes(head_dim: int, bits: int) -> int:
+    """Bytes of one stored key or value: its elements, and where they are quantised the f16 scale of every group."""
+    return head_dim * bits // 8 + (2 * groups(head_dim) if bits in QUANTISED_BITS else 0)
 
 
 def slot_bytes(policy: str, head_dim: int, k_bits: int, v_bits: int) -> int:
     """Bytes that one token of one KV head takes in the store, exactly as the runtime allocates them."""
-    return head_dim * (k_bits + v_bits) // 8 + STATE_BYTES[policy]
+    return vector_bytes(head_dim, k_bits) + vector_bytes(head_dim, v_bits) + STATE_BYTES[policy]
 
 
-def resident_bytes(budgets: Budgets, head_dim: int) -> int:
-    """Bytes of one sequence's cache under these budgets."""
-    per_head = zip(budgets.policy.flat, budgets.capacity.flat, budgets.k_bits.flat, budgets.v_bits.flat, strict=True)
-    return sum(int(c) * slot_bytes(POLICIES[p], head_dim, int(k), int(v)) for p, c, k, v in per_head)
+def anchor_bytes(sink: int, head_dim: int, k_bits: int, v_bits: int, dtype_bits: int) -> int:
+    """Bytes that a head takes beside its slots: token 0, which draws much attention from everywhere, is kept in the
+    cache's own element type too where keys or values are quantised and the head has a sink."""
+    quantised = (k_bits in QUANTISED_BITS) + (v_bits in QUANTISED_BITS)
+    return min(sink, 1) * quantised * head_dim * dtype_bits // 8
+
+
+def resident_bytes(budgets: Budgets, head_dim: int, dtype_bits: int) -> int:
+    """Bytes of one sequence's cache under these budgets; `dtype_bits` are those of the cache's own element type."""
+    tables = (budgets.policy, budgets.capacity, budgets.sink, budgets.k_bits, budgets.v_bits)
+    rows = zip(*(table.ravel().tolist() for table in tables), strict=True)
+    return sum(
+        capacity * slot_bytes(POLICIES[policy], head_dim, k, v) + anchor_bytes(sink, head_dim, k, v, dtype_bits)
+        for policy, capacity, sink, k, v in rows
+    )
 
 
 def token_limits(windows: tuple[int, ...], context: int) -> tuple[int, ...]:
@@ -119,3 +182,9 @@ def full_bytes(model: ModelIdentity, context: int, dtype: str) -> int:
     bits = DTYPE_BITS[dtype]
     slots = sum(token_limits(model.windows, context)) * model.num_kv_heads
     return slots * slot_bytes("full", model.head_dim, bits, bits)
+
+
+def loaded_bytes(scorer: Scorer | None, quantiser: Quantiser | None) -> int:
+    """Bytes of the scorer's and the quantiser's tensors."""
+    tensors = [value for part in (scorer, quantiser) if part is not None for value in vars(part).values()]
+    return sum(int(tensor.nbytes) for tensor in tensors)

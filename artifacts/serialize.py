@@ -17,7 +17,13 @@ from safetensors.numpy import save
 
 from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, ByteAccount, ModelIdentity, Target
-from kvcompile.artifacts.validate import BUDGET_TENSORS, printable, validate
+from kvcompile.artifacts.validate import (
+    BUDGET_TENSORS,
+    QUANTISER_TENSORS,
+    SCORER_TENSORS,
+    printable,
+    validate,
+)
 
 NO_CHECKSUM = "0" * 64
 """What stands in the checksum's place while it is computed."""
@@ -53,9 +59,15 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 def _encode(artifact: Artifact, checksum: str) -> bytes:
     sections = {name: {key: getattr(getattr(artifact, name), key) for key in keys} for name, keys in SECTIONS.items()}
+    extra: dict[str, Any] = {}
+    for part, names in (("scorer", SCORER_TENSORS), ("quantiser", QUANTISER_TENSORS)):
+        if (values := getattr(artifact, part)) is not None:
+            extra |= {f"{part}.{name}": getattr(values, name) for name in names}
+    if artifact.rank is not None:
+        extra["rank"] = artifact.rank
     metadata: dict[str, Any] = {
         **sections,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if extra else 1,
         "checksum": checksum,
         "predicted_loss": None if math.isnan(artifact.predicted_loss) else artifact.predicted_loss,
         "solver": dict(artifact.solver),
@@ -65,6 +77,7 @@ def _encode(artifact: Artifact, checksum: str) -> bytes:
     tensors = {
         **{name: getattr(artifact.budgets, name) for name in BUDGET_TENSORS},
         "fingerprint.samples": artifact.model.samples,
+        **extra,
         **{f"profile.{name}": values for name, values in artifact.profile.items()},
     }
     text = json.dumps(metadata, sort_keys=True, separators=(",", ":"), allow_nan=False)

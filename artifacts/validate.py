@@ -15,12 +15,17 @@ from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.schema import (
     DTYPE_BITS,
     POLICIES,
+    QUANTISED_BITS,
     Artifact,
     Budgets,
     ByteAccount,
     ModelIdentity,
+    Quantiser,
+    Scorer,
     Target,
     full_bytes,
+    groups,
+    loaded_bytes,
     resident_bytes,
     token_limits,
 )
@@ -31,7 +36,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
 }
-"""Element types that a version 1 file may hold, by safetensors' name."""
+"""Element types that a file may hold, by safetensors' name."""
 
 BUDGET_TENSORS = {
     "policy": "U8",
@@ -44,9 +49,18 @@ BUDGET_TENSORS = {
 }
 """The fields of `Budgets`, all [num_layers, num_kv_heads]."""
 
+SCORER_TENSORS = {"weight": "F16", "bias": "F32"}
+"""The fields of `Scorer`, in the file after `scorer.`."""
+
+QUANTISER_TENSORS = {"key_transform": "F16", "key_mean": "F16", "value_transform": "F16", "value_mean": "F16"}
+"""The fields of `Quantiser`, in the file after `quantiser.`."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
+
+MAX_CONDITION = 1e4
+"""Largest ratio of a transform's singular values: beyond it half precision does not hold its inverse."""
 
 MAX_TOKENS = 2**31 - 1
 MAX_BYTES = 2**63 - 1
@@ -75,6 +89,9 @@ def validate(artifact: Artifact, source: str) -> None:
         _check_profile(name, values, source)
     _check_shapes(artifact.budgets, artifact.model, source)
     _check_budgets(artifact, source)
+    _check_scorer(artifact, source)
+    _check_quantiser(artifact, source)
+    _check_rank(artifact, source)
     _check_bytes(artifact.bytes, artifact, source)
 
 
@@ -208,9 +225,11 @@ def _check_head(row: dict[str, int], at: str, limit: int, sliding: bool, dtype: 
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(POLICIES))
         refuse(source, f"policy{at}", f"is {row['policy']}, expected one of {known}")
     policy, capacity, sink, recent = POLICIES[row["policy"]], row["capacity"], row["sink"], row["recent"]
+    known_bits = (*QUANTISED_BITS, DTYPE_BITS[dtype])
     for name in ("k_bits", "v_bits"):
-        if row[name] != DTYPE_BITS[dtype]:
-            refuse(source, f"{name}{at}", f"is {row[name]}, expected {DTYPE_BITS[dtype]} for a {dtype} cache")
+        if row[name] not in known_bits:
+            expected = ", ".join(map(str, known_bits))
+            refuse(source, f"{name}{at}", f"is {row[name]}, expected one of {expected} for a {dtype} cache")
     if not 1 <= capacity <= limit:
         refuse(source, f"capacity{at}", f"is {capacity}, expected 1 to {limit} tokens")
     if sink < 0:
@@ -229,12 +248,64 @@ def _check_head(row: dict[str, int], at: str, limit: int, sliding: bool, dtype: 
         refuse(source, f"recent{at}", f"is {recent}, expected capacity - sink = {capacity - sink} with policy {policy}")
 
 
+def _check_scorer(artifact: Artifact, source: str) -> None:
+    model, scorer = artifact.model, artifact.scorer
+    if scorer is None:
+        if (artifact.budgets.policy == POLICIES.index("scored")).any():
+            refuse(source, "tensor scorer.weight", "is missing, expected it beside heads of policy scored")
+        return
+    shapes = {"weight": (model.num_layers, model.num_kv_heads, model.hidden_size)}
+    shapes["bias"] = shapes["weight"][:2]
+    _check_part(source, "scorer", scorer, SCORER_TENSORS, shapes)
+
+
+def _check_quantiser(artifact: Artifact, source: str) -> None:
+    model, quantiser, budgets = artifact.model, artifact.quantiser, artifact.budgets
+    if quantiser is None:
+        if np.isin([budgets.k_bits, budgets.v_bits], QUANTISED_BITS).any():
+            refuse(source, "tensor quantiser.key_transform", "is missing, expected it beside heads of 4 or 8 bits")
+        return
+    if model.head_dim % (2 * groups(model.head_dim)):
+        refuse(source, "model.head_dim", f"is {model.head_dim}, expected a size that splits into groups of pairs")
+    mean = (model.num_layers, model.num_kv_heads, model.head_dim)
+    square = (*mean, model.head_dim)
+    shapes = {"key_transform": square, "key_mean": mean, "value_transform": square, "value_mean": mean}
+    _check_part(source, "quantiser", quantiser, QUANTISER_TENSORS, shapes)
+    for name in ("key_transform", "value_transform"):
+        values = np.linalg.svd(getattr(quantiser, name).astype(np.float64), compute_uv=False)
+        if (values[..., -1] * MAX_CONDITION < values[..., 0]).any() or not values[..., 0].all():
+            refuse(source, f"tensor quantiser.{name}", f"is no well-conditioned matrix (beyond {MAX_CONDITION:.0e})")
+
+
+def _check_part(
+    source: str, part: str, values: Scorer | Quantiser, dtypes: dict[str, str], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    for name, dtype in dtypes.items():
+        array, field = getattr(values, name), f"{part}.{name}"
+        _check_array(source, field, array, (dtype,))
+        if array.shape != shapes[name]:
+            refuse(source, f"tensor {field}", f"has the shape {list(array.shape)}, expected {list(shapes[name])}")
+        _check_finite(source, field, array)
+
+
+def _check_rank(artifact: Artifact, source: str) -> None:
+    rank, model = artifact.rank, artifact.model
+    if rank is None:
+        return
+    _check_array(source, "rank", rank, ("I32",))
+    if rank.shape != (model.num_layers, model.num_kv_heads):
+        expected = [model.num_layers, model.num_kv_heads]
+        refuse(source, "tensor rank", f"has the shape {list(rank.shape)}, expected {expected}")
+    if rank.min() < 0 or rank.max() >= model.num_kv_heads:
+        refuse(source, "tensor rank", f"goes from {rank.min()} to {rank.max()}, expected ranks of one head or more")
+
+
 def _check_bytes(account: ByteAccount, artifact: Artifact, source: str) -> None:
     model, target = artifact.model, artifact.target
     token = 2 * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
     expected = {
-        "resident": resident_bytes(artifact.budgets, model.head_dim) * target.batch,
-        "scorer": 0,
+        "resident": resident_bytes(artifact.budgets, model.head_dim, DTYPE_BITS[target.dtype]) * target.batch,
+        "scorer": loaded_bytes(artifact.scorer, artifact.quantiser),
         "transient": token * target.context * target.batch,
         "full": full_bytes(model, target.context, target.dtype) * target.batch,
     }

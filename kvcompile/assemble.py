@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,20 +19,33 @@ from kvcompile.artifacts import (
     Budgets,
     ByteAccount,
     ModelIdentity,
+    Quantiser,
+    Scorer,
     Target,
+    anchor_bytes,
     full_bytes,
+    loaded_bytes,
     resident_bytes,
     slot_bytes,
     token_limits,
 )
+from kvcompile.placement import place
 from kvcompile.problem import Plan, Problem, Profile
 
 RECORDED = ("kvcompile", "numpy", "scipy", "torch", "transformers")
 """Packages whose versions the artifact names."""
 
 
-def pose(model: ModelIdentity, profile: Profile, target: Target, policy: str, sink: int) -> Problem:
-    """One sequence's share of a target, as a problem for an allocator."""
+def pose(
+    model: ModelIdentity,
+    profile: Profile,
+    target: Target,
+    policy: str,
+    sink: int,
+    widths: tuple[int, ...] | None = None,
+    classes: int | None = None,
+) -> Problem:
+    """One sequence's share of a target, as a problem for an allocator; `widths` default to the target's own alone."""
     limit = np.array(token_limits(model.windows, target.context), np.int32)
     bits = DTYPE_BITS[target.dtype]
     return Problem(
@@ -38,79 +53,148 @@ def pose(model: ModelIdentity, profile: Profile, target: Target, policy: str, si
         limit=limit,
         fixed=limit < target.context,
         num_kv_heads=model.num_kv_heads,
-        slot_bytes={name: slot_bytes(name, model.head_dim, bits, bits) for name in POLICIES},
+        head_dim=model.head_dim,
+        dtype_bits=bits,
+        widths=widths or (bits,),
         target=target.bytes // target.batch,
         context=target.context,
         policy=policy,
         sink=sink,
+        classes=classes,
     )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What goes into an artifact beside the plan: the profile, and the scorer and quantiser that it is for."""
+
+    profile: Profile
+    scorer: Scorer | None
+    quantiser: Quantiser | None
 
 
 def assemble(
     model: ModelIdentity,
-    profile: Profile,
+    parts: Parts,
     target: Target,
     plan: Plan,
     *,
     solver: Mapping[str, Any],
     calibration: Mapping[str, Any],
+    ranks: int | None = None,
 ) -> Artifact:
-    """The artifact for a plan; the same arguments give the same artifact, so no times are in it."""
-    bits = np.full(plan.capacity.shape, DTYPE_BITS[target.dtype], np.uint8)
+    """The artifact for a plan, placed on `ranks` tensor-parallel ranks where that is given; the same arguments give the
+    same artifact, so no times are in it.
+
+    Raises:
+        TargetError: heads that do not divide among the ranks.
+    """
+    placement = None if ranks is None else place(head_bytes(plan, model.head_dim, DTYPE_BITS[target.dtype]), ranks)
     budgets = Budgets(
-        plan.policy, plan.capacity, plan.sink, plan.recent, k_bits=bits, v_bits=bits, head_order=storage_order(plan)
-    )
+        plan.policy, plan.capacity, plan.sink, plan.recent, plan.k_bits, plan.v_bits,
+        head_order=storage_order(plan, placement and placement.rank),
+    )  # fmt: skip
     transient = 2 * target.context * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
+    report = {**solver, **plan.report, **({"placement": placement.report()} if placement else {})}
     return Artifact(
         model=model,
         target=target,
         bytes=ByteAccount(
-            resident=target.batch * resident_bytes(budgets, model.head_dim),
-            scorer=0,
+            resident=target.batch * resident_bytes(budgets, model.head_dim, DTYPE_BITS[target.dtype]),
+            scorer=loaded_bytes(parts.scorer, parts.quantiser),
             transient=target.batch * transient,
             full=target.batch * full_bytes(model, target.context, target.dtype),
         ),
         budgets=budgets,
         predicted_loss=plan.loss,
-        solver={**solver, **plan.report},
+        solver=report,
         calibration=calibration,
         versions={name: importlib.metadata.version(name) for name in RECORDED},
-        profile=profile_arrays(profile),
+        profile=profile_arrays(parts.profile),
+        scorer=parts.scorer,
+        quantiser=parts.quantiser,
+        rank=placement and placement.rank,
     )
 
 
-def storage_order(plan: Plan) -> NDArray[np.int32]:
-    """Heads of a layer by policy, then the largest first: equal heads are neighbours and form one dense batch."""
-    keys = (plan.recent, plan.sink, -plan.capacity, plan.policy)  # np.lexsort: the last key sorts first
+def head_bytes(plan: Plan, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
+    """Bytes of every head's cache, [L, H], for one sequence."""
+    size = np.zeros(plan.capacity.shape, np.int64)
+    for at in np.ndindex(size.shape):
+        k, v = int(plan.k_bits[at]), int(plan.v_bits[at])
+        slots = int(plan.capacity[at]) * slot_bytes(POLICIES[plan.policy[at]], head_dim, k, v)
+        size[at] = slots + anchor_bytes(int(plan.sink[at]), head_dim, k, v, dtype_bits)
+    return size
+
+
+def storage_order(plan: Plan, rank: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
+    """Heads of a layer by rank, then policy and bits, then the largest first: equal heads are neighbours and form one
+    dense batch."""
+    keys = [plan.recent, plan.sink, -plan.capacity, plan.v_bits, plan.k_bits, plan.policy]
+    if rank is not None:
+        keys.append(rank)  # np.lexsort: the last key sorts first
     return np.stack([np.lexsort([key[i] for key in keys]) for i in range(len(plan.policy))]).astype(np.int32)
 
 
 def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
     """The profile as the artifact stores it."""
-    return {
+    names = "\n".join(profile.families).encode()
+    arrays = {
+        "families": np.frombuffer(names, np.uint8),
         "window": np.array([profile.window], np.int32),
-        "tokens": profile.tokens,
-        "recent_loss": profile.recent_loss,
-        "baklava": profile.baklava,
-        "squeeze": profile.squeeze,
-        "surfacelogic": profile.surfacelogic,
+        **{name: getattr(profile, name) for name in TABLES},
+        "factor": np.array([profile.factor], np.float32),
     }
+    if np.isfinite(profile.correlation):
+        arrays["correlation"] = np.array([profile.correlation], np.float32)
+    return arrays
+
+
+TABLES = ("tokens", "shares", "loss", "bits", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
+"""Fields of a profile that are stored as they are."""
 
 
 def stored_profile(artifact: Artifact) -> Profile:
-    """The profile inside an artifact, from which another target can be solved.
+    """The profile inside an artifact, from which another target can be solved. A version 1 file has one family, whose
+    curves are of the policy `recent` alone.
 
     Raises:
         ArtifactError: an artifact that was written without one, or whose arrays do not fit its model.
     """
-    arrays, model = artifact.profile, artifact.model
+    arrays, model = dict(artifact.profile), artifact.model
     heads = (model.num_layers, model.num_kv_heads)
-    points = len(arrays.get("tokens", ()))
+    if "recent_loss" in arrays and "loss" not in arrays:
+        arrays |= {
+            "families": np.frombuffer(b"text", np.uint8),
+            "shares": np.ones(1, np.float32),
+            "loss": arrays["recent_loss"][None, ..., None, :],
+            "bits": np.zeros(0, np.int32),
+            "key_loss": np.zeros((1, *heads, 0), np.float32),
+            "value_loss": np.zeros((1, *heads, 0), np.float32),
+            "factor": np.ones(1, np.float32),
+        }
+    sizes = {name: len(arrays[name]) for name in ("tokens", "shares", "bits") if arrays.get(name, NONE).ndim == 1}
+    names = bytes(arrays.get("families", NONE)).decode(errors="replace").split("\n")
+    points, shares, widths = (sizes.get(name, -1) for name in ("tokens", "shares", "bits"))
     shapes = {
-        "window": (1,), "tokens": (points,), "recent_loss": (*heads, points), "baklava": heads,
-        "squeeze": heads[:1], "surfacelogic": heads,
+        "window": (1,), "tokens": (points,), "shares": (shares,), "loss": (len(names), *heads, shares, points),
+        "bits": (widths,), "key_loss": (len(names), *heads, widths), "value_loss": (len(names), *heads, widths),
+        "factor": (1,), "baklava": heads, "squeeze": heads[:1], "surfacelogic": heads,
     }  # fmt: skip
     for name, shape in shapes.items():
-        if points == 0 or name not in arrays or arrays[name].shape != shape:
+        if points < 1 or name not in arrays or arrays[name].shape != shape:
             raise ArtifactError(f"the artifact carries no usable profile.{name}: expected an array of shape {shape}")
-    return Profile(window=int(arrays["window"][0]), **{name: arrays[name] for name in shapes if name != "window"})
+    tokens, window = arrays["tokens"], int(arrays["window"][0])
+    if (np.diff(tokens) <= 0).any() or tokens[-1] != window or tokens[0] < 1 or not 0 < arrays["factor"][0]:
+        raise ArtifactError("the artifact carries no usable profile.tokens: expected budgets that rise to the window")
+    return Profile(
+        families=tuple(names),
+        window=window,
+        factor=float(arrays["factor"][0]),
+        correlation=float(arrays["correlation"][0]) if arrays.get("correlation", NONE).size else math.nan,
+        **{name: arrays[name] for name in TABLES},
+    )
+
+
+NONE: NDArray[Any] = np.zeros(0, np.uint8)
+"""Stands for an array that is not there."""

@@ -9,24 +9,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.artifacts import anchor_bytes, slot_bytes
+
 DEFAULT_SINK = 4
 """First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
+
+WORST = 0.5
+"""Weight of the worst family beside the mean over families, in the loss that is minimised."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What profiling measured of one model. L layers, H KV heads, C grid points.
+    """What profiling measured of one model. L layers, H KV heads, F families of text, P policies, C budgets, Q widths.
 
-    `tokens` i32 [C] ascending: budgets (sinks included) in tokens of the calibration `window`; `tokens[-1] == window`.
-    `recent_loss` f32 [L, H, C]: predicted KL to the full cache (nats a token) when that head alone keeps its sinks and
-    the most recent tokens up to that budget; 0 at `window`, not always monotone.
+    Losses are predicted KL to the full cache in nats a token, one family each, when that head alone is changed; they
+    add up over heads.
+
+    `families` F names. `window` tokens of the calibration contexts, `tokens` i32 [C] ascending budgets (sinks included)
+    in tokens of such a context; `tokens[-1] == window`. `shares` f32 [P]: the part of a budget, sinks not counted, that
+    is a ring of recent tokens: 1 is the policy `recent`, less is `scored` with this part protected.
+    `loss` f32 [F, L, H, P, C]: what eviction costs; 0 at `window`, not always monotone.
+    `bits` i32 [Q]: widths other than the cache's own type; `key_loss`, `value_loss` f32 [F, L, H, Q]: what it costs to
+    store all of the head's keys, or values, in that width; it adds to the loss of eviction.
+    `factor`: measured over predicted KL, by which the losses are to be multiplied, and `correlation`, their rank
+    correlation (Spearman) over the plans or heads that were measured; 1 and NaN where nothing was.
     `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
     `surfacelogic` f32 [L, H]: INFsc in [0, 1].
     """
 
+    families: tuple[str, ...]
     window: int
     tokens: NDArray[np.int32]
-    recent_loss: NDArray[np.float32]
+    shares: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    bits: NDArray[np.int32]
+    key_loss: NDArray[np.float32]
+    value_loss: NDArray[np.float32]
+    factor: float
+    correlation: float
     baklava: NDArray[np.float32]
     squeeze: NDArray[np.float32]
     surfacelogic: NDArray[np.float32]
@@ -37,9 +57,11 @@ class Problem:
     """One sequence's share of the target, and everything an allocator may use to divide it.
 
     `limit` i32 [L]: tokens at which a head of the layer is full. `fixed` bool [L]: the layer keeps its own sliding
-    window (`limit` tokens, policy recent, no sinks), whatever it costs; allocators leave those rows alone.
-    `slot_bytes` maps a policy to the bytes of one slot. `target` is bytes for one sequence.
-    `policy` is the token policy the allocator should use and `sink` its protected first tokens.
+    window (`limit` tokens, policy recent, no sinks, elements of `dtype_bits`), whatever it costs; allocators leave those
+    rows alone. `target` is bytes for one sequence. `dtype_bits` is the width of the cache's own element type and
+    `widths` are those that an allocator may choose for keys and for values apart; one that does not choose takes the
+    first. `policy` is the token policy the allocator should use and `sink` its protected first tokens.
+    `classes` is the most distinct choices (policy, capacity, sink, recent, bits) in a layer, None for any number.
     `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on real text.
     """
 
@@ -47,26 +69,41 @@ class Problem:
     limit: NDArray[np.int32]
     fixed: NDArray[np.bool_]
     num_kv_heads: int
-    slot_bytes: Mapping[str, int]
+    head_dim: int
+    dtype_bits: int
+    widths: tuple[int, ...]
     target: int
     context: int
     policy: str = "recent"
     sink: int = DEFAULT_SINK
+    classes: int | None = None
     perplexity: Callable[[NDArray[np.int32]], float] | None = None
+
+    def anchor_bytes(self, k_bits: int | None = None, v_bits: int | None = None) -> int:
+        """Bytes of a head's exact copy of token 0; bits default to the first of `widths`."""
+        k, v = k_bits or self.widths[0], v_bits or self.widths[0]
+        return anchor_bytes(self.sink, self.head_dim, k, v, self.dtype_bits)
+
+    def slot_bytes(self, policy: str, k_bits: int | None = None, v_bits: int | None = None) -> int:
+        """Bytes of one slot; bits default to the first of `widths`."""
+        return slot_bytes(policy, self.head_dim, k_bits or self.widths[0], v_bits or self.widths[0])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An allocator's answer: policy, tokens, sinks and protected recent tokens of every head, all [L, H].
+    """An allocator's answer: policy, tokens, sinks, protected recent tokens and bits of every head, all [L, H].
 
-    `loss` is the predicted loss where the allocator knows one (sum over heads), else NaN; `report` is what it wants to
-    say of itself (objective, bound, gap, parameters chosen); `seconds` is its wall time, for display only.
+    `loss` is the predicted loss where the allocator knows one (sum over heads of the mean over families, times the
+    profile's factor), else NaN; `report` is what it wants to say of itself (objective, bound, gap, parameters chosen);
+    `seconds` is its wall time, for display only.
     """
 
     policy: NDArray[np.uint8]
     capacity: NDArray[np.int32]
     sink: NDArray[np.int32]
     recent: NDArray[np.int32]
+    k_bits: NDArray[np.uint8]
+    v_bits: NDArray[np.uint8]
     loss: float
     report: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0

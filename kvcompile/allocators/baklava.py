@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class BaKlaVa:
 
     taus: tuple[float, ...] = (0.25, 0.5, 0.75)
     fractions: tuple[float, ...] = (0.3, 0.5, 0.7)
-    policies: ClassVar[tuple[str, ...]] = ("recent",)
+    policies: ClassVar[tuple[str, ...]] = ("recent", "scored")
 
     def __call__(self, problem: Problem) -> Plan:
         if problem.perplexity is None:
@@ -34,7 +35,7 @@ class BaKlaVa:
         measured = [problem.perplexity(plan.capacity) for plan in plans]
         best = plans[int(np.argmin(measured))]
         trials = [{**plan.report, "perplexity": value} for plan, value in zip(plans, measured, strict=True)]
-        return Plan(best.policy, best.capacity, best.sink, best.recent, best.loss, {**best.report, "trials": trials})
+        return dataclasses.replace(best, report={**best.report, "trials": trials})
 
     def _plan(self, problem: Problem, tau: float, p: float) -> Plan:
         active = ~problem.fixed

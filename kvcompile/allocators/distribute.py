@@ -45,7 +45,7 @@ def share(problem: Problem, weights: NDArray[np.float64]) -> NDArray[np.int64]:
     while True:
         tokens[active] = distribute(weights[active], total, floor, cap)
         # A head at its limit is `full`, which can be cheaper than the policy's slots: what that saves is divided too.
-        left = (problem.target - plan_bytes(problem, rows(problem, tokens))) // problem.slot_bytes[problem.policy]
+        left = (problem.target - plan_bytes(problem, rows(problem, tokens))) // problem.slot_bytes(problem.policy)
         if left <= 0 or total >= cap.sum():
             return tokens
         total += left

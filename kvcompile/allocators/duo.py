@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvcompile.allocators.curves import loss_at, predicted_loss
+from kvcompile.allocators.curves import evicted, predicted_loss
 from kvcompile.allocators.rows import floors, free_tokens, limits, rows
 from kvcompile.problem import Plan, Problem
 
@@ -34,8 +34,8 @@ class DuoAttention:
             np.clip(total // max(1, len(heads)), floors(problem)[active].max(initial=1), self.sink + self.recent)
         )
         streaming = min(streaming, limit)
-        budget = np.array([streaming])
-        damage = np.array([loss_at(problem, i, h, budget)[0] for i, h in heads])
+        # The first curve is that of the policy `recent`.
+        damage = evicted(problem, np.array([streaming])).mean(0)[heads[:, 0], heads[:, 1], 0, 0]
         spare = total - streaming * len(heads)
         count = min(len(heads), spare // (limit - streaming)) if limit > streaming else len(heads)
         tokens[active] = streaming

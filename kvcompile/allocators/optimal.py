@@ -1,164 +1,236 @@
-"""The optimum: a multiple-choice knapsack over {full, recent x tokens}, with the bound that certifies it."""
+"""The optimum: a multiple-choice knapsack over policy x tokens x key width x value width, with a bound on it."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
-from kvcompile.allocators.curves import grid, loss_at, predicted_loss
-from kvcompile.allocators.rows import floors, free_tokens, limits, rows
-from kvcompile.problem import Plan, Problem
+from kvcompile.allocators.choices import Choices, assigned, choices
+from kvcompile.allocators.curves import family_losses, objective
+from kvcompile.allocators.rows import all_full, limits
+from kvcompile.problem import WORST, Plan, Problem
 
 GAP = 3e-4
 """Relative gap at which the integer search may stop."""
-NODES = 200
+NODES = 100
 """Branch-and-bound nodes after which it stops anyway."""
-NEIGHBOURS = 2
-"""Vertices on either side of the LP's answer that the integer search covers."""
+CORE = 5
+"""Choices of each head, those of least reduced cost, that the integer search covers."""
+PRICES = 24
+"""Prices for a byte at which the first columns are made."""
+ROUNDS = 30
+"""Most rounds of column generation."""
 
 
 @dataclass(frozen=True)
 class Optimal:
-    """Minimise the sum of predicted losses w[i,c] x[i,c] over heads i and choices c, with one choice a head and
-    sum m[i,c] x[i,c] <= target.
+    """Minimise the mean over families plus WORST x the worst family of the summed predicted loss, with one choice a
+    head and the sum of bytes at most the target.
 
-    Every head's choices are the vertices of the lower convex hull of its measured curve: dropping the others changes
-    nothing for the LP, whose answer mixes at most one head, and all but nothing for the integer answer. The LP gives
-    the bound and HiGHS the integer answer; the tokens that either leaves go to where the curves fall fastest, and the
-    better of the two is the plan.
+    The linear programme over all choices is solved by column generation: HiGHS solves it over a few columns a head, its
+    dual prices (of a byte, and of each family) value every other choice, and the best of those enter until none is
+    better, so that its bound holds for all choices. The integer answer is searched among each head's choices of least
+    reduced cost (the core of Balas and Zemel, Operations Research 28, 1980); what bytes either leaves go where the
+    curves fall fastest, and the better of the two is the plan.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __call__(self, problem: Problem) -> Plan:
-        tokens = limits(problem)
-        heads = np.argwhere(np.broadcast_to(~problem.fixed[:, None], tokens.shape))
-        hulls = [hull(problem, int(i), int(h)) for i, h in heads]
-        total = free_tokens(problem)
-        bound, rounded, integer = solve(hulls, total)
-        answers = [rounded] if integer is None else [integer, rounded]
-        plans = []
-        for chosen in answers:
-            tokens[heads[:, 0], heads[:, 1]] = top_up(problem, heads, hulls, chosen, total)
-            plan = rows(problem, tokens)
-            plans.append(dataclasses.replace(plan, loss=predicted_loss(problem, plan)))
-        best = min(plans, key=lambda plan: plan.loss)
-        loss = best.loss
-        report = {
-            "objective": loss,
-            "bound": bound,
-            "gap": max(0.0, loss - bound) / max(loss, 1e-30),
+        table = choices(problem)
+        base = all_full(problem)
+        own = _own_bytes(problem)
+        budget = problem.target - own
+        relaxed = relax(table, budget)
+        answers = [rounded(table, relaxed, budget)]
+        integer = search(table, relaxed, budget)
+        if integer is not None:
+            answers.append(integer)
+        if problem.classes is not None:
+            from kvcompile.allocators.classes import few_classes
+
+            answers = [few_classes(problem, table, relaxed, budget)]
+        plans = [finished(problem, base, table, answer, budget) for answer in answers]
+        best = min(plans, key=lambda plan: objective(family_losses(problem, plan)))
+        families = family_losses(problem, best)
+        found = objective(families)
+        report: dict[str, Any] = {
+            "objective": found,
+            "bound": relaxed.bound,
+            "gap": max(0.0, found - relaxed.bound) / max(found, 1e-30),
             "integer_solved": integer is not None,
-            "heads": len(heads),
-            "choices": sum(map(len, hulls)),
+            "heads": len(table.heads),
+            "choices": int(table.loss.shape[1] * table.loss.shape[2]),
+            "families": dict(zip(problem.profile.families, families.tolist(), strict=True)),
         }
-        return dataclasses.replace(best, report=report)
+        if problem.classes is not None:
+            report["classes_per_layer"] = problem.classes
+        return dataclasses.replace(best, loss=float(families.mean()), report=report)
 
 
-def hull(problem: Problem, layer: int, head: int) -> NDArray[np.float64]:
-    """Vertices [n, 2] of the lower convex hull of a head's curve, as (tokens, loss): tokens rise, losses fall."""
-    limit, floor = int(problem.limit[layer]), int(floors(problem)[layer, head])
-    # Whole tokens on both sides of every measured point: between them the curve is straight, so that no budget lies
-    # below the hull and the bound holds for all.
-    around = np.concatenate([np.floor(grid(problem)), np.ceil(grid(problem)), [floor, limit]])
-    tokens = np.unique(np.clip(around, floor, limit).astype(np.int64))
-    vertices: list[tuple[float, float]] = []
-    for t, w in zip(tokens.tolist(), loss_at(problem, layer, head, tokens).tolist(), strict=True):
-        if vertices and w >= vertices[-1][1]:
-            continue  # dominated: more tokens for no less loss
-        while len(vertices) > 1 and _above(vertices[-2], vertices[-1], (t, w)):
-            vertices.pop()
-        vertices.append((t, w))
-    return np.array(vertices)
+def _own_bytes(problem: Problem) -> int:
+    """Bytes of the layers that keep their own window."""
+    slots = int(limits(problem)[problem.fixed].sum())
+    return slots * problem.slot_bytes("recent", problem.dtype_bits, problem.dtype_bits)
 
 
-def _above(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
-    """Whether b lies on or above the line from a to c."""
-    return (b[1] - a[1]) * (c[0] - a[0]) >= (c[1] - a[1]) * (b[0] - a[0])
+@dataclass(frozen=True)
+class Relaxed:
+    """The linear programme's answer: `bound` on the objective of any plan; `price` of a byte and `weights` [F] of the
+    families in its dual; `columns` (head, choice) [K, 2] and their values [K]."""
+
+    bound: float
+    price: float
+    weights: NDArray[np.float64]
+    columns: NDArray[np.int64]
+    values: NDArray[np.float64]
 
 
-def solve(hulls: list[NDArray[np.float64]], total: int) -> tuple[float, NDArray[np.int64], NDArray[np.int64] | None]:
-    """The LP's bound on the summed loss within `total` tokens; its answer, one vertex a head, rounded down; and the
-    integer answer of HiGHS, or None where it found none."""
-    # HiGHS works to absolute tolerances and losses span decades, so one unit is a head's mean loss at equal budgets.
-    equal = total / len(hulls)
-    scale = max(float(np.mean([np.interp(equal, points[:, 0], points[:, 1]) for points in hulls])), 1e-30)
-    table = _Table(hulls, scale, total)
-    relaxed = linprog(
-        table.loss, A_ub=table.tokens, b_ub=[1.0], A_eq=table.one_each, b_eq=np.ones(len(hulls)), method="highs"
-    )
-    bound = float(relaxed.fun) * scale
-    # The LP mixes two neighbouring vertices of at most one head; the smaller of them fits.
-    rounded = table.chosen(relaxed.x > 1e-9)
+def relax(table: Choices, budget: int) -> Relaxed:
+    """Solve the linear programme over all choices."""
+    num_families, num_heads, _ = table.loss.shape
+    columns = _first_columns(table)
+    scale = max(float(table.loss.mean()), 1e-30)
+    best: Relaxed | None = None
+    for _ in range(ROUNDS):
+        programme = _Programme(table, columns, scale, budget)
+        solved = linprog(
+            programme.cost, A_ub=programme.below, b_ub=programme.limit, A_eq=programme.one_each,
+            b_eq=np.ones(num_heads), method="highs",
+        )  # fmt: skip
+        duals = -solved.ineqlin.marginals
+        price = float(duals[0]) * scale / max(budget, 1)
+        weights = 1 / num_families + duals[1:]
+        reduced = np.tensordot(weights, table.loss, axes=1) + price * table.size
+        entering = reduced.argmin(axis=1)
+        bound = float(reduced.min(axis=1).sum() - price * budget)
+        if best is None or bound > best.bound:
+            best = Relaxed(bound, price, weights, columns, solved.x[:-1])
+        new = np.stack([np.arange(num_heads), entering], axis=1)
+        grown = np.unique(np.concatenate([columns, new]), axis=0)
+        value = float(solved.fun) * scale
+        if len(grown) == len(columns) or value - bound <= 1e-6 * max(value, 1e-30):
+            return Relaxed(max(bound, best.bound), price, weights, columns, solved.x[:-1])
+        columns = grown
+    assert best is not None
+    return best
 
-    # The integer optimum lies close to the LP's, so a few vertices around it are enough to search (the core of Balas
-    # and Zemel, Operations Research 28, 1980); the bound covers them all.
-    first = np.maximum(rounded - NEIGHBOURS, 0)
-    core = [points[f : f + 2 * NEIGHBOURS + 2] for points, f in zip(hulls, first.tolist(), strict=True)]
-    table = _Table(core, scale, total)
+
+def _first_columns(table: Choices) -> NDArray[np.int64]:
+    """The best choice of every head at a ladder of prices, for the mean and for each family; the smallest one too."""
+    num_families, num_heads, _ = table.loss.shape
+    found = [np.stack([np.arange(num_heads), np.full(num_heads, table.size.argmin())], axis=1)]
+    mean = table.loss.mean(0)
+    top = float(mean.max()) / max(float(table.size.min()), 1.0)
+    ladder = [0.0, *np.geomspace(1e-9, 1.0, PRICES) * max(top, 1e-30)]
+    for weighted in (mean, *(mean + WORST * family for family in table.loss)):
+        for price in ladder:
+            best = (weighted + price * table.size).argmin(axis=1)
+            found.append(np.stack([np.arange(num_heads), best], axis=1))
+    return np.unique(np.concatenate(found), axis=0)
+
+
+class _Programme:
+    """Columns as a linear programme in units of `scale` and of the budget: minimise the mean over families plus WORST
+    times a variable that is no less than any of them; one choice a head, bytes within the budget."""
+
+    def __init__(self, table: Choices, columns: NDArray[np.int64], scale: float, budget: int) -> None:
+        num_families, num_heads, _ = table.loss.shape
+        head, choice = columns.T
+        loss = table.loss[:, head, choice] / scale
+        size = table.size[choice] / max(budget, 1)
+        self.cost = np.append(loss.mean(0), WORST)
+        worst = csr_array(np.append(0.0, np.full(num_families, -1.0))[:, None])
+        self.below = hstack([csr_array(np.vstack([size, loss])), worst], format="csr")
+        self.limit = np.append(1.0, np.zeros(num_families))
+        owner = csr_array((np.ones(len(head)), (head, np.arange(len(head)))), shape=(num_heads, len(head)))
+        self.one_each = hstack([owner, csr_array((num_heads, 1))], format="csr")
+
+
+def rounded(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64]:
+    """One choice a head, [N]: of the choices that the linear programme mixes, the smallest."""
+    best = np.full(len(table.heads), -1)
+    for (head, choice), value in zip(relaxed.columns.tolist(), relaxed.values.tolist(), strict=True):
+        if value > 1e-9 and (best[head] < 0 or table.size[choice] < table.size[best[head]]):
+            best[head] = choice
+    over = int(table.size[best].sum()) - budget
+    if over > 0:  # the linear programme's own tolerance: give up what costs least
+        smallest = int(table.size.argmin())
+        order = np.argsort(np.tensordot(relaxed.weights, table.loss, axes=1)[:, smallest])
+        for head in order:
+            if over <= 0:
+                break
+            over -= int(table.size[best[head]] - table.size[smallest])
+            best[head] = smallest
+    return best
+
+
+def search(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64] | None:
+    """The integer answer among the core, one choice a head [N]; None where none was found."""
+    num_heads = len(table.heads)
+    reduced = np.tensordot(relaxed.weights, table.loss, axes=1) + relaxed.price * table.size
+    core = np.argpartition(reduced, min(CORE, reduced.shape[1] - 1), axis=1)[:, :CORE]
+    mixed = relaxed.columns[relaxed.values > 1e-9]
+    columns = np.stack([np.repeat(np.arange(num_heads), core.shape[1]), core.ravel()], axis=1)
+    columns = np.unique(np.concatenate([columns, mixed]), axis=0)
+    scale = max(relaxed.bound, 1e-30)
+    programme = _Programme(table, columns, scale, budget)
+    integrality = np.append(np.ones(len(columns), np.int64), 0)
     # Limited in nodes and not in seconds: the same problem has to give the same plan on any machine.
-    integer = milp(
-        table.loss,
-        constraints=[LinearConstraint(table.one_each, 1, 1), LinearConstraint(table.tokens, -np.inf, 1.0)],
-        integrality=np.ones(len(table.loss), np.int64),
-        bounds=Bounds(0, 1),
+    answer = milp(
+        programme.cost,
+        constraints=[
+            LinearConstraint(programme.one_each, 1, 1),
+            LinearConstraint(programme.below, -np.inf, programme.limit),
+        ],
+        integrality=integrality,
+        bounds=Bounds(0, np.append(np.ones(len(columns)), np.inf)),
         options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
-    if integer.x is None:
-        return bound, rounded, None
-    chosen = first + table.chosen(integer.x > 0.5)
-    fits = sum(points[c, 0] for points, c in zip(hulls, chosen, strict=True)) <= total
-    return bound, rounded, chosen if fits else None
+    if answer.x is None:
+        return None
+    chosen = np.full(num_heads, -1)
+    taken = columns[answer.x[:-1] > 0.5]
+    chosen[taken[:, 0]] = taken[:, 1]
+    if (chosen < 0).any() or int(table.size[chosen].sum()) > budget:
+        return None
+    return chosen
 
 
-class _Table:
-    """Every choice of every head as one column: scaled loss, share of the tokens, and which head it belongs to."""
-
-    def __init__(self, hulls: list[NDArray[np.float64]], scale: float, total: int) -> None:
-        self.sizes = [len(points) for points in hulls]
-        flat = np.concatenate(hulls)
-        owner = np.repeat(np.arange(len(hulls)), self.sizes)
-        self.loss = flat[:, 1] / scale
-        self.tokens = csr_array(flat[None, :, 0] / max(total, 1))
-        self.one_each = csr_array((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(hulls), len(flat)))
-
-    def chosen(self, taken: NDArray[np.bool_]) -> NDArray[np.int64]:
-        """The first choice of each head that is taken."""
-        starts = np.cumsum([0, *self.sizes[:-1]])
-        return np.array([taken[s : s + n].argmax() for s, n in zip(starts, self.sizes, strict=True)])
+def finished(problem: Problem, base: Plan, table: Choices, choice: NDArray[np.int64], budget: int) -> Plan:
+    """The plan of one choice a head, with the bytes it leaves given to those whose curves fall fastest."""
+    share, tokens, k, v = table.unravel(choice)
+    if problem.classes is None:
+        tokens = top_up(table, choice, budget)
+    return assigned(problem, base, table.heads, share, tokens, k, v)
 
 
-def top_up(
-    problem: Problem,
-    heads: NDArray[np.int64],
-    hulls: list[NDArray[np.float64]],
-    chosen: NDArray[np.int64],
-    total: int,
-) -> NDArray[np.int64]:
-    """Tokens of every head: its chosen vertex, and of what is left of `total`, more for the heads whose hulls fall
-    fastest beyond their choice, where the measured curve falls too."""
-    budget = np.array([points[c, 0] for points, c in zip(hulls, chosen, strict=True)], np.int64)
-    left = total - int(budget.sum())
-    steps = []
-    for n, (points, c) in enumerate(zip(hulls, chosen, strict=True)):
-        for k in range(c, len(points) - 1):
-            slope = (points[k, 1] - points[k + 1, 1]) / (points[k + 1, 0] - points[k, 0])
-            steps.append((-slope, n, int(points[k, 0]), int(points[k + 1, 0])))
-    for _, n, start, end in sorted(steps):
-        if left == 0:
+def top_up(table: Choices, choice: NDArray[np.int64], budget: int) -> NDArray[np.int64]:
+    """Tokens of every head [N]: those of its choice, and more for the heads whose mean loss falls fastest a byte."""
+    share, place, k, v = np.unravel_index(choice, table.shape)
+    size = table.size.reshape(table.shape)
+    mean = table.loss.mean(0).reshape(-1, *table.shape)
+    tokens, left = table.tokens[place].copy(), budget - int(table.size[choice].sum())
+    heads = np.arange(len(place))
+    while left > 0 and len(table.tokens) > 1:
+        after = np.minimum(place + 1, len(table.tokens) - 1)
+        more = size[share, after, k, v] - size[share, place, k, v]
+        gain = mean[heads, share, place, k, v] - mean[heads, share, after, k, v]
+        slot = more // np.maximum(table.tokens[after] - table.tokens[place], 1)
+        worth = np.where((more > 0) & (slot <= left), gain / np.maximum(more, 1), -1.0)
+        head = int(worth.argmax())
+        if worth[head] <= 0:
             break
-        if budget[n] != start:
-            continue
-        more = min(left, end - start)
-        layer, head = heads[n].tolist()
-        now, then = loss_at(problem, layer, head, np.array([start, start + more]))
-        if then < now:
-            budget[n] += more
-            left -= more
-    return budget
+        step = min(int(table.tokens[after[head]] - table.tokens[place[head]]), int(left // slot[head]))
+        tokens[head] += step
+        left -= step * int(slot[head])
+        if tokens[head] < table.tokens[after[head]]:
+            break  # the rest is less than a step of the head it is worth most to
+        place[head] = after[head]
+    return tokens

@@ -22,7 +22,7 @@ class PyramidKV:
 
     beta: float = 20.0
     window: int = 32
-    policies: ClassVar[tuple[str, ...]] = ("snapkv", "recent", "h2o")
+    policies: ClassVar[tuple[str, ...]] = ("snapkv", "recent", "h2o", "scored")
 
     def __call__(self, problem: Problem) -> Plan:
         layers = np.flatnonzero(~problem.fixed)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.artifacts import POLICIES
+from kvcompile.artifacts import POLICIES, Budgets, resident_bytes
 from kvcompile.problem import Plan, Problem
 
 OBSERVED = 32
@@ -34,8 +34,16 @@ def least_bytes(problem: Problem) -> int:
 
 def free_tokens(problem: Problem) -> int:
     """Tokens of the problem's policy that the target holds beside the layers that keep their own window."""
-    own = int(limits(problem)[problem.fixed].sum()) * problem.slot_bytes["recent"]
-    return (problem.target - own) // problem.slot_bytes[problem.policy]
+    return free_bytes(problem) // problem.slot_bytes(problem.policy)
+
+
+def free_bytes(problem: Problem) -> int:
+    """Bytes for slots beside the layers that keep their own window and every other head's exact copy of token 0."""
+    own = int(limits(problem)[problem.fixed].sum()) * problem.slot_bytes(
+        "recent", problem.dtype_bits, problem.dtype_bits
+    )
+    others = int((~problem.fixed).sum()) * problem.num_kv_heads
+    return problem.target - own - others * problem.anchor_bytes()
 
 
 def all_full(problem: Problem) -> Plan:
@@ -54,7 +62,8 @@ def rows(
 
     `recent` keeps its sinks and a ring of all the rest. `h2o` halves what is left after the sinks between recent tokens
     and heavy hitters (arXiv 2306.14048, section 5). `snapkv` keeps a quarter as a ring for generated tokens, and at
-    least its observation window (our choice: SnapKV itself never evicts while it generates).
+    least its observation window (our choice: SnapKV itself never evicts while it generates). `scored` keeps an eighth as
+    a ring of recent tokens.
     """
     most = limits(problem)
     sink = np.minimum(problem.sink, tokens - 1)
@@ -63,14 +72,18 @@ def rows(
         "recent": left,
         "h2o": np.maximum(left // 2, 1),
         "snapkv": np.minimum(left, np.maximum(OBSERVED, tokens // 4)),
+        "scored": np.maximum(left // 8, 1),
     }[problem.policy]
     full, fixed = tokens == most, np.broadcast_to(problem.fixed[:, None], tokens.shape)
     policy = np.where(full, POLICIES.index("full"), POLICIES.index(problem.policy))
+    bits = np.where(fixed, problem.dtype_bits, problem.widths[0]).astype(np.uint8)
     return Plan(
         policy=np.where(fixed, POLICIES.index("recent"), policy).astype(np.uint8),
         capacity=tokens.astype(np.int32),
         sink=np.where(fixed, 0, sink).astype(np.int32),
         recent=np.where(fixed, tokens, np.where(full, left, ring)).astype(np.int32),
+        k_bits=bits,
+        v_bits=bits,
         loss=loss,
         report=dict(report or {}),
     )
@@ -78,5 +91,7 @@ def rows(
 
 def plan_bytes(problem: Problem, plan: Plan) -> int:
     """Bytes of one sequence's cache under a plan."""
-    cost = np.array([problem.slot_bytes[name] for name in POLICIES], np.int64)
-    return int((cost[plan.policy] * plan.capacity.astype(np.int64)).sum())
+    budgets = Budgets(
+        plan.policy, plan.capacity, plan.sink, plan.recent, plan.k_bits, plan.v_bits, head_order=plan.capacity
+    )
+    return resident_bytes(budgets, problem.head_dim, problem.dtype_bits)

@@ -23,7 +23,7 @@ class SqueezeAttention:
     """
 
     p: float = 0.35
-    policies: ClassVar[tuple[str, ...]] = ("recent", "h2o", "snapkv")
+    policies: ClassVar[tuple[str, ...]] = ("recent", "h2o", "snapkv", "scored")
 
     def __call__(self, problem: Problem) -> Plan:
         layers = np.flatnonzero(~problem.fixed)

@@ -20,7 +20,7 @@ class SurfaceLogicKV:
     """
 
     dynamic: float = 1 / 1.351
-    policies: ClassVar[tuple[str, ...]] = ("snapkv", "recent", "h2o")
+    policies: ClassVar[tuple[str, ...]] = ("snapkv", "recent", "h2o", "scored")
 
     def __call__(self, problem: Problem) -> Plan:
         active = ~problem.fixed

@@ -18,7 +18,7 @@ from kvcompile.problem import Plan, Problem
 class Uniform:
     """Every head the same number of tokens, to the nearest one."""
 
-    policies: ClassVar[tuple[str, ...]] = ("recent", "h2o", "snapkv")
+    policies: ClassVar[tuple[str, ...]] = ("recent", "h2o", "snapkv", "scored")
 
     def __call__(self, problem: Problem) -> Plan:
         return weighted(problem, np.ones((len(problem.limit), problem.num_kv_heads)))

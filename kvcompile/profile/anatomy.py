@@ -54,8 +54,10 @@ def logits(model: Any, hidden: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def forward(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Trace:
-    """One forward pass over `ids` [n] that keeps nothing but the inputs of the layers."""
+def forward(
+    model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None, positions: NDArray[np.int64] | None = None
+) -> Trace:
+    """One forward pass over `ids` [n], at `positions` [n] or from 0 on, that keeps nothing but the layers' inputs."""
     inputs: list[Tensor] = []
     arguments: list[dict[str, Any]] = []
     final: list[Tensor] = []
@@ -73,7 +75,8 @@ def forward(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> 
         for layer in layers(model):
             hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         hooks.callback(decoder.norm.register_forward_pre_hook(keep_final).remove)
-        decoder(input_ids=torch.as_tensor(ids, device=model.device)[None], use_cache=False)
+        places = None if positions is None else torch.as_tensor(positions, device=model.device)[None]
+        decoder(input_ids=torch.as_tensor(ids, device=model.device)[None], position_ids=places, use_cache=False)
     return Trace(inputs, arguments, final[0])
 
 

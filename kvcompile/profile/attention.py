@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kvcompile.artifacts.errors import ModelError
-from kvcompile.profile.curves import BLOCK
+
+BLOCK = 128
+"""Queries handled at once wherever attention probabilities or masks are materialised."""
 
 IMPLEMENTATION = "kvcompile_profile"
 """The name under which transformers knows our attention function. It has no mask function on purpose: transformers then
@@ -26,7 +28,7 @@ class Attention:
     """What one layer's attention is asked for: one sequence, no cache, no padding.
 
     `query` [Hq, n, D], `key` and `value` [H, n, D], rotary embedding applied; `scaling` multiplies the logits.
-    `window` is the width in tokens of the layer's sliding window, None where the whole sequence fits into it.
+    `window` is the width in tokens of the layer's sliding window, None where it has none.
     """
 
     layer: int
@@ -35,6 +37,11 @@ class Attention:
     value: Tensor
     scaling: float
     window: int | None
+
+    @property
+    def sliding(self) -> bool:
+        """Whether the window is narrower than the sequence."""
+        return self.window is not None and self.window < self.key.shape[1]
 
 
 Handler = Callable[[Attention], Tensor]
@@ -58,7 +65,7 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 
 def causal(call: Attention) -> Tensor:
     """Plain causal attention inside the layer's window, [Hq, n, D], differentiable."""
-    if call.window is not None:
+    if call.window is not None and call.sliding:
         return streaming(call, sink=0, recent=call.window)
     return F.scaled_dot_product_attention(
         call.query[None], call.key[None], call.value[None], is_causal=True, scale=call.scaling, enable_gqa=True
@@ -112,14 +119,14 @@ def _forward(
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2] or attention_mask is not None:
         raise ValueError("profiling attends over one whole sequence at a time, without a cache and without padding")
-    length, head_dim = query.shape[2:]
+    head_dim = query.shape[3]
     call = Attention(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         query=query[0],
         key=key[0],
         value=value[0],
         scaling=head_dim**-0.5 if scaling is None else scaling,
-        window=sliding_window if sliding_window is not None and sliding_window < length else None,
+        window=sliding_window,
     )
     return _handler.get()(call).transpose(0, 1).contiguous()[None], None
 

@@ -1,4 +1,4 @@
-"""The gradient pass: loss curves of every head from one backward pass over labels the model itself draws.
+"""The gradient pass: the gradient at every head's attention output, for labels that the model itself draws.
 
 Layers are recomputed one by one, last to first, so that the memory is the layers' inputs and one layer's graph.
 """
@@ -10,60 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.profile.anatomy import Tick, Trace, head_blocks, heads, layers, logits
-from kvcompile.profile.attention import Attention, attending, causal
-from kvcompile.profile.curves import recent_losses, sampled_positions
-
-QUERIES = 512
-"""Query positions sampled from a window's last half."""
+from kvcompile.profile.anatomy import Tick, Trace, head_blocks, layers, logits
+from kvcompile.profile.attention import Attention, Handler, attending, causal
 
 BACKWARD_TICKS = 3
 """Work of the backward pass through a layer, recomputation and curves included, in forward passes."""
 
 Visit = Callable[[Attention, Tensor], None]
 """Is given a layer's attention and the gradient [Hq, n, D] of the log-likelihood with respect to its output."""
-
-
-def recent_curves(
-    model: Any,
-    trace: Trace,
-    budgets: NDArray[np.int32],
-    *,
-    sink: int,
-    seed: tuple[int, ...],
-    queries: int = QUERIES,
-    tick: Tick = lambda _: None,
-) -> NDArray[np.float64]:
-    """Predicted KL in nats a token of every head under the `recent` policy, float64 [L, H, C]; see `curves`.
-
-    `trace` is the forward pass over the window. Layers whose sliding window is narrower than it stay zero: their
-    budget is not a matter of choice.
-    """
-    _, num_kv_heads = heads(model)
-    losses = np.zeros((len(trace.inputs), num_kv_heads, len(budgets)))
-    device = trace.final.device
-    positions = sampled_positions(len(trace.final), queries).to(device)
-    grid = torch.as_tensor(budgets.astype(np.int64), device=device)
-
-    def visit(call: Attention, gradient: Tensor) -> None:
-        if call.window is None:
-            curve = recent_losses(
-                call.query,
-                call.key,
-                call.value,
-                gradient,
-                scaling=call.scaling,
-                positions=positions,
-                budgets=grid,
-                sink=sink,
-            )
-            losses[call.layer] = curve.cpu().numpy()
-
-    backward(model, trace, head_gradient(model, trace.final, seed), visit, tick)
-    return losses
 
 
 def head_gradient(model: Any, final: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -94,11 +50,19 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
     return labels.clamp_(max=probability.shape[-1] - 1)
 
 
-def backward(model: Any, trace: Trace, gradient: Tensor, visit: Visit, tick: Tick = lambda _: None) -> None:
-    """Carry `gradient` [n, d] from the last layer's output down to the embeddings, and let `visit` see every layer."""
+def backward(
+    model: Any,
+    trace: Trace,
+    gradient: Tensor,
+    visit: Visit,
+    tick: Tick = lambda _: None,
+    attend: Handler = causal,
+) -> None:
+    """Carry `gradient` [n, d] from the last layer's output down to the embeddings, and let `visit` see every layer.
+    `attend` is the attention of the forward pass that left `trace`."""
 
-    def attend(call: Attention) -> Tensor:
-        output = causal(call)
+    def watched(call: Attention) -> Tensor:
+        output = attend(call)
         detached = Attention(
             call.layer, call.query.detach(), call.key.detach(), call.value.detach(), call.scaling, call.window
         )
@@ -106,7 +70,7 @@ def backward(model: Any, trace: Trace, gradient: Tensor, visit: Visit, tick: Tic
         return output
 
     upstream = gradient[None]
-    with attending(model, attend):
+    with attending(model, watched):
         for layer, inputs, arguments in reversed(list(zip(layers(model), trace.inputs, trace.arguments, strict=True))):
             below = inputs.detach().requires_grad_()
             with torch.enable_grad():

@@ -1,148 +1,312 @@
-"""The whole profile of a model: every window and probe in turn, summed in float64, resumable after each."""
+"""The whole profile of a model, item by item, summed in float64 and resumable after each.
+
+1. Fit: episodes with a replay give utilities, for the scorer, and moments, for the quantiser.
+2. Probes give SurfaceLogicKV's score.
+3. Curves: other episodes, with quotes, give losses under the fitted scorer and quantiser.
+4. Check: whole plans are run for real, and what they cost is compared with what the curves said.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
+from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError, ModelError
 from kvcompile.problem import DEFAULT_SINK, Profile
-from kvcompile.profile.anatomy import Tick, forward, frozen, heads, layers
-from kvcompile.profile.curves import budget_grid
-from kvcompile.profile.fisher import BACKWARD_TICKS, recent_curves
+from kvcompile.profile.anatomy import Tick, frozen, heads, layers
+from kvcompile.profile.attention import Attention
+from kvcompile.profile.check import CHECKS, agreement, sample_plan
+from kvcompile.profile.context import Context, FollowUp, follow, over_context, pack, read_context
+from kvcompile.profile.curves import BITS, SHARES, Stored, budget_grid, keep_table, losses
+from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.probes import Probe, scaled, score
-from kvcompile.profile.scores import baklava, watching
+from kvcompile.profile.rounding import matrices, rounded
+from kvcompile.profile.scores import baklava
+from kvcompile.profile.simulate import divergence, reference
 from kvcompile.profile.store import Sums, load, save
+from kvcompile.profile.transform import MOMENTS, Moments, moments, quantiser
+from kvcompile.profile.utility import fit, normal_sums, scores, utilities
+
+RETRIEVAL = "retrieval"
+"""The family of all episodes' questions; the other families are those of the texts."""
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in tokens x layers; what it raises stops the profile."""
 
 
+class Episode(Protocol):
+    """A context and what comes after it; `kvcompile.calibration.episodes` describes them."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def context(self) -> NDArray[np.int64]: ...
+    @property
+    def follow_ups(self) -> Sequence[FollowUp]: ...
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to profile on: episodes with a replay, to fit on; others to measure on; retrieval probes."""
+
+    fit: Sequence[Episode]
+    measure: Sequence[Episode]
+    probes: Sequence[Probe]
+
+
 @dataclass(frozen=True)
 class Profiled:
-    """A profile and how it came about: windows that gave curves, probes asked, and probes answered rightly (where none
-    is, the scores of `surfacelogic` come from all of them)."""
+    """A profile, the scorer and the quantiser it is for, and how it came about: probes asked and answered rightly (where
+    none is, the scores of `surfacelogic` come from all), and by plan checked its predicted and measured KL."""
 
     profile: Profile
-    curve_windows: int
+    scorer: Scorer
+    quantiser: Quantiser
     probes: int
     answered: int
+    checks: list[tuple[float, float]]
+
+    def describe(self) -> dict[str, Any]:
+        """What an artifact says of its profile, as a JSON object."""
+        return {"probes_answered": self.answered, "checked_plans": [list(pair) for pair in self.checks]}
 
 
 def measure(
     model: Any,
-    windows: Sequence[NDArray[np.int64]],
-    probes: Sequence[Probe],
+    material: Material,
     *,
     seed: int,
     sink: int = DEFAULT_SINK,
     progress: Progress | None = None,
     store: Path | None = None,
 ) -> Profiled:
-    """Profile a transformers causal LM on token ids (i64 [n] each) and retrieval probes.
+    """Profile a transformers causal LM.
 
-    The windows of the greatest length give the loss curves; all of them, each with the same weight, the cosine scores.
     With `store`, a folder for this profile alone (`profile_key` names it), finished items are kept there: a second call
-    skips them and ends with the same bits. Raises CalibrationError where the windows are too short, ModelError where
+    skips them and ends with the same bits. Raises CalibrationError where the contexts are too short, ModelError where
     the model's numbers are not finite.
     """
-    window = max((len(ids) for ids in windows), default=0)
+    window = max((len(episode.context) for episode in material.measure), default=0)
     least = 2 * (sink + 1)
-    if window < least:
+    if window < least or not material.fit:
         raise CalibrationError(
-            f"the longest calibration window has {window} tokens, and a profile with {sink} sinks needs at "
+            f"the longest calibration context has {window} tokens, and a profile with {sink} sinks needs at "
             f"least {least}: give it more text"
         )
-    budgets = budget_grid(window, sink)
-    sums = _fresh(model, len(budgets))
+    job = _Job(model, material, seed, sink, budget_grid(window, sink), progress)
+    sums = job.fresh()
     if store is not None:
         sums = load(store, sums)
-
-    work = [len(ids) * (1 + BACKWARD_TICKS * (len(ids) == window)) for ids in windows]
-    work += [len(probe.prompt_ids) + len(probe.answer_ids) - 1 for probe in probes]
-    work = [tokens * len(layers(model)) for tokens in work]
-    done = sum(work[: int(sums["items"])])
-
-    def tick(units: int) -> None:
-        nonlocal done
-        done += units
-        if progress is not None:
-            progress(done, sum(work))
-
+    job.done = sum(job.work[: int(sums["items"])])
     with frozen(model):
-        for item in range(int(sums["items"]), len(work)):
-            if item < len(windows):
-                curve = budgets if len(windows[item]) == window else None
-                _add_window(sums, model, windows[item], curve, sink, (seed, item), tick)
-            else:
-                _add_probe(sums, model, probes[item - len(windows)], tick)
+        for item in range(int(sums["items"]), len(job.work)):
+            job.add(sums, item)
             sums["items"] += 1
             if store is not None:
                 save(store, sums)
-    return _profiled(sums, model, budgets, len(windows), len(probes))
+    return job.result(sums)
 
 
-def _fresh(model: Any, points: int) -> Sums:
-    """Sums over finished items; `infsc` is over all probes, `infsc_answered` over those answered rightly."""
-    num_layers = len(layers(model))
-    num_heads, num_kv_heads = heads(model)
-    return {
-        "items": np.zeros((), np.int64),
-        "curve_windows": np.zeros((), np.int64),
-        "answered": np.zeros((), np.int64),
-        "value_cosine": np.zeros((num_layers, num_heads)),
-        "residual_cosine": np.zeros(num_layers),
-        "recent_loss": np.zeros((num_layers, num_kv_heads, points)),
-        "infsc": np.zeros((num_layers, num_kv_heads)),
-        "infsc_answered": np.zeros((num_layers, num_kv_heads)),
-    }
+class _Job:
+    """The items of a profile in order, and what each adds to the sums."""
+
+    def __init__(
+        self,
+        model: Any,
+        material: Material,
+        seed: int,
+        sink: int,
+        budgets: NDArray[np.int32],
+        progress: Progress | None,
+    ) -> None:
+        self.model, self.material, self.seed, self.sink, self.budgets = model, material, seed, sink, budgets
+        self.progress = progress
+        self.families = (*dict.fromkeys(episode.family for episode in material.measure), RETRIEVAL)
+        read = [(_tokens(e), BACKWARD_TICKS * _asked(e)) for e in material.measure]
+        work = [_tokens(e) for e in material.fit]
+        work += [len(p.prompt_ids) + len(p.answer_ids) - 1 for p in material.probes]
+        work += [tokens + extra for tokens, extra in read]
+        work += [_tokens(e) + _asked(e) for e in self.checked()]
+        self.work = [tokens * len(layers(model)) for tokens in work]
+        self.done = 0
+        self.fitted: tuple[Scorer, Quantiser] | None = None
+
+    def checked(self) -> list[Episode]:
+        """The episode of each plan that is run for real."""
+        return [self.material.measure[i % len(self.material.measure)] for i in range(CHECKS)]
+
+    def fresh(self) -> Sums:
+        """Sums over finished items; `infsc` is over all probes, `infsc_answered` over those answered rightly; `weight`
+        counts what each family's losses sum over."""
+        num_layers = len(layers(self.model))
+        num_heads, num_kv_heads = heads(self.model)
+        config = self.model.config.get_text_config()
+        width = config.hidden_size + 1
+        dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+        table = (num_layers, num_kv_heads)
+        losses_of = (len(self.families), *table)
+        rank = {"tokens": (), "weight": (num_kv_heads,), "first": (num_kv_heads, dim)}
+        second = (num_kv_heads, dim, dim)
+        return {
+            "items": np.zeros((), np.int64),
+            "answered": np.zeros((), np.int64),
+            "squares": np.zeros((num_layers, width, width), np.float32),
+            "products": np.zeros((num_layers, width, num_kv_heads), np.float32),
+            **{name: np.zeros((num_layers, *rank.get(name.rsplit("_")[-1], second))) for name in MOMENTS},
+            "value_cosine": np.zeros((num_layers, num_heads)),
+            "residual_cosine": np.zeros(num_layers),
+            "infsc": np.zeros(table),
+            "infsc_answered": np.zeros(table),
+            "weight": np.zeros(len(self.families)),
+            "loss": np.zeros((*losses_of, len(SHARES), len(self.budgets))),
+            "key_loss": np.zeros((*losses_of, len(BITS))),
+            "value_loss": np.zeros((*losses_of, len(BITS))),
+            "checks": np.zeros((CHECKS, 2)),
+        }
+
+    def tick(self, units: int) -> None:
+        self.done += units
+        if self.progress is not None:
+            self.progress(self.done, sum(self.work))
+
+    def add(self, sums: Sums, item: int) -> None:
+        stages = (
+            (self.material.fit, self.add_fit),
+            (self.material.probes, self.add_probe),
+            (self.material.measure, self.add_curves),
+            (self.checked(), self.add_check),
+        )
+        for things, add in stages:
+            if item < len(things):
+                add(sums, item)
+                return
+            item -= len(things)
+
+    def add_fit(self, sums: Sums, number: int) -> None:
+        episode = self.material.fit[number]
+        context, cosines = read_context(self.model, episode.context, self.tick)
+        sums["value_cosine"] += cosines.value
+        sums["residual_cosine"] += cosines.residual
+        packed = pack(len(context), episode.follow_ups)
+        attend = over_context(context, packed)
+
+        def watch(call: Attention) -> Tensor:
+            square, product = normal_sums(
+                context.hidden[call.layer], utilities(call, context, packed), self.sink
+            )
+            sums["squares"][call.layer] += square
+            sums["products"][call.layer] += product
+            projection = layers(self.model)[call.layer].get_submodule("self_attn.o_proj").weight
+            for name, value in vars(moments(call, context, packed, projection)).items():
+                sums[name][call.layer] += value
+            return attend(call)
+
+        follow(self.model, packed, watch, self.tick)
+
+    def add_probe(self, sums: Sums, number: int) -> None:
+        result = score(self.model, self.material.probes[number], self.tick)
+        sums["infsc"] += result.infsc
+        if result.answered:
+            sums["infsc_answered"] += result.infsc
+            sums["answered"] += 1
+
+    def add_curves(self, sums: Sums, number: int) -> None:
+        episode = self.material.measure[number]
+        scorer, narrow = self.compiled(sums)
+        context, _ = read_context(self.model, episode.context, self.tick)
+        packed = pack(len(context), episode.follow_ups)
+        attend = over_context(context, packed)
+        trace = follow(self.model, packed, attend, self.tick)
+        gradient = head_gradient(self.model, trace.final, (self.seed, number))
+        for block in packed.blocks:
+            gradient[block.start : block.judged] = 0
+        text, questions = self.families.index(episode.family), len(self.families) - 1
+        # Budgets are shares of the window: a shorter context is cut in proportion.
+        budgets = np.maximum(self.budgets * (len(context) / self.budgets[-1]), self.sink + 1).round().astype(np.int32)
+
+        def visit(call: Attention, upstream: Tensor) -> None:
+            if call.window is not None and call.window < len(context):
+                return
+            kept = keep_table(scores(scorer, call.layer, context.hidden[call.layer]), budgets, self.sink)
+            stored = Stored(*(_stored(context, narrow, call.layer, kind) for kind in ("key", "value")))
+            found = losses(call, upstream, context, packed, kept, stored)
+            for name, tables in (("loss", found.evicted), ("key_loss", found.keys), ("value_loss", found.values)):
+                sums[name][text, call.layer] += (tables["continuation"] + tables["quote"]) / 2
+                sums[name][questions, call.layer] += tables["question"]
+
+        backward(self.model, trace, gradient, visit, self.tick, attend)
+        sums["weight"][[text, questions]] += 1
+
+    def add_check(self, sums: Sums, number: int) -> None:
+        episode = self.checked()[number]
+        scorer, narrow = self.compiled(sums)
+        profile = self.profile(sums)
+        plan = sample_plan(profile, number, self.seed, self.sink)
+        families = [self.families.index(episode.family), len(self.families) - 1]
+        context, _ = read_context(self.model, episode.context, self.tick)
+        known = reference(self.model, context, pack(len(context), episode.follow_ups), self.tick)
+        found = divergence(self.model, known, plan.plan, scorer, narrow, profile.window, self.tick)
+        text = (found["continuation"] + found["quote"]) / 2
+        sums["checks"][number] = plan.losses[families].mean(), (text + found["question"]) / 2
+
+    def compiled(self, sums: Sums) -> tuple[Scorer, Quantiser]:
+        """The scorer and the quantiser, once all episodes to fit on are in the sums."""
+        if self.fitted is None:
+            by_layer = [Moments(*(sums[name][i] for name in MOMENTS)) for i in range(len(sums["squares"]))]
+            self.fitted = fit(sums["squares"], sums["products"]), quantiser(by_layer)
+        return self.fitted
+
+    def profile(self, sums: Sums) -> Profile:
+        _, num_kv_heads = heads(self.model)
+        residual = sums["residual_cosine"] / len(self.material.fit)
+        value = sums["value_cosine"] / len(self.material.fit)
+        each = np.maximum(sums["weight"], 1).reshape(-1, 1, 1, 1)
+        return Profile(
+            families=self.families,
+            window=int(self.budgets[-1]),
+            tokens=self.budgets,
+            shares=np.array(SHARES, np.float32),
+            loss=(sums["loss"] / each[..., None]).astype(np.float32),
+            bits=np.array(BITS, np.int32),
+            key_loss=(sums["key_loss"] / each).astype(np.float32),
+            value_loss=(sums["value_loss"] / each).astype(np.float32),
+            factor=1.0,
+            correlation=float("nan"),
+            baklava=baklava(value, residual, num_kv_heads).astype(np.float32),
+            squeeze=residual.astype(np.float32),
+            # Sums serve as well as means: the scores are stretched to [0, 1].
+            surfacelogic=scaled(sums["infsc_answered" if int(sums["answered"]) else "infsc"]).astype(np.float32),
+        )
+
+    def result(self, sums: Sums) -> Profiled:
+        profile = self.profile(sums)
+        factor, correlation = agreement(sums["checks"])
+        profile = replace(profile, factor=factor, correlation=correlation)
+        scorer, narrow = self.compiled(sums)
+        measured = [profile.loss, profile.key_loss, profile.value_loss, profile.baklava, profile.squeeze]
+        measured += [profile.surfacelogic, scorer.weight, scorer.bias, *vars(narrow).values()]
+        if not all(np.isfinite(array).all() for array in measured):
+            raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")
+        checks = [(float(predicted), float(real)) for predicted, real in sums["checks"]]
+        return Profiled(profile, scorer, narrow, len(self.material.probes), int(sums["answered"]), checks)
 
 
-def _add_window(
-    sums: Sums,
-    model: Any,
-    ids: NDArray[np.int64],
-    budgets: NDArray[np.int32] | None,
-    sink: int,
-    seed: tuple[int, int],
-    tick: Tick,
-) -> None:
-    with watching(model) as cosines:
-        trace = forward(model, ids, tick)
-    sums["value_cosine"] += cosines.value
-    sums["residual_cosine"] += cosines.residual
-    if budgets is not None:
-        sums["recent_loss"] += recent_curves(model, trace, budgets, sink=sink, seed=seed, tick=tick)
-        sums["curve_windows"] += 1
+def _stored(context: Context, narrow: Quantiser, layer: int, kind: str) -> tuple[Tensor, ...]:
+    stored = (context.keys if kind == "key" else context.values)[layer]
+    transform, mean = matrices(narrow, layer, kind, stored.device)
+    return tuple(rounded(stored, transform, mean, bits) for bits in BITS)
 
 
-def _add_probe(sums: Sums, model: Any, probe: Probe, tick: Tick) -> None:
-    result = score(model, probe, tick)
-    sums["infsc"] += result.infsc
-    if result.answered:
-        sums["infsc_answered"] += result.infsc
-        sums["answered"] += 1
+def _asked(episode: Episode) -> int:
+    return sum(len(one.ids) for one in episode.follow_ups)
 
 
-def _profiled(sums: Sums, model: Any, budgets: NDArray[np.int32], windows: int, probes: int) -> Profiled:
-    _, num_kv_heads = heads(model)
-    residual = sums["residual_cosine"] / windows
-    answered = int(sums["answered"])
-    profile = Profile(
-        window=int(budgets[-1]),
-        tokens=budgets,
-        recent_loss=(sums["recent_loss"] / sums["curve_windows"]).astype(np.float32),
-        baklava=baklava(sums["value_cosine"] / windows, residual, num_kv_heads).astype(np.float32),
-        squeeze=residual.astype(np.float32),
-        # Sums serve as well as means: the scores are stretched to [0, 1].
-        surfacelogic=scaled(sums["infsc_answered" if answered else "infsc"]).astype(np.float32),
-    )
-    measured = (profile.recent_loss, profile.baklava, profile.squeeze, profile.surfacelogic)
-    if not all(np.isfinite(array).all() for array in measured):
-        raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")
-    return Profiled(profile, int(sums["curve_windows"]), probes, answered)
+def _tokens(episode: Episode) -> int:
+    return len(episode.context) + _asked(episode)

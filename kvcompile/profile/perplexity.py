@@ -24,7 +24,7 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
 
     def attend(call: Attention) -> Tensor:
         num_kv_heads, length, _ = call.key.shape
-        if call.window is not None:
+        if call.sliding:
             return causal(call)
         group = len(call.query) // num_kv_heads
         output = torch.empty_like(call.query)

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.profile.anatomy import Tick, forward, heads, layers, logits
-from kvcompile.profile.attention import Attention, attending, causal, visible
-from kvcompile.profile.curves import BLOCK
+from kvcompile.profile.attention import BLOCK, Attention, attending, causal, visible
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.profile.anatomy import heads, layers
-from kvcompile.profile.attention import Attention, attending, causal
+from kvcompile.profile.attention import Attention, Handler, attending, causal
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Cosines:
 
 
 @contextmanager
-def watching(model: Any) -> Iterator[Cosines]:
-    """Fill the cosines in from whatever forward pass runs inside the block."""
+def watching(model: Any, handler: Handler = causal) -> Iterator[Cosines]:
+    """Fill the cosines in from whatever forward pass runs inside the block, with `handler` as its attention."""
     decoder = layers(model)
     num_heads, _ = heads(model)
     seen = Cosines(np.zeros((len(decoder), num_heads)), np.zeros(len(decoder)))
     before: Tensor | None = None
 
     def attend(call: Attention) -> Tensor:
-        output = causal(call)
+        output = handler(call)
         values = call.value.repeat_interleave(len(output) // len(call.value), dim=0)
         seen.value[call.layer] = _mean_cosine(values, output).cpu().numpy()
         return output

@@ -1,0 +1,136 @@
+"""Episodes: a long context, and what is asked of a model after its cache has been compressed.
+
+A context is a passage of one family with facts hidden in it. The follow-ups come after it, each as if alone: the text
+goes on (`continuation`), a passage of the context is to be quoted (`quote`), a fact is asked for (`question`), and for
+fitting the scorer the whole context is repeated (`replay`; KVzip, arXiv 2505.23416, scores tokens so).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.calibration.family import Family, Stream, opening, token_ids
+from kvcompile.calibration.probes import COLOURS, THINGS
+
+CONTINUATION = 256
+"""Tokens by which the text goes on."""
+QUESTIONS = 3
+QUOTES = 4
+LEAD, QUOTED = 12, 64
+"""Tokens of a quote that are given, and that are to follow."""
+
+REPLAY_PROMPT = "\n\nThe whole text once more, word for word:\n\n"
+QUOTE_PROMPTS = (
+    "\n\nOne passage of the text above, exactly as it stands there:\n\n",
+    "\n\nThe text says, and these are its own words:\n\n",
+    "\n\nPlease copy the passage that begins as follows.\n\n",
+    "\n\nQuoted from above: ",
+)
+FACTS = (
+    ("The access code for {key} is {number}.", "Which access code belongs to {key}? The access code for {key} is"),
+    ("Remember that {key} has the serial number {number}.", "What serial number does {key} have? It is"),
+    ("The special magic number for {key} is {number}.", "What is the special magic number for {key}? Answer:"),
+    ("Parcel {key} was sent to locker {number}.", "To which locker was parcel {key} sent? To locker"),
+    ("{key}: {number}", "The entry for {key} in the text above reads {key}:"),
+)
+"""A sentence with a fact, and the question whose answer is its number."""
+
+
+@dataclass(frozen=True)
+class FollowUp:
+    """`ids` i64 [m] after the context; the rows from `first` on are judged: what the model says there of the next
+    token. `kind` is one of continuation, quote, question and replay."""
+
+    kind: str
+    first: int
+    ids: NDArray[np.int64] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """`context` i64 [n] of one family, and its follow-ups."""
+
+    family: str
+    context: NDArray[np.int64] = field(compare=False)
+    follow_ups: tuple[FollowUp, ...]
+
+
+def draw_episodes(
+    tokenizer: Any, families: Sequence[Family], length: int, count: int, seed: int, *, replay: bool
+) -> list[Episode]:
+    """`count` episodes, the families in turn, with contexts of `length` tokens and each with a continuation and
+    questions; with `replay` the context is repeated as a whole, otherwise quotes are asked for.
+
+    A family whose text does not fill a context and its continuation is served once more from its beginning. The same
+    seed with and without `replay` gives other passages.
+    """
+    purpose = "replay" if replay else "quotes"
+    streams = [Stream(tokenizer, family, f"{seed}:{purpose}") for family in families]
+    return [
+        _episode(
+            tokenizer,
+            families[number % len(families)],
+            streams[number % len(families)],
+            length,
+            random.Random(f"{seed}:{purpose} {number}"),
+            replay,
+        )
+        for number in range(count)
+    ]
+
+
+def _episode(
+    tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, replay: bool
+) -> Episode:
+    facts, questions = _facts(tokenizer, rng, QUESTIONS)
+    bos = opening(tokenizer)
+    room = max(length - len(bos) - sum(map(len, facts)), len(facts) + 1)
+    continuation = min(CONTINUATION, max(length // 4, 1))
+    text = _passage(tokenizer, family, stream, room + continuation, rng)
+    depths = sorted(rng.sample(range(1, room), len(facts)))
+    pieces = [bos]
+    for fact, part in zip(facts, np.split(text[:room], depths), strict=False):
+        pieces += [part, fact]
+    context = np.concatenate([*pieces, text[depths[-1] : room]])
+    asked = [FollowUp("continuation", 0, text[room:]), *questions]
+    if replay:
+        prompt = token_ids(tokenizer, REPLAY_PROMPT)
+        asked.append(FollowUp("replay", len(prompt), np.concatenate([prompt, context])))
+    else:
+        asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
+    return Episode(family.name, context, tuple(asked))
+
+
+def _passage(tokenizer: Any, family: Family, stream: Stream, count: int, rng: random.Random) -> NDArray[np.int64]:
+    text = stream.take(count)
+    if len(text) < count:
+        again = Stream(tokenizer, family, str(rng.random())).take(count)
+        text = np.resize(np.concatenate([text, again]), count)
+    return text
+
+
+def _quote(tokenizer: Any, context: NDArray[np.int64], prompt: str, rng: random.Random) -> FollowUp:
+    asked = token_ids(tokenizer, prompt)
+    span = min(LEAD + QUOTED, len(context))
+    start = rng.randrange(len(context) - span + 1)
+    lead = min(LEAD, span // 2)
+    return FollowUp("quote", len(asked) + lead - 1, np.concatenate([asked, context[start : start + span]]))
+
+
+def _facts(tokenizer: Any, rng: random.Random, count: int) -> tuple[list[NDArray[np.int64]], list[FollowUp]]:
+    facts, questions = [], []
+    colours, things = rng.sample(COLOURS, count), rng.sample(THINGS, count)
+    for colour, thing, (fact, question) in zip(colours, things, rng.sample(FACTS, count), strict=True):
+        key, number = f"{colour}-{thing}", str(rng.randrange(1_000_000, 10_000_000))
+        facts.append(token_ids(tokenizer, "\n" + fact.format(key=key, number=number) + "\n"))
+        asked = token_ids(tokenizer, "\n\n" + question.format(key=key))
+        # The answer as it continues the question, which not every tokenizer splits as it would alone.
+        whole = token_ids(tokenizer, "\n\n" + question.format(key=key) + f" {number}")
+        questions.append(FollowUp("question", len(asked) - 1, whole))
+    return facts, questions

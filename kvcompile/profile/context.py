@@ -1,0 +1,163 @@
+"""A context that has been read, and follow-ups packed into one pass over it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kvcompile.profile.anatomy import Tick, Trace, forward, layers
+from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
+from kvcompile.profile.scores import Cosines, watching
+
+
+class FollowUp(Protocol):
+    """What comes after a context: `ids` i64 [m]; rows from `first` on are judged."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def first(self) -> int: ...
+    @property
+    def ids(self) -> NDArray[np.int64]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a context of n tokens leaves in each layer: `hidden` [n, d], the attention block's input; `keys` and
+    `values` [H, n, D], rotary embedding applied. Lists over layers."""
+
+    hidden: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    def __len__(self) -> int:
+        return self.keys[0].shape[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One follow-up's rows [start, stop) in the packed pass; those from `judged` on count."""
+
+    kind: str
+    start: int
+    judged: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Follow-ups side by side in one sequence: each sees the context and itself, none sees another."""
+
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    blocks: tuple[Block, ...]
+
+
+def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
+    """Put follow-ups to a context of `length` tokens into one pass; each starts at position `length`."""
+    blocks, start = [], 0
+    for one in follow_ups:
+        blocks.append(Block(one.kind, start, start + one.first, start + len(one.ids)))
+        start += len(one.ids)
+    positions = np.concatenate([length + np.arange(len(one.ids)) for one in follow_ups])
+    return Packed(np.concatenate([one.ids for one in follow_ups]), positions, tuple(blocks))
+
+
+def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> tuple[Context, Cosines]:
+    """Read a context [n] once; also the cosines of BaKlaVa and SqueezeAttention over it."""
+    context = Context([], [], [])
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context.hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
+
+    def attend(call: Attention) -> Tensor:
+        context.keys.append(call.key)
+        context.values.append(call.value)
+        return causal(call)
+
+    with ExitStack() as hooks:
+        for layer in layers(model):
+            hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
+        cosines = hooks.enter_context(watching(model, attend))
+        forward(model, ids, tick)
+    return context, cosines
+
+
+def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
+    """Attention of a packed pass. `kept`, by layer bool [H, n] or None for all, says which tokens of the context each
+    KV head still has."""
+
+    def attend(call: Attention) -> Tensor:
+        keys, values = context.keys[call.layer], context.values[call.layer]
+        alive = None if kept is None else kept[call.layer]
+        outputs = []
+        for block in packed.blocks:
+            own = slice(block.start, block.stop)
+            mask = _mask(len(context), block.stop - block.start, call.window, keys.device)[None]
+            if alive is not None:
+                mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
+            group = len(call.query) // len(keys)
+            output = F.scaled_dot_product_attention(
+                call.query[None, :, own],
+                torch.cat([keys, call.key[:, own]], dim=1)[None],
+                torch.cat([values, call.value[:, own]], dim=1)[None],
+                attn_mask=mask.expand(len(keys), -1, -1).repeat_interleave(group, dim=0)[None],
+                scale=call.scaling,
+                enable_gqa=True,
+            )
+            outputs.append(output[0])
+        return torch.cat(outputs, dim=1)
+
+    return attend
+
+
+@torch.no_grad()
+def follow(model: Any, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
+    """The forward pass of packed follow-ups."""
+    with attending(model, attend):
+        return forward(model, packed.ids, tick, packed.positions)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Attention of some judged rows of one follow-up, by KV head: `query` [H, G, T, D], scaled; `probability`
+    [H, G, T, n + m] over the context's n tokens and the follow-up's own m. float32."""
+
+    kind: str
+    places: Tensor
+    query: Tensor
+    probability: Tensor
+
+
+def judged_rows(
+    call: Attention, context: Context, packed: Packed, most: int, keys: Tensor | None = None, at_once: int = 1 << 30
+) -> Iterator[Rows]:
+    """Attention of every follow-up's judged rows, at most `most` of each, evenly spread, `at_once` in one piece; with
+    `keys` [H, n, D] in place of the context's."""
+    stored = (context.keys[call.layer] if keys is None else keys).float()
+    num_kv_heads, length, head_dim = stored.shape
+    for block in packed.blocks:
+        count = min(most, block.stop - block.judged)
+        every = torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
+        own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
+        for places in every.to(stored.device).split(at_once):
+            query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
+            hidden = ~visible(
+                places - block.start + length, torch.arange(own.shape[1], device=own.device), call.window
+            )
+            weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)
+            yield Rows(block.kind, places, query, weights.masked_fill_(hidden, -torch.inf).softmax(-1))
+
+
+def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [own, length + own]: what the rows after a context of `length` tokens see."""
+    rows = torch.arange(length, length + own, device=device)
+    return visible(rows, torch.arange(length + own, device=device), window)

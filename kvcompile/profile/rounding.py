@@ -1,0 +1,30 @@
+"""What a key or value reads as after it has been stored in 4 or 8 bits: FORMAT.md's quantisation, there and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompile.artifacts import Quantiser, groups
+
+
+def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
+    """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact."""
+    turned = (stored.float() - mean[..., None, :]) @ transform.mT
+    parts = turned.unflatten(-1, (groups(turned.shape[-1]), -1))
+    scale = (parts.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)).half().float()
+    least = torch.finfo(torch.float16).tiny
+    scale = scale.clamp_min(least)
+    code = (parts / scale).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    decoded = ((code + 0.5) * scale).flatten(-2)
+    decoded[..., 0, :] = turned[..., 0, :]
+    inverse = torch.linalg.inv(transform.double()).float()
+    return decoded @ inverse.mT + mean[..., None, :]
+
+
+def matrices(quantiser: Quantiser, layer: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Transform [H, D, D] and mean [H, D] of one layer's keys or values (`kind`), float32."""
+    tables = (getattr(quantiser, f"{kind}_{part}")[layer].astype(np.float32) for part in ("transform", "mean"))
+    transform, mean = (torch.from_numpy(table).to(device) for table in tables)
+    return transform, mean

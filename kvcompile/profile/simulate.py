@@ -1,0 +1,110 @@
+"""The real KL of a plan: a forward pass in which the context has been cut and rounded as the runtime would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
+from kvcompile.problem import Plan
+from kvcompile.profile.anatomy import Tick, logits
+from kvcompile.profile.context import Context, Packed, follow, over_context
+from kvcompile.profile.curves import survivors
+from kvcompile.profile.rounding import matrices, rounded
+from kvcompile.profile.utility import scores
+
+ROWS = 64
+"""Judged rows of a follow-up at which distributions are compared."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A context, its follow-ups, and what the model says at the rows compared with its full cache: log-probabilities,
+    a list over follow-ups of (kind, rows, [T, vocab])."""
+
+    context: Context
+    packed: Packed
+    said: list[tuple[str, Tensor, Tensor]]
+
+
+def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda _: None) -> Reference:
+    """Run the follow-ups over the full cache."""
+    places = [
+        (b.kind, torch.from_numpy(np.linspace(b.judged, b.stop - 1, min(ROWS, b.stop - b.judged)).round().astype(int)))
+        for b in packed.blocks
+    ]
+    final = follow(model, packed, over_context(context, packed), tick).final
+    return Reference(context, packed, [(kind, rows, _say(model, final[rows])) for kind, rows in places])
+
+
+def divergence(
+    model: Any,
+    known: Reference,
+    plan: Plan,
+    scorer: Scorer | None,
+    quantiser: Quantiser | None,
+    tokens: int,
+    tick: Tick = lambda _: None,
+) -> dict[str, float]:
+    """Mean KL to the full cache by kind of follow-up, in nats a token, under a plan for contexts of `tokens` tokens,
+    whose budgets are scaled to the length of this one."""
+    cut = apply_plan(known.context, plan, scorer, quantiser, tokens)
+    final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
+    found: dict[str, list[float]] = {}
+    for kind, rows, before in known.said:
+        after = _say(model, final[rows])
+        found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
+    return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A context with rounded keys and values, and by layer which tokens are kept, bool [H, n] (None: all)."""
+
+    context: Context
+    kept: list[Tensor | None]
+
+
+def apply_plan(
+    context: Context, plan: Plan, scorer: Scorer | None, quantiser: Quantiser | None, tokens: int
+) -> Cut:
+    """What a plan leaves of a context; token policies are `full`, `recent` and `scored`."""
+    length, scale = len(context), len(context) / tokens
+    keys, values, kept = list(context.keys), list(context.values), list[Tensor | None]()
+    for layer in range(len(keys)):
+        keys[layer] = _narrow(keys[layer], plan.k_bits[layer], quantiser, layer, "key")
+        values[layer] = _narrow(values[layer], plan.v_bits[layer], quantiser, layer, "value")
+        alive: list[Tensor] = []
+        by_score = scores(scorer, layer, context.hidden[layer]) if scorer is not None else None
+        for head in range(keys[layer].shape[0]):
+            policy = POLICIES[plan.policy[layer, head]]
+            sink = int(plan.sink[layer, head])
+            budget = min(max(round(int(plan.capacity[layer, head]) * scale), sink + 1), length)
+            recent = budget - sink
+            if policy == "scored":
+                recent = min(max(round(int(plan.recent[layer, head]) * scale), 1), budget - sink)
+            row = torch.zeros(1, length) if by_score is None else by_score[head : head + 1]
+            alive.append(survivors(row.to(keys[layer].device), budget, recent, sink)[0])
+        kept.append(torch.stack(alive))
+    return Cut(replace(context, keys=keys, values=values), kept)
+
+
+def _narrow(stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str) -> Tensor:
+    narrow = np.isin(bits, QUANTISED_BITS)
+    if quantiser is None or not narrow.any():
+        return stored
+    transform, mean = matrices(quantiser, layer, kind, stored.device)
+    heads = [
+        rounded(stored[h], transform[h], mean[h], int(bits[h])).to(stored.dtype) if narrow[h] else stored[h]
+        for h in range(len(stored))
+    ]
+    return torch.stack(heads)
+
+
+@torch.no_grad()
+def _say(model: Any, hidden: Tensor) -> Tensor:
+    return logits(model, hidden).float().log_softmax(-1)

@@ -1,0 +1,59 @@
+"""What a token of the context is worth to a KV head, and the linear scorer that predicts it.
+
+The utility of a token is the largest attention that any judged row of any follow-up, and any query head of the group,
+pays to it (KVzip, arXiv 2505.23416, takes the replay alone). Its logarithm is fitted by ridge regression from the
+attention block's input, as KVzap (arXiv 2601.07891) does from stored activations; here only sums are kept.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcompile.artifacts import Scorer
+from kvcompile.profile.attention import BLOCK, Attention
+from kvcompile.profile.context import Context, Packed, judged_rows
+
+LEAST = 1e-7
+"""Attention below this is no attention: its logarithm would only say how little."""
+
+RIDGE = 1e-3
+"""Added to the diagonal of the normal equations, as a share of it."""
+
+
+def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
+    """Largest attention on each token of the context, float32 [H, n]."""
+    most = torch.zeros(context.keys[call.layer].shape[:2], device=call.key.device)
+    for rows in judged_rows(call, context, packed, most=1 << 30, at_once=BLOCK):
+        torch.maximum(most, rows.probability[..., : len(context)].amax((1, 2)), out=most)
+    return most
+
+
+def normal_sums(hidden: Tensor, utility: Tensor, sink: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """X'X [d + 1, d + 1] and X'y [d + 1, H] of one context in one layer: X is `hidden` [n, d] with a column of ones,
+    y the log of `utility` [H, n]. Sinks are left out: they are kept anyway, and nothing else is like them."""
+    inputs = torch.nn.functional.pad(hidden[sink:].float(), (0, 1), value=1.0)
+    target = utility[:, sink:].clamp_min(LEAST).log().mT
+    return (inputs.mT @ inputs).cpu().numpy(), (inputs.mT @ target).cpu().numpy()
+
+
+def fit(squares: NDArray[np.float32], products: NDArray[np.float32]) -> Scorer:
+    """The scorer that solves the summed normal equations, [L, d + 1, d + 1] and [L, d + 1, H]."""
+    weights = []
+    for square, product in zip(squares, products, strict=True):
+        system = square.astype(np.float64)
+        diagonal = np.diag(system).copy()
+        diagonal[-1] = 0.0  # the bias is free
+        system[np.diag_indices_from(system)] += RIDGE * diagonal + 1e-12 * diagonal.max()
+        weights.append(np.linalg.solve(system, product.astype(np.float64)).T)
+    table = np.stack(weights)
+    return Scorer(weight=table[..., :-1].astype(np.float16), bias=table[..., -1].astype(np.float32))
+
+
+def scores(scorer: Scorer, layer: int, hidden: Tensor) -> Tensor:
+    """Scores of a context's tokens in one layer, float32 [H, n], as the runtime computes and stores them."""
+    weight = torch.from_numpy(np.array(scorer.weight[layer])).to(hidden)
+    bias = torch.from_numpy(np.array(scorer.bias[layer])).to(hidden.device)
+    return ((hidden @ weight.mT).float() + bias).half().float().mT
