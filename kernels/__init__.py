@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from kvcompile.kernels.append.api import append
 from kvcompile.kernels.compact.api import compact
-from kvcompile.kernels.layout import HeadClass, LayerLayout
+from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
+from kvcompile.kernels.quantise.api import decode, encode
 from kvcompile.kernels.ragged_attention.api import ragged_attention
+from kvcompile.kernels.stored import Stored
 
-__all__ = ["HeadClass", "LayerLayout", "append", "compact", "ragged_attention"]
+__all__ = [
+    "HeadClass", "HeadSpec", "LayerLayout", "Stored", "append", "compact", "decode", "encode", "ragged_attention",
+]  # fmt: skip

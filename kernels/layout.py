@@ -1,18 +1,31 @@
-"""How the heads of one layer lie in its flat store."""
+"""How the heads of one layer lie in its store."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
+QUANTISED = (4, 8)
+"""Widths in bits at which keys or values are rounded; every other width is the cache's own type."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """One head as an artifact describes it, in tokens and bits."""
+
+    policy: str
+    capacity: int
+    sink: int
+    recent: int
+    k_bits: int = 16
+    v_bits: int = 16
 
 
 @dataclass(frozen=True)
 class HeadClass:
     """`count` neighbouring heads of equal shape: storage positions [start, start + count), each with `capacity` slots
-    (`sink` first and `recent` last ones protected), the first of them at slot `offset` of the layer's store."""
+    (`sink` first and `recent` last ones protected)."""
 
     policy: str
     start: int
@@ -20,22 +33,24 @@ class HeadClass:
     capacity: int
     sink: int
     recent: int
-    offset: int
+    k_bits: int = 16
+    v_bits: int = 16
 
     @property
     def slots(self) -> int:
         """Slots of all heads of the class."""
         return self.count * self.capacity
 
+    @property
+    def heads(self) -> slice:
+        """Storage positions of its heads."""
+        return slice(self.start, self.start + self.count)
+
     def ring_slot(self, token: int) -> int:
         """Slot of the token of this number: slots fill in order, then the last `recent` ones are a ring."""
         if token < self.capacity:
             return token
         return self.capacity - self.recent + (token - self.capacity) % self.recent
-
-    def view(self, store: torch.Tensor) -> torch.Tensor:
-        """The class's part [B, count, capacity, D] of a layer's store [B, slots, D]; no copy."""
-        return store.narrow(1, self.offset, self.slots).unflatten(1, (self.count, self.capacity))
 
 
 @dataclass(frozen=True)
@@ -46,17 +61,16 @@ class LayerLayout:
     window: int = 0
 
     @classmethod
-    def from_heads(cls, heads: Sequence[tuple[str, int, int, int]], window: int = 0) -> LayerLayout:
-        """Lay out heads given in storage order as (policy, capacity, sink, recent); equal neighbours form a class."""
+    def from_heads(cls, heads: Sequence[HeadSpec], window: int = 0) -> LayerLayout:
+        """Lay out heads given in storage order; equal neighbours form a class."""
         classes: list[HeadClass] = []
-        offset = 0
-        for position, (policy, capacity, sink, recent) in enumerate(heads):
-            last = classes[-1] if classes else None
-            if last and (last.policy, last.capacity, last.sink, last.recent) == (policy, capacity, sink, recent):
-                classes[-1] = HeadClass(policy, last.start, last.count + 1, capacity, sink, recent, last.offset)
+        previous: HeadSpec | None = None
+        for position, head in enumerate(heads):
+            if head == previous:
+                classes[-1] = replace(classes[-1], count=classes[-1].count + 1)
             else:
-                classes.append(HeadClass(policy, position, 1, capacity, sink, recent, offset))
-            offset += capacity
+                classes.append(HeadClass(start=position, count=1, **vars(head)))
+            previous = head
         return cls(tuple(classes), window)
 
     @cached_property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +13,57 @@ import numpy as np
 
 from kvcompile.allocators import allocate, default_policy, least_bytes
 from kvcompile.artifacts import (
+    DTYPE_BITS,
     Artifact,
     ArtifactError,
     ModelIdentity,
     Target,
     TargetError,
     full_bytes,
+    groups,
     identify,
     write,
 )
-from kvcompile.assemble import assemble, pose, stored_profile
-from kvcompile.cache_dir import cache_dir
-from kvcompile.calibration import Calibration, calibrate
+from kvcompile.assemble import Parts, assemble, pose, stored_profile
 from kvcompile.memory import Memory, parse_memory
 from kvcompile.problem import DEFAULT_SINK, Plan, Problem, Profile
-from kvcompile.profile import measure, perplexity, profile_key
 
 KV_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Names of `--kv-dtype` beside `auto`, which is the model's own."""
+"""Names of `--kv-dtype` that are the cache's own element type; `auto` is the model's."""
 
-PROFILE_TOKENS = 4096
-"""Longest calibration window; a longer context is profiled at this length and its curves are stretched."""
-WINDOWS = 6
-PROBES = 8
-SEARCH_TOKENS = 2048
-"""Longest window on which an allocator's parameter search measures perplexity; all of that length are used."""
+WIDTHS = {"int8": 8, "int4": 4}
+"""Names of `--kv-dtype` under which every key and value is quantised."""
+
+PROFILE_TOKENS = 2048
+"""Longest calibration context; a longer one is profiled at this length and its curves are stretched."""
+FIT_EPISODES = 2
+"""Episodes of each family that the scorer and the quantiser are fitted on."""
+MEASURE_EPISODES = 2
+"""Other episodes of each family that the losses are measured on."""
+PROBES = 6
 
 Report = Callable[[str, int, int], None]
 """Called with the stage's name, the work done and the work in all."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is to be like, whatever it is solved from.
+
+    `context` and `batch` default to the model's longest context, or the artifact's, and 1. `allocator` is a name from
+    `kvcompile.allocators.ALLOCATORS`; `policy` is `recent`, `window` (recent without sinks), `h2o`, `snapkv` or
+    `scored`, by default the allocator's own. `kv_dtype` is `auto` (the model's type; the allocator `optimal` may also
+    choose 8 and 4 bits), `bf16`, `fp16`, `fp32`, `int8` or `int4`. `classes` is the most distinct choices in a layer,
+    `ranks` the number of tensor-parallel ranks to place heads on.
+    """
+
+    context: int | None = None
+    batch: int | None = None
+    allocator: str = "optimal"
+    policy: str | None = None
+    kv_dtype: str = "auto"
+    classes: int | None = None
+    ranks: int | None = None
 
 
 def build(
@@ -54,6 +78,9 @@ def build(
     policy: str | None = None,
     kv_dtype: str = "auto",
     calib: str | os.PathLike[str] | None = None,
+    classes: int | None = None,
+    ranks: int | None = None,
+    refine: int = 0,
     seed: int = 0,
     name: str | None = None,
     report: Report | None = None,
@@ -62,11 +89,9 @@ def build(
 
     Args:
         mem: bytes (`8GB`, `512MiB`), or a share (`25%`) of the full cache for `batch` sequences of `context` tokens.
-        context: tokens a sequence; default: the most that the model was made for.
-        allocator: a name from `kvcompile.allocators.ALLOCATORS`.
-        policy: `recent`, `window` (recent without sinks), `h2o` or `snapkv`; default: the allocator's own.
-        kv_dtype: `auto` (the model's), `bf16`, `fp16` or `fp32`.
-        calib: a file or folder with text to calibrate on instead of what the Python installation carries.
+        context, batch, allocator, policy, kv_dtype, classes, ranks: see `Options`.
+        calib: a file or folder with text to calibrate on, beside what the package and the Python installation carry.
+        refine: rounds in which the plan is measured and solved anew; a plan is kept only if it measures better.
         name: under which `kvcompile run` finds the model again; default: the model's own.
 
     An interrupted profile resumes where it stopped, and a finished one serves the next target too (`KVCOMPILE_CACHE`).
@@ -74,38 +99,40 @@ def build(
     Raises:
         KvcompileError: an impossible target, an unsupported model, too little text, or an `out` that cannot be written.
     """
-    memory = parse_memory(mem)
-    check_out(out)
-    identity = identify(model, name or str(model.config.name_or_path or model.config.model_type))
-    config = model.config.get_text_config()
-    context = context or int(config.max_position_embeddings)
-    target = resolve_target(identity, memory, context, batch, kv_dtype)
-    token_policy, sink = resolve_policy(allocator, policy)
-    check_target(identity, target, token_policy, sink, memory)
+    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
+    wanted = {mem: None if out is None else Path(out)}
+    return build_many(
+        model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, name=name, report=report
+    )[0]
 
-    path = None if calib is None else Path(calib)
-    length = min(context, PROFILE_TOKENS)
-    calibration = calibrate(tokenizer, length=length, count=WINDOWS, seed=seed, path=path, probes=PROBES)
-    windows = [window.ids for window in calibration.windows]
-    key = profile_key(
-        fingerprint=identity.fingerprint,
-        calibration=calibration.sha256,
-        dtype=identity.dtype,
-        seed=seed,
-        sink=DEFAULT_SINK,
+
+def build_many(
+    model: Any,
+    tokenizer: Any,
+    wanted: Mapping[str, Path | None],
+    options: Options,
+    *,
+    calib: str | os.PathLike[str] | None = None,
+    refine: int = 0,
+    seed: int = 0,
+    name: str | None = None,
+    report: Report | None = None,
+) -> list[Artifact]:
+    """One artifact for every memory target in `wanted` (and the file to write it to), from one profile."""
+    # Here and not above: `resolve` needs neither torch nor transformers.
+    from kvcompile.profiling import profile_model
+
+    identity = identify(model, name or str(model.config.name_or_path or model.config.model_type))
+    context = options.context or int(model.config.get_text_config().max_position_embeddings)
+    options = dataclasses.replace(options, context=context, batch=options.batch or 1)
+    targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
+    profiled = profile_model(
+        model, tokenizer, identity, length=min(context, PROFILE_TOKENS), calib=calib, seed=seed, report=report
     )
-    measured = measure(
-        model,
-        windows,
-        calibration.probes,
-        seed=seed,
-        progress=report and (lambda done, total: report("profiling", done, total)),
-        store=cache_dir("profiles", key),
-    )
-    problem = pose(identity, measured.profile, target, token_policy, sink)
-    problem = dataclasses.replace(problem, perplexity=_perplexity(model, calibration, problem, report))
-    described = {**calibration.describe(), "probes_answered": measured.answered}
-    return finish(identity, problem, target, allocator, described, out)
+    return [
+        finish(identity, profiled.parts, target, options, profiled.calibration, out, profiled.tools(refine, report))
+        for target, out in zip(targets, wanted.values(), strict=True)
+    ]
 
 
 def resolve(
@@ -118,6 +145,8 @@ def resolve(
     allocator: str = "optimal",
     policy: str | None = None,
     kv_dtype: str = "auto",
+    classes: int | None = None,
+    ranks: int | None = None,
 ) -> Artifact:
     """Solve another target from the curves inside an artifact, without the model. Arguments as for `build`, with the
     artifact's own context and batch as defaults.
@@ -125,41 +154,72 @@ def resolve(
     Raises:
         KvcompileError: an impossible target, an artifact without curves, or an `out` that cannot be written.
     """
-    memory = parse_memory(mem)
-    check_out(out)
-    identity, profile = artifact.model, stored_profile(artifact)
-    dtype = artifact.target.dtype if kv_dtype == "auto" else kv_dtype
-    target = resolve_target(identity, memory, context or artifact.target.context, batch or artifact.target.batch, dtype)
-    token_policy, sink = resolve_policy(allocator, policy)
-    check_target(identity, target, token_policy, sink, memory)
-    problem = pose(identity, profile, target, token_policy, sink)
-    return finish(identity, problem, target, allocator, dict(artifact.calibration), out)
+    context, batch = context or artifact.target.context, batch or artifact.target.batch
+    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
+    path = None if out is None else Path(out)
+    parts = Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
+    target = check(artifact.model, mem, options, path, artifact.target.dtype)
+    return finish(artifact.model, parts, target, options, dict(artifact.calibration), path)
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What solving can use where a model is at hand: `perplexity` of a table of `recent` budgets for a problem, and
+    `refine`, which may improve a plan by measuring."""
+
+    perplexity: Callable[[Problem], Callable[[np.ndarray], float]]
+    refine: Callable[[Problem, Plan], Plan]
 
 
 def finish(
     identity: ModelIdentity,
-    problem: Problem,
+    parts: Parts,
     target: Target,
-    allocator: str,
+    options: Options,
     calibration: dict[str, Any],
-    out: str | os.PathLike[str] | None,
+    out: Path | None,
+    tools: Tools | None = None,
 ) -> Artifact:
     """Solve, assemble and write."""
-    plan: Plan = allocate(allocator, problem)
-    solver = {"allocator": allocator, "policy": problem.policy, "sink": problem.sink}
-    artifact = assemble(identity, problem.profile, target, plan, solver=solver, calibration=calibration)
+    problem = pose_with(identity, parts, target, options)
+    if tools is not None:
+        problem = dataclasses.replace(problem, perplexity=tools.perplexity(problem))
+    plan = allocate(options.allocator, problem)
+    if tools is not None and options.allocator == "optimal":
+        plan = tools.refine(problem, plan)
+    solver = {"allocator": options.allocator, "policy": problem.policy, "sink": problem.sink}
+    artifact = assemble(
+        identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks
+    )
     if out is not None:
-        write(artifact, Path(out))
+        write(artifact, out)
     return artifact
 
 
-def resolve_target(identity: ModelIdentity, memory: Memory, context: int, batch: int, kv_dtype: str) -> Target:
-    """The target in bytes, and what it is for."""
+def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Options) -> Problem:
+    """The problem of one target under the options."""
+    policy, sink = resolve_policy(options.allocator, options.policy)
+    own = DTYPE_BITS[target.dtype]
+    widths: tuple[int, ...] = (own,)
+    if options.kv_dtype in WIDTHS:
+        widths = (WIDTHS[options.kv_dtype],)
+    elif options.kv_dtype == "auto" and options.allocator == "optimal" and parts.quantiser is not None:
+        widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
+    return pose(identity, parts.profile, target, policy, sink, widths, options.classes)
+
+
+def resolve_target(
+    identity: ModelIdentity, memory: Memory, context: int, batch: int, kv_dtype: str, own: str | None = None
+) -> Target:
+    """The target in bytes, and what it is for; `own` is the element type under `auto`, by default the model's."""
     if context < 1 or batch < 1:
         raise TargetError(f"a context of {context} tokens and a batch of {batch} were given: expected at least 1")
-    dtype = identity.dtype if kv_dtype == "auto" else KV_DTYPES.get(kv_dtype, kv_dtype)
+    dtype = own or identity.dtype
+    if kv_dtype != "auto" and kv_dtype not in WIDTHS:
+        dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
     if dtype not in KV_DTYPES.values():
-        raise TargetError(f"there is no cache type {kv_dtype!r}: expected one of auto, {', '.join(KV_DTYPES)}")
+        known = ", ".join((*KV_DTYPES, *WIDTHS))
+        raise TargetError(f"there is no cache type {kv_dtype!r}: expected one of auto, {known}")
     full = batch * full_bytes(identity, context, dtype)
     return Target(bytes=memory.bytes(full), context=context, batch=batch, dtype=dtype)
 
@@ -170,20 +230,39 @@ def resolve_policy(allocator: str, policy: str | None) -> tuple[str, int]:
     return ("recent", 0) if policy == "window" else (policy or default, DEFAULT_SINK)
 
 
-def check_target(identity: ModelIdentity, target: Target, policy: str, sink: int, memory: Memory) -> None:
-    """Refuse a target that nothing can meet before minutes go into a profile."""
-    shape = (identity.num_layers, identity.num_kv_heads)
-    unmeasured = Profile(
-        target.context, np.array([target.context], np.int32), np.zeros((*shape, 1), np.float32),
-        np.zeros(shape, np.float32), np.zeros(shape[:1], np.float32), np.zeros(shape, np.float32),
-    )  # fmt: skip
-    problem = pose(identity, unmeasured, target, policy, sink)
+def check(identity: ModelIdentity, mem: str, options: Options, out: Path | None, own: str | None = None) -> Target:
+    """The target, refused where nothing can meet it or the file cannot be written, before minutes go into a profile."""
+    memory = parse_memory(mem)
+    check_out(out)
+    target = resolve_target(identity, memory, options.context or 1, options.batch or 1, options.kv_dtype, own)
+    if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
+        heads = identity.num_kv_heads
+        raise TargetError(f"{heads} KV heads do not divide among {options.ranks} ranks: expected a divisor with --tp")
+    if options.classes is not None and options.classes < 1:
+        raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
+    if options.kv_dtype in WIDTHS and identity.head_dim % (2 * groups(identity.head_dim)):
+        raise TargetError(f"keys and values of {identity.head_dim} elements cannot be quantised: use --kv-dtype auto")
+    parts = Parts(unmeasured(identity, target.context), None, None)
+    problem = pose_with(identity, parts, target, options)
     least = target.batch * least_bytes(problem)
     if target.bytes < least:
         raise TargetError(
             f"a target of {memory.text} ({target.bytes} bytes) is below the {least} bytes that the sinks and one "
             "recent token of every head, and the windows of sliding layers, take together: ask for more memory"
         )
+    return target
+
+
+def unmeasured(identity: ModelIdentity, context: int) -> Profile:
+    """A profile of the right shape that says nothing."""
+    heads = (identity.num_layers, identity.num_kv_heads)
+    table = np.zeros((1, *heads, 1), np.float32)
+    return Profile(
+        families=("text",), window=context, tokens=np.array([context], np.int32), shares=np.ones(1, np.float32),
+        loss=table[..., None], bits=np.array([8, 4], np.int32), key_loss=np.repeat(table, 2, -1),
+        value_loss=np.repeat(table, 2, -1), factor=1.0, correlation=float("nan"), baklava=table[0, ..., 0],
+        squeeze=table[0, :, 0, 0], surfacelogic=table[0, ..., 0],
+    )  # fmt: skip
 
 
 def check_out(out: str | os.PathLike[str] | None) -> None:
@@ -195,23 +274,3 @@ def check_out(out: str | os.PathLike[str] | None) -> None:
         raise ArtifactError(f"{path} is a folder: expected the name of the file to write")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise ArtifactError(f"{path.absolute().parent} is no folder that can be written to: create it or name another")
-
-
-def _perplexity(
-    model: Any, calibration: Calibration, problem: Problem, report: Report | None
-) -> Callable[[np.ndarray], float]:
-    """Measures budgets at the problem's context on shorter calibration windows, scaled to their length."""
-    lengths = [len(window.ids) for window in calibration.windows]
-    longest = max((n for n in lengths if n <= SEARCH_TOKENS), default=min(lengths))
-    windows = [window.ids for window in calibration.windows if len(window.ids) == longest]
-    calls = 0
-
-    def perplexity_of(capacity: np.ndarray) -> float:
-        nonlocal calls
-        calls += 1
-        if report is not None:
-            report("searching", calls, 0)
-        scaled = np.maximum(np.rint(capacity * (longest / problem.context)), problem.sink + 1).astype(np.int32)
-        return perplexity(model, windows, scaled, problem.sink)
-
-    return perplexity_of

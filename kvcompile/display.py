@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from kvcompile.artifacts import POLICIES, Artifact
+from kvcompile.artifacts import POLICIES, Artifact, KvcompileError
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -69,6 +71,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "dtype": target.dtype,
         "resident_bytes": artifact.bytes.resident,
         "transient_bytes": artifact.bytes.transient,
+        "scorer_bytes": artifact.bytes.scorer,
         "full_bytes": artifact.bytes.full,
         "share_of_full": artifact.bytes.resident / artifact.bytes.full,
         "policies": {name: int((budgets.policy == i).sum()) for i, name in enumerate(POLICIES)},
@@ -82,3 +85,19 @@ def summary(artifact: Artifact) -> dict[str, Any]:
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
     click.echo(json.dumps(value, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a whole file in place, or none.
+
+    Raises:
+        KvcompileError: a path that cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise KvcompileError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)

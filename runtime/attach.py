@@ -11,10 +11,11 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, check_identity, identify, read
-from kvcompile.kernels import LayerLayout
+from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, identify, read
+from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
+from kvcompile.runtime.turn import Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,12 +26,25 @@ BINDING = "_kvcompile_binding"
 """Attribute of an attention module that holds its `Binding`."""
 
 
+class LayerScorer:
+    """The compiled scorer of one layer: `weight` [H, d] in the model's type and `bias` f32 [H], in storage order."""
+
+    def __init__(self, scorer: Scorer, layer: int, order: list[int], like: torch.Tensor) -> None:
+        self.weight = torch.tensor(scorer.weight[layer][order], dtype=like.dtype, device=like.device)
+        self.bias = torch.tensor(scorer.bias[layer][order], device=like.device)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Scores f32 [B, T, H] of tokens by the input [B, T, d] of the attention block."""
+        return (hidden @ self.weight.mT).float() + self.bias
+
+
 class Binding:
     """Passes the cache layer of the forward pass under way from a hook on the attention module to its attention
     function, which transformers calls without the cache."""
 
-    def __init__(self, attachment: str, module: nn.Module) -> None:
+    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None) -> None:
         self.attachment = attachment
+        self.scorer = scorer
         self.layer: RaggedLayer | None = None
         self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -45,10 +59,13 @@ class Binding:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
         self.layer = cache.layers[module.layer_idx]
         self.layer.expected = True
+        if self.scorer is not None:
+            self.layer.score = self.scorer(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.layer is not None:
             self.layer.expected = False
+            self.layer.score = None
             self.layer = None
 
 
@@ -105,8 +122,14 @@ class Attachment:
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
-        for module in self._attention:
-            setattr(module, BINDING, Binding(self._id, module))
+        for module, scorer in zip(self._attention, self._scorers(), strict=True):
+            setattr(module, BINDING, Binding(self._id, module, scorer))
+        self._turns = [
+            Turn.of_layer(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
+            for i, (order, layout, module) in enumerate(
+                zip(artifact.budgets.head_order.tolist(), self.layouts, self._attention, strict=True)
+            )
+        ]
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
@@ -119,8 +142,8 @@ class Attachment:
             raise CacheError(f"a batch of {batch_size} sequences was asked for, expected 1 or more")
         dtype = getattr(torch, self.artifact.target.dtype)
         layers = [
-            RaggedLayer(layout, self.artifact.model.head_dim, dtype, module.o_proj.weight.device, batch_size)
-            for layout, module in zip(self.layouts, self._attention, strict=True)
+            RaggedLayer(layout, self.artifact.model.head_dim, dtype, module.o_proj.weight.device, batch_size, turn)
+            for layout, module, turn in zip(self.layouts, self._attention, self._turns, strict=True)
         ]
         return RaggedCache(layers, self._id)
 
@@ -140,6 +163,16 @@ class Attachment:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def _scorers(self) -> list[LayerScorer | None]:
+        """By layer, None where no head has the policy `scored`."""
+        scorer, rows = self.artifact.scorer, enumerate(self.artifact.budgets.head_order.tolist())
+        return [
+            LayerScorer(scorer, i, order, self._attention[i].o_proj.weight)
+            if scorer is not None and any(cls.policy == "scored" for cls in self.layouts[i].classes)
+            else None
+            for i, order in rows
+        ]
 
     def _permute(self, undo: bool) -> None:
         identity = self.artifact.model
@@ -163,7 +196,10 @@ def layer_layouts(artifact: Artifact) -> list[LayerLayout]:
     budgets, layouts = artifact.budgets, []
     for i, order in enumerate(budgets.head_order.tolist()):
         heads = [
-            (POLICIES[budgets.policy[i, h]], *(int(a[i, h]) for a in (budgets.capacity, budgets.sink, budgets.recent)))
+            HeadSpec(
+                POLICIES[budgets.policy[i, h]],
+                **{name: int(getattr(budgets, name)[i, h]) for name in ("capacity", "sink", "recent", "k_bits", "v_bits")},
+            )
             for h in order
         ]
         window = artifact.model.windows[i]

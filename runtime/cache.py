@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout
 from kvcompile.runtime.store import LayerStore
+from kvcompile.runtime.turn import Turn
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -19,12 +21,21 @@ class RaggedLayer(CacheLayerMixin):
 
     supports_early_init = False
 
-    def __init__(self, layout: LayerLayout, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int):
+    def __init__(
+        self,
+        layout: LayerLayout,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
+        turn: Turn | None = None,
+    ):
         super().__init__()
         self.is_sliding = layout.window > 0
         self.is_initialized = True
-        self.store = LayerStore(layout, head_dim, dtype, device, batch)
-        self.head_dim = head_dim
+        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, turn=turn)
+        self.store = self.make_store(batch=batch)
+        self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
         self.expected = False  # set by the attached model for the length of one forward pass
 
@@ -66,18 +77,17 @@ class RaggedLayer(CacheLayerMixin):
         if first:
             self._fit_batch(len(query))
             out = exact()
-            self.store.prefill(query, keys, values, real, scaling)
+            self.store.prefill(query, keys, values, real, scaling, self.score)
             return out
         if len(query) != self.store.batch:
             raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
         if query.shape[2] == 1 and real is None:
-            return self.store.step(query, keys, values, scaling).transpose(1, 2)
-        return self.store.extend(query, keys, values, mask, real, scaling).transpose(1, 2)
+            return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
+        return self.store.extend(query, keys, values, mask, real, scaling, self.score).transpose(1, 2)
 
     def _fit_batch(self, batch: int) -> None:
         if batch != self.store.batch:  # an empty cache follows its first prompt: beam search multiplies the batch
-            old = self.store
-            self.store = LayerStore(old.layout, self.head_dim, old.keys.dtype, old.keys.device, batch)
+            self.store = self.make_store(batch=batch)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover the new tokens alone: of the stored ones, the runtime knows itself which can be seen."""

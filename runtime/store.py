@@ -6,70 +6,99 @@ from collections.abc import Iterator
 
 import torch
 
-from kvcompile.kernels import HeadClass, LayerLayout, append, compact, ragged_attention
+from kvcompile.kernels import HeadClass, LayerLayout, Stored, ragged_attention
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.policies.base import News, Placement
+from kvcompile.runtime.turn import Turn
 
 
 class LayerStore:
-    """K and V of one layer for a batch: a flat buffer [batch, slots, head_dim] each, heads end to end in storage
-    order, every head with its fixed capacity. All memory is allocated here, once; nothing grows afterwards.
+    """K and V of one layer for a batch, heads end to end in storage order, every head with its fixed capacity and
+    width. All memory is allocated here, once; nothing grows afterwards.
 
-    `seen` counts the tokens that each sequence has brought so far, without padding.
+    `seen` counts the tokens that each sequence has brought so far, without padding. `turn` is for the heads that are
+    rounded. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
+    scorer's word on each token.
     """
 
     def __init__(
-        self, layout: LayerLayout, head_dim: int, dtype: torch.dtype, device: torch.device, batch: int
+        self,
+        layout: LayerLayout,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
+        turn: Turn | None = None,
     ) -> None:
         self.layout = layout
         self.batch = batch
-        self.keys = torch.zeros(batch, layout.slots, head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self.turn = turn
+        self.keys = Stored(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch)
+        self.values = Stored(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch)
         self.state = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the store holds."""
-        yield self.keys
-        yield self.values
+        yield from self.keys.tensors()
+        yield from self.values.tensors()
         for tensors in self.state:
             yield from tensors
 
     @torch.no_grad()
     def prefill(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, real: torch.Tensor | None, scaling: float
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        real: torch.Tensor | None,
+        scaling: float,
+        score: torch.Tensor | None = None,
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
+        turned_keys = keys if self.turn is None else self.turn.keys(keys)
+        turned_values = values if self.turn is None else self.turn.values(values)
         for b in range(self.batch):
-            q, k, v = query[b], keys[b], values[b]
-            if real is not None:
-                q, k, v = q[:, real[b]], k[:, real[b]], v[:, real[b]]
+            there = slice(None) if real is None else real[b]
+            q, k = query[b][:, there], keys[b][:, there]
             q = q.unflatten(0, (self.layout.num_kv_heads, -1))
             for cls, state in zip(self.layout.classes, self.state, strict=True):
-                heads = slice(cls.start, cls.start + cls.count)
-                policy = POLICIES[cls.policy]
-                score = policy.score(q[heads], k[heads], scaling) if state or k.shape[1] > cls.capacity else None
-                token = kept_tokens(cls, k.shape[1], score, k.device)
-                compact(cls.view(self.keys)[b], k[heads], token)
-                compact(cls.view(self.values)[b], v[heads], token)
-                policy.remember(state, b, token, score)
+                policy, cut = POLICIES[cls.policy], k.shape[1] > cls.capacity
+                worth = None
+                if state or cut:
+                    by_scorer = None if score is None else score[b][there].mT[cls.heads]
+                    worth = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
+                token = kept_tokens(cls, k.shape[1], worth, k.device)
+                self.keys.fill(cls, b, turned_keys[b, cls.heads][:, there], token)
+                self.values.fill(cls, b, turned_values[b, cls.heads][:, there], token)
+                policy.remember(state, b, token, worth)
             self.seen[b] = k.shape[1]
 
     @torch.no_grad()
-    def step(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+    def step(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        score: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
+        query, keys, values = self._turned(query, keys, values)
         for cls, state in zip(self.layout.classes, self.state, strict=True):
-            heads = slice(cls.start, cls.start + cls.count)
-            slot = POLICIES[cls.policy].slots(state, cls, self.seen, 1).to(keys.device)
-            append(cls.view(self.keys), keys[:, heads], slot)
-            append(cls.view(self.values), values[:, heads], slot)
+            by_scorer = None if score is None else score.mT[:, cls.heads]
+            placed = POLICIES[cls.policy].place(state, cls, self.seen, by_scorer).to(keys.device)
+            self._write(cls, keys, values, placed)
         self.seen = [n + 1 for n in self.seen]
         out = ragged_attention(query, self.keys, self.values, self.layout, self.seen, scaling=scaling)
         grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
         for cls, state in zip(self.layout.classes, self.state, strict=True):
-            heads = slice(cls.start, cls.start + cls.count)
-            POLICIES[cls.policy].observe(state, cls, grouped[:, heads], cls.view(self.keys), self.seen, scaling)
-        return out
+            policy = POLICIES[cls.policy]
+            if policy.observes:
+                stored = self.keys.read(cls, cls.capacity, query.dtype)
+                policy.observe(state, cls, grouped[:, cls.heads], stored, self.seen, scaling)
+        return out if self.turn is None else self.turn.outputs(out)
 
     @torch.no_grad()
     def extend(
@@ -80,9 +109,11 @@ class LayerStore:
         mask: torch.Tensor | None,
         real: torch.Tensor | None,
         scaling: float,
+        score: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
         what the policies keep of them; [B, num_heads, T, D]."""
+        query, keys, values = self._turned(query, keys, values)
         out = ragged_attention(
             query, self.keys, self.values, self.layout, self.seen,
             scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
@@ -91,18 +122,34 @@ class LayerStore:
             real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         grouped = query.unflatten(1, (self.layout.num_kv_heads, -1))
         for cls, state in zip(self.layout.classes, self.state, strict=True):
-            heads = slice(cls.start, cls.start + cls.count)
-            stored, new = cls.view(self.keys), keys[:, heads]
-            slot = POLICIES[cls.policy].extend(state, cls, grouped[:, heads], stored, new, real, self.seen, scaling)
-            append(stored, new, slot.to(keys.device))
-            append(cls.view(self.values), values[:, heads], slot.to(keys.device))
+            policy = POLICIES[cls.policy]
+            stored = self.keys.read(cls, cls.capacity, query.dtype) if policy.observes else keys[:, cls.heads, :0]
+            news = News(
+                grouped[:, cls.heads], stored, keys[:, cls.heads], real, scaling,
+                None if score is None else score.mT[:, cls.heads],
+            )  # fmt: skip
+            self._write(cls, keys, values, policy.extend(state, cls, news, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
-        return out
+        return out if self.turn is None else self.turn.outputs(out)
+
+    def _turned(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.turn is None:
+            return query, keys, values
+        return self.turn.queries(query), self.turn.keys(keys), self.turn.values(values)
+
+    def _write(self, cls: HeadClass, keys: torch.Tensor, values: torch.Tensor, placed: Placement) -> None:
+        for stored, new in ((self.keys, keys), (self.values, values)):
+            stored.write(cls, new[:, cls.heads], placed.slot, placed.source, placed.to_slot)
+            if 0 in self.seen:
+                stored.write_anchor(cls, new[:, cls.heads], placed.slot)
 
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index` int64 [new batch]: for beam search, repeats and selections."""
-        index = index.to(self.keys.device)
-        self.keys, self.values = self.keys.index_select(0, index), self.values.index_select(0, index)
+        index = index.to(self.keys.exact.device)
+        self.keys.take(index)
+        self.values.take(index)
         self.state = [[t.index_select(0, index) for t in tensors] for tensors in self.state]
         self.seen = [self.seen[i] for i in index.tolist()]
         self.batch = len(self.seen)

@@ -8,12 +8,13 @@ import torch
 
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_attention import dense
+from kvcompile.kernels.stored import Stored
 
 
 def ragged_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Stored,
+    values: Stored,
     layout: LayerLayout,
     seen: Sequence[int],
     *,
@@ -26,7 +27,8 @@ def ragged_attention(
 
     Args:
         query: [B, num_heads, T, D], query heads of one KV head side by side, in storage order.
-        keys, values: the layer's store [B, slots, D]; RoPE is already applied to keys, so slots have no order.
+        keys, values: what the layer stores; RoPE is already applied to keys, so slots have no order. Where heads are
+            rounded, queries and new keys and values come turned, and the output is to be turned back.
         layout: the layer's classes; `num_heads` is a multiple of its KV heads.
         seen: tokens stored so far, one number a sequence; a head of capacity C has `min(seen, C)` filled slots.
         scaling: factor on the logits.
@@ -44,8 +46,10 @@ def ragged_attention(
     batch, num_heads, length, head_dim = query.shape
     if num_heads % layout.num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of the layout's {layout.num_kv_heads} KV heads")
-    if keys.shape != (batch, layout.slots, head_dim) or values.shape != keys.shape:
-        raise ValueError(f"a store of {tuple(keys.shape)}, expected {(batch, layout.slots, head_dim)}")
+    for stored in (keys, values):
+        if (len(stored.exact), stored.head_dim) != (batch, head_dim):
+            found = (len(stored.exact), stored.head_dim)
+            raise ValueError(f"a store of {found} sequences and elements, expected {(batch, head_dim)}")
     if len(seen) != batch:
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:

@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kvcompile.kernels.layout import HeadClass, LayerLayout
+from kvcompile.kernels.stored import Stored
 
 MASK_ELEMENTS = 1 << 24
 """Most elements of one mask; longer runs of new tokens go through in blocks of queries."""
@@ -15,8 +16,8 @@ MASK_ELEMENTS = 1 << 24
 
 def ragged_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Stored,
+    values: Stored,
     layout: LayerLayout,
     seen: Sequence[int],
     scaling: float,
@@ -30,10 +31,10 @@ def ragged_attention(
     grouped = query.unflatten(1, (layout.num_kv_heads, group))
     out = torch.empty_like(grouped)
     for cls in layout.classes:
-        heads = slice(cls.start, cls.start + cls.count)
+        heads = cls.heads
         filled = min(max(seen), cls.capacity)
-        k = cls.view(keys)[:, :, :filled].to(query.dtype)
-        v = cls.view(values)[:, :, :filled].to(query.dtype)
+        k = keys.read(cls, filled, query.dtype)
+        v = values.read(cls, filled, query.dtype)
         q = grouped[:, heads]
         if new_keys is None or new_values is None:
             mask = _stored_mask(cls, 0, seen, 1, query.device)

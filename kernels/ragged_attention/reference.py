@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.stored import Stored
 
 
 def ragged_attention(
     query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    keys: Stored,
+    values: Stored,
     layout: LayerLayout,
     seen: Sequence[int],
     *,
@@ -30,7 +31,7 @@ def ragged_attention(
         first = seen[b] - (new_keys is None)  # number of the first query's token
         for h, (cls, i) in enumerate(heads):
             filled = min(seen[b], cls.capacity)
-            stored_k, stored_v = cls.view(keys)[b, i, :filled].double(), cls.view(values)[b, i, :filled].double()
+            stored_k, stored_v = (stored.read(cls, filled, torch.float64)[b, i] for stored in (keys, values))
             holds = {}
             for token in range(seen[b]):
                 holds[cls.ring_slot(token)] = token

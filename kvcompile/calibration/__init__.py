@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvcompile.artifacts.errors import CalibrationError
+from kvcompile.calibration.authored import authored_families
+from kvcompile.calibration.episodes import CONTINUATION, Episode, FollowUp, draw_episodes
+from kvcompile.calibration.family import Family, Stream
 from kvcompile.calibration.probes import Probe, draw_probes
 from kvcompile.calibration.python_text import python_families
 from kvcompile.calibration.user import user_family
-from kvcompile.calibration.windows import LEAST_TOKENS, Window, draw_windows
 
-__all__ = ["Calibration", "Probe", "Window", "calibrate"]
+__all__ = ["Calibration", "Episode", "FollowUp", "Probe", "calibrate", "draw_episodes", "evaluation_families"]
 
-LENGTH_CYCLE = (1, 2, 4)
-"""Windows are in turn whole, half and quarter length: BaKlaVa profiles prompts of several lengths."""
+LEAST_TOKENS = 64
+"""Less text than this says nothing about a cache."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Windows and probes drawn with a seed from the named families; `sha256` is over all token ids and the seed."""
+    """Episodes to fit on and others to measure on, and probes, drawn with a seed from the named families; `sha256` is
+    over all token ids and the seed."""
 
     families: tuple[str, ...]
-    windows: tuple[Window, ...]
+    fit: tuple[Episode, ...]
+    measure: tuple[Episode, ...]
     probes: tuple[Probe, ...]
     seed: int
     sha256: str
@@ -34,38 +42,79 @@ class Calibration:
         """What an artifact says of its calibration, as a JSON object."""
         return {
             "sources": list(self.families),
-            # The built-in text is that of the Python installation, so its version belongs to the recipe.
+            # Part of the text is that of the Python installation, so its version belongs to the recipe.
             "python": platform.python_version(),
             "seed": self.seed,
             "sha256": self.sha256,
-            "lengths": [len(window.ids) for window in self.windows],
-            "tokens": sum(len(window.ids) for window in self.windows),
+            "context": max(len(episode.context) for episode in self.measure),
+            "episodes": len(self.fit) + len(self.measure),
+            "tokens": sum(len(ids) for ids in _episode_ids(self.fit + self.measure)),
             "probes": len(self.probes),
         }
 
 
 def calibrate(
-    tokenizer: Any, *, length: int, count: int, seed: int, path: Path | None = None, probes: int = 8
+    tokenizer: Any,
+    *,
+    length: int,
+    fit: int,
+    measure: int,
+    probes: int,
+    seed: int,
+    path: Path | None = None,
 ) -> Calibration:
-    """Draw `count` windows of up to `length` tokens, and `probes` retrieval probes of about `length` tokens.
+    """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval probes
+    of half that length.
 
-    The text is the Python installation's, or with `path` (a file or folder) the user's instead; the probes' facts and
-    questions are always our own. Raises CalibrationError for a path without usable text and for too little text.
+    The families are what the Python installation carries, texts of our own, and with `path` (a file or folder) the
+    user's text beside them, so that a plan for it does not forget everything else. Raises CalibrationError for a path
+    without usable text.
     """
-    families = [user_family(path)] if path is not None else python_families()
-    if not families:
+    families = python_families() + authored_families()
+    if path is not None:
+        families.append(user_family(path))
+    _check(tokenizer, families[-1], LEAST_TOKENS)
+    drawn = [
+        tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay))
+        for count, replay in ((fit, True), (measure, False))
+    ]
+    asked = tuple(draw_probes(tokenizer, families, max(length // 2, 1), probes, seed))
+    names = tuple(family.name for family in families)
+    return Calibration(names, drawn[0], drawn[1], asked, seed, _digest(drawn[0] + drawn[1], asked, seed))
+
+
+def evaluation_families(tokenizer: Any, length: int, path: Path | None) -> list[Family]:
+    """What to measure on: the user's text at `path`, or the families that calibration draws from.
+
+    Raises:
+        CalibrationError: a path without usable text, or with too little for one context of `length` tokens and its
+            continuation.
+    """
+    if path is None:
+        return python_families() + authored_families()
+    family = user_family(path)
+    _check(tokenizer, family, length + min(CONTINUATION, length // 4))
+    return [family]
+
+
+def _check(tokenizer: Any, family: Family, least: int) -> None:
+    found = len(Stream(tokenizer, family, "check").take(least))
+    if found < least:
         raise CalibrationError(
-            "this Python installation carries no sources to calibrate on: give text with --calib PATH"
+            f"the text ({family.name}) is too short: it has {found} tokens, expected at least {least}, better thousands"
         )
-    lengths = [max(length // LENGTH_CYCLE[i % len(LENGTH_CYCLE)], min(length, LEAST_TOKENS)) for i in range(count)]
-    drawn = draw_windows(tokenizer, families, lengths, seed)
-    asked = draw_probes(tokenizer, families, length, probes, seed)
-    return Calibration(tuple(f.name for f in families), tuple(drawn), tuple(asked), seed, _digest(drawn, asked, seed))
 
 
-def _digest(drawn: list[Window], asked: list[Probe], seed: int) -> str:
+def _episode_ids(episodes: tuple[Episode, ...]) -> Iterator[NDArray[np.int64]]:
+    for episode in episodes:
+        yield episode.context
+        for one in episode.follow_ups:
+            yield one.ids
+
+
+def _digest(episodes: tuple[Episode, ...], asked: tuple[Probe, ...], seed: int) -> str:
     digest = hashlib.sha256(str(seed).encode())
-    arrays = [w.ids for w in drawn] + [ids for probe in asked for ids in (probe.prompt_ids, probe.answer_ids)]
+    arrays = [*_episode_ids(episodes), *(ids for probe in asked for ids in (probe.prompt_ids, probe.answer_ids))]
     for ids in arrays:
         digest.update(len(ids).to_bytes(8, "little"))
         digest.update(ids.astype("<i8").tobytes())

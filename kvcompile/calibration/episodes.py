@@ -2,7 +2,7 @@
 
 A context is a passage of one family with facts hidden in it. The follow-ups come after it, each as if alone: the text
 goes on (`continuation`), a passage of the context is to be quoted (`quote`), a fact is asked for (`question`), and for
-fitting the scorer the whole context is repeated (`replay`; KVzip, arXiv 2505.23416, scores tokens so).
+fitting the scorer a long part of it is repeated (`replay`; KVzip, arXiv 2505.23416, scores tokens so, chunk by chunk).
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ QUOTES = 4
 LEAD, QUOTED = 12, 64
 """Tokens of a quote that are given, and that are to follow."""
 
-REPLAY_PROMPT = "\n\nThe whole text once more, word for word:\n\n"
+REPLAYED = 1024
+"""Most tokens of a context that are repeated."""
+
+REPLAY_PROMPT = "\n\nThis part of the text once more, word for word:\n\n"
 QUOTE_PROMPTS = (
     "\n\nOne passage of the text above, exactly as it stands there:\n\n",
     "\n\nThe text says, and these are its own words:\n\n",
@@ -54,18 +57,20 @@ class FollowUp:
 
 @dataclass(frozen=True)
 class Episode:
-    """`context` i64 [n] of one family, and its follow-ups."""
+    """`context` i64 [n] of one family, and its follow-ups; `replayed` is the half-open range of the context that a
+    replay repeats, empty where there is none."""
 
     family: str
     context: NDArray[np.int64] = field(compare=False)
     follow_ups: tuple[FollowUp, ...]
+    replayed: tuple[int, int] = (0, 0)
 
 
 def draw_episodes(
     tokenizer: Any, families: Sequence[Family], length: int, count: int, seed: int, *, replay: bool
 ) -> list[Episode]:
     """`count` episodes, the families in turn, with contexts of `length` tokens and each with a continuation and
-    questions; with `replay` the context is repeated as a whole, otherwise quotes are asked for.
+    questions; with `replay` up to 1024 tokens of the context are repeated, otherwise quotes are asked for.
 
     A family whose text does not fill a context and its continuation is served once more from its beginning. The same
     seed with and without `replay` gives other passages.
@@ -101,9 +106,11 @@ def _episode(
     asked = [FollowUp("continuation", 0, text[room:]), *questions]
     if replay:
         prompt = token_ids(tokenizer, REPLAY_PROMPT)
-        asked.append(FollowUp("replay", len(prompt), np.concatenate([prompt, context])))
-    else:
-        asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
+        start = rng.randrange(max(len(context) - REPLAYED, 0) + 1)
+        part = (start, min(start + REPLAYED, len(context)))
+        asked.append(FollowUp("replay", len(prompt) - 1, np.concatenate([prompt, context[slice(*part)]])))
+        return Episode(family.name, context, tuple(asked), part)
+    asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
     return Episode(family.name, context, tuple(asked))
 
 

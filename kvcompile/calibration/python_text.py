@@ -21,15 +21,14 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def python_families() -> list[Family]:
-    """Three kinds of text, the same for one Python installation: the language reference ("reference"), sources of the
-    standard library ("code") and its docstrings ("docs"), these from other files, so that no passage comes in both.
-    A family whose files are not installed is left out. Nothing is imported but the reference itself.
+    """Two kinds of text, the same for one Python installation: sources of the standard library ("code"), and its
+    docstrings, from other files, with the language reference ("reference"), so that no passage comes in both. A family
+    whose files are not installed is left out. Nothing is imported but the reference itself.
     """
     sources = _sources()
     families = [
-        Family("reference", _reference()),
         Family("code", tuple(partial(_read, path) for path in sources[0::2])),
-        Family("docs", tuple(partial(_docstrings, path) for path in sources[1::2])),
+        Family("reference", (*_reference(), *(partial(_docstrings, path) for path in sources[1::2]))),
     ]
     return [family for family in families if family.documents]
 

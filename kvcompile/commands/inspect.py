@@ -8,24 +8,36 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from kvcompile import display
+from kvcompile import compiler, display
 from kvcompile.artifacts import POLICIES, Artifact, read, token_limits
+from kvcompile.display import write_text
+from kvcompile.report import page, report_data
 
 SHADES = ("grey35", "blue", "cyan", "green", "yellow", "red")
 """From the smallest share of a head's limit to the whole of it."""
+
+LETTERS = {"full": "F", "recent": "R", "h2o": "H", "snapkv": "K", "scored": "S"}
 
 
 @click.command("inspect", short_help="show what is in an artifact")
 @click.argument("artifact", metavar="ARTIFACT.kvb")
 @click.option("--json", "as_json", is_flag=True, help="Everything but the curves as JSON on stdout.")
-def command(artifact: str, as_json: bool) -> None:
+@click.option("--html", metavar="FILE", help="Write a page with budgets, loss curves and the front of loss over memory.")
+def command(artifact: str, as_json: bool, html: str | None) -> None:
     """Show an artifact's model, byte account, solver report and budgets."""
     plan = read(Path(artifact))
+    if html is not None:
+        compiler.check_out(html)
+        write_text(Path(html), page(report_data(plan)))
     if as_json:
         budgets = plan.budgets
         heads = {
             "policy": [[POLICIES[code] for code in row] for row in budgets.policy],
-            **{name: getattr(budgets, name).tolist() for name in ("capacity", "sink", "recent", "head_order")},
+            **{
+                name: getattr(budgets, name).tolist()
+                for name in ("capacity", "sink", "recent", "k_bits", "v_bits", "head_order")
+            },
+            "rank": None if plan.rank is None else plan.rank.tolist(),
         }
         display.print_json({**display.summary(plan), "heads": heads})
         return
@@ -45,6 +57,7 @@ def account(plan: Artifact) -> Table:
     table.add_row("for", f"{target.batch} x {target.context} tokens in {target.dtype}")
     table.add_row("target", display.human(target.bytes))
     table.add_row("resident", f"{display.human(size.resident)}, {size.resident / size.full:.1%} of the full cache")
+    table.add_row("scorer", f"{display.human(size.scorer)} of scorer and quantiser, loaded once")
     table.add_row("full cache", display.human(size.full))
     table.add_row("prefill", f"{display.human(size.transient)} more for one layer at a time")
     if plan.predicted_loss == plan.predicted_loss:
@@ -57,7 +70,8 @@ def account(plan: Artifact) -> Table:
 
 def budget_table(plan: Artifact) -> Table:
     """Tokens of every head, a row a layer, shaded by the share of what the head could use."""
-    table = Table(title="tokens kept by head (f full, r recent, h h2o, s snapkv)", title_justify="left")
+    title = "tokens kept by head (F full, R recent, H h2o, K snapkv, S scored) and bits of its keys/values"
+    table = Table(title=title, title_justify="left")
     table.add_column("layer", justify="right")
     for head in range(plan.model.num_kv_heads):
         table.add_column(f"head {head}", justify="right")
@@ -67,7 +81,8 @@ def budget_table(plan: Artifact) -> Table:
         row = plan.budgets.capacity[layer]
         cells = [
             Text(
-                f"{tokens}{POLICIES[plan.budgets.policy[layer, head]][0]}",
+                f"{LETTERS[POLICIES[plan.budgets.policy[layer, head]]]} {tokens} "
+                f"{plan.budgets.k_bits[layer, head]}/{plan.budgets.v_bits[layer, head]}",
                 SHADES[min(len(SHADES) - 1, int(tokens / limit * len(SHADES)))],
             )
             for head, tokens in enumerate(row.tolist())

@@ -3,6 +3,7 @@
 from kvcompile.profile.measure import Material, Profiled, Progress, measure
 from kvcompile.profile.perplexity import perplexity
 from kvcompile.profile.probes import Probe
+from kvcompile.profile.simulate import plan_divergence
 from kvcompile.profile.store import profile_key
 
-__all__ = ["Material", "Probe", "Profiled", "Progress", "measure", "perplexity", "profile_key"]
+__all__ = ["Material", "Probe", "Profiled", "Progress", "measure", "perplexity", "plan_divergence", "profile_key"]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-LOGITS_AT_ONCE = 1 << 24
+LOGITS_AT_ONCE = 1 << 22
 """Elements of the logits that are computed at once, whatever the vocabulary."""
 
 Tick = Callable[[int], None]

@@ -15,6 +15,12 @@ from kvcompile.profile.curves import ring
 CHECKS = 12
 """Plans that are run."""
 
+PRICES = (3e-5, 3e-2)
+"""Nats a token that a whole head's full cache may cost, from the dearest plan to the cheapest."""
+
+NOISE = 1e-3
+"""Predicted KL below this is about what rounding in bfloat16 costs anyway, whatever the plan."""
+
 OWN_BITS = 16
 """What an element of the cache's own type counts as here, where only proportions matter."""
 
@@ -38,7 +44,7 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
     widths = np.array([OWN_BITS, *profile.bits.tolist()])
     size = profile.tokens[:, None, None] * (widths[:, None] + widths) / (2.0 * OWN_BITS * profile.window)
     mean = loss.mean(0)
-    price = np.geomspace(3e-6, 3e-3, CHECKS)[number]
+    price = np.geomspace(*PRICES, CHECKS)[number]
     heads = mean.shape[:2]
     best = (mean + price * size[None]).reshape(*heads, -1).argmin(-1)
     if number % 2:
@@ -62,10 +68,11 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
 
 
 def agreement(checks: NDArray[np.float64]) -> tuple[float, float]:
-    """From predicted and measured KL [N, 2]: the factor from one to the other (geometric mean) and Spearman's rank
-    correlation."""
+    """From predicted and measured KL [N, 2]: the factor from one to the other (geometric mean, of plans that are clear
+    of noise) and Spearman's rank correlation (of all)."""
     usable = checks[(checks > 0).all(1)]
     if len(usable) < 3:
         return 1.0, float("nan")
-    factor = float(np.exp(np.log(usable[:, 1] / usable[:, 0]).mean()))
+    clear = usable[usable[:, 0] > NOISE] if (usable[:, 0] > NOISE).sum() > 2 else usable
+    factor = float(np.exp(np.log(clear[:, 1] / clear[:, 0]).mean()))
     return factor, float(scipy.stats.spearmanr(usable[:, 0], usable[:, 1]).statistic)

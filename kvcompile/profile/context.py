@@ -95,13 +95,18 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
     """Attention of a packed pass. `kept`, by layer bool [H, n] or None for all, says which tokens of the context each
     KV head still has."""
 
+    masks: dict[tuple[int, int | None], Tensor] = {}  # the same in all layers, but for sliding windows
+
     def attend(call: Attention) -> Tensor:
         keys, values = context.keys[call.layer], context.values[call.layer]
         alive = None if kept is None else kept[call.layer]
         outputs = []
         for block in packed.blocks:
             own = slice(block.start, block.stop)
-            mask = _mask(len(context), block.stop - block.start, call.window, keys.device)[None]
+            shape = (block.stop - block.start, call.window)
+            if shape not in masks:
+                masks[shape] = _mask(len(context), *shape, keys.device)[None]
+            mask = masks[shape]
             if alive is not None:
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
             group = len(call.query) // len(keys)
@@ -109,7 +114,7 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
                 call.query[None, :, own],
                 torch.cat([keys, call.key[:, own]], dim=1)[None],
                 torch.cat([values, call.value[:, own]], dim=1)[None],
-                attn_mask=mask.expand(len(keys), -1, -1).repeat_interleave(group, dim=0)[None],
+                attn_mask=mask[None] if alive is None else mask.repeat_interleave(group, dim=0)[None],
                 scale=call.scaling,
                 enable_gqa=True,
             )

@@ -50,6 +50,8 @@ class Episode(Protocol):
     def context(self) -> NDArray[np.int64]: ...
     @property
     def follow_ups(self) -> Sequence[FollowUp]: ...
+    @property
+    def replayed(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,8 @@ class _Job:
         attend = over_context(context, packed)
 
         def watch(call: Attention) -> Tensor:
-            square, product = normal_sums(
-                context.hidden[call.layer], utilities(call, context, packed), self.sink
-            )
+            worth = utilities(call, context, packed)
+            square, product = normal_sums(context.hidden[call.layer], worth, episode.replayed, self.sink)
             sums["squares"][call.layer] += square
             sums["products"][call.layer] += product
             projection = layers(self.model)[call.layer].get_submodule("self_attn.o_proj").weight

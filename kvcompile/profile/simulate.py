@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
 from kvcompile.problem import Plan
-from kvcompile.profile.anatomy import Tick, logits
-from kvcompile.profile.context import Context, Packed, follow, over_context
+from kvcompile.profile.anatomy import Tick, frozen, logits
+from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
 from kvcompile.profile.curves import survivors
 from kvcompile.profile.rounding import matrices, rounded
 from kvcompile.profile.utility import scores
@@ -108,3 +109,16 @@ def _narrow(stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, 
 @torch.no_grad()
 def _say(model: Any, hidden: Tensor) -> Tensor:
     return logits(model, hidden).float().log_softmax(-1)
+
+
+def plan_divergence(model: Any, episodes: Sequence[Any], plan: Plan, profiled: Any, tokens: int) -> float:
+    """Mean measured KL of a plan for contexts of `tokens` tokens over episodes, text and questions alike, in nats a
+    token; `profiled` has the scorer and the quantiser."""
+    found = []
+    with frozen(model):
+        for episode in episodes:
+            context, _ = read_context(model, episode.context)
+            known = reference(model, context, pack(len(context), episode.follow_ups))
+            kinds = divergence(model, known, plan, profiled.scorer, profiled.quantiser, tokens)
+            found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)
+    return float(np.mean(found))

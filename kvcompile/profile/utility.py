@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import Scorer
-from kvcompile.profile.attention import BLOCK, Attention
-from kvcompile.profile.context import Context, Packed, judged_rows
+from kvcompile.profile.attention import BLOCK, Attention, visible
+from kvcompile.profile.context import Context, Packed
 
 LEAST = 1e-7
 """Attention below this is no attention: its logarithm would only say how little."""
@@ -25,17 +25,36 @@ RIDGE = 1e-3
 
 def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
     """Largest attention on each token of the context, float32 [H, n]."""
-    most = torch.zeros(context.keys[call.layer].shape[:2], device=call.key.device)
-    for rows in judged_rows(call, context, packed, most=1 << 30, at_once=BLOCK):
-        torch.maximum(most, rows.probability[..., : len(context)].amax((1, 2)), out=most)
-    return most
+    keys = context.keys[call.layer].float()
+    num_kv_heads, length, head_dim = keys.shape
+    most = keys.new_full((num_kv_heads, length), -torch.inf)
+    for block in packed.blocks:
+        own = call.key[:, block.start : block.stop].float()
+        for places in torch.arange(block.judged, block.stop, device=keys.device).split(BLOCK):
+            query = call.query[:, places].float().reshape(num_kv_heads, -1, head_dim) * call.scaling
+            # Later tokens of the follow-up are seen by none of these rows.
+            seen = int(places[-1]) + 1 - block.start
+            at = (places - block.start + length).repeat(query.shape[1] // len(places))
+            past = query @ keys.mT
+            rest = query @ own[:, :seen].mT
+            every = torch.arange(length + seen, device=keys.device)
+            if call.window is not None:
+                past.masked_fill_(~visible(at, every[:length], call.window), -torch.inf)
+            rest.masked_fill_(~visible(at, every[length:], call.window), -torch.inf)
+            total = torch.logaddexp(past.logsumexp(-1), rest.logsumexp(-1))
+            torch.maximum(most, past.sub_(total[..., None]).amax(1), out=most)
+    return most.exp_()
 
 
-def normal_sums(hidden: Tensor, utility: Tensor, sink: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """X'X [d + 1, d + 1] and X'y [d + 1, H] of one context in one layer: X is `hidden` [n, d] with a column of ones,
-    y the log of `utility` [H, n]. Sinks are left out: they are kept anyway, and nothing else is like them."""
-    inputs = torch.nn.functional.pad(hidden[sink:].float(), (0, 1), value=1.0)
-    target = utility[:, sink:].clamp_min(LEAST).log().mT
+def normal_sums(
+    hidden: Tensor, utility: Tensor, replayed: tuple[int, int], sink: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """X'X [d + 1, d + 1] and X'y [d + 1, H] of the `replayed` tokens of one context in one layer: X is `hidden` [n, d]
+    with a column of ones, y the log of `utility` [H, n]. Sinks are left out: they are kept anyway, and nothing else is
+    like them."""
+    part = slice(max(replayed[0], sink), replayed[1])
+    inputs = torch.nn.functional.pad(hidden[part].float(), (0, 1), value=1.0)
+    target = utility[:, part].clamp_min(LEAST).log().mT
     return (inputs.mT @ inputs).cpu().numpy(), (inputs.mT @ target).cpu().numpy()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvcompile.runtime.policies.base import Policy
 from kvcompile.runtime.policies.h2o import H2O
+from kvcompile.runtime.policies.scored import Scored
 from kvcompile.runtime.policies.snapkv import SnapKV
 
 POLICIES: dict[str, Policy] = {
@@ -11,6 +12,7 @@ POLICIES: dict[str, Policy] = {
     "recent": Policy(),
     "h2o": H2O(),
     "snapkv": SnapKV(),
+    "scored": Scored(),
 }
 
 __all__ = ["POLICIES", "Policy"]

@@ -1,12 +1,46 @@
-"""What a token policy decides: which prompt tokens stay, and which slot a new token takes."""
+"""What a token policy decides: which prompt tokens stay, and which slots new tokens take."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvcompile.kernels import HeadClass
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where new tokens go: `slot` int64 [B, count, T], -1 for those that are not stored. What is in the slots `source`
+    int64 [B, count, M] moves to the slots `to_slot` (-1: nowhere) before."""
+
+    slot: torch.Tensor
+    source: torch.Tensor
+    to_slot: torch.Tensor
+
+    @classmethod
+    def at(cls, slot: torch.Tensor) -> Placement:
+        """Nothing moves."""
+        nothing = slot[:, :, :0]
+        return cls(slot, nothing, nothing)
+
+    def to(self, device: torch.device) -> Placement:
+        return Placement(self.slot.to(device), self.source.to(device), self.to_slot.to(device))
+
+
+@dataclass(frozen=True)
+class News:
+    """Several new tokens on a filled cache: `query` [B, count, group, T, D]; `stored` keys [B, count, capacity, D]
+    before any write, empty for policies that do not observe; `new` [B, count, T, D] their own keys; `real` bool [B, T]
+    False for padding; `score` f32 [B, count, T] by the compiled scorer, where there is one."""
+
+    query: torch.Tensor
+    stored: torch.Tensor
+    new: torch.Tensor
+    real: torch.Tensor
+    scaling: float
+    score: torch.Tensor | None
 
 
 class Policy:
@@ -16,28 +50,31 @@ class Policy:
     `new_state` and that the cache counts, copies and reorders along their first (sequence) dimension.
     """
 
+    observes = False
+    """Whether it learns from the attention of every step."""
+
     def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
         """Tensors [batch, count, capacity] to keep beside the class's K and V."""
         return []
 
-    def score(self, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor | None:
+    def score(
+        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """Worth of each prompt token, f32 [H, n], higher is better; None where only its place counts.
 
-        One sequence, without padding: `query` [H, group, n, D], `keys` [H, n, D].
+        One sequence, without padding: `query` [H, group, n, D], `keys` [H, n, D], `by_scorer` [H, n].
         """
         return None
 
     def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
         """Note what sequence `b` keeps of its prompt: `token` int64 [H, kept] by slot, `score` as `score` gave it."""
 
-    def slots(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], length: int) -> torch.Tensor:
-        """Slots for the next `length` tokens of each sequence, int64 [B, count, length]; -1: not stored."""
-        ring = [
-            # Of more tokens than the ring holds, only the last stay.
-            [-1 if _rewritten(cls, n, n + length, t) else cls.ring_slot(n + t) for t in range(length)]
-            for n in seen
-        ]
-        return torch.tensor(ring).unsqueeze(1).expand(-1, cls.count, -1)
+    def place(
+        self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], score: torch.Tensor | None
+    ) -> Placement:
+        """Where the next token of each sequence goes; `score` f32 [B, count, 1] by the compiled scorer."""
+        slot = torch.tensor([cls.ring_slot(n) for n in seen])
+        return Placement.at(slot.view(-1, 1, 1).expand(-1, cls.count, -1))
 
     def observe(
         self,
@@ -51,32 +88,18 @@ class Policy:
         """Learn from one decode step: `query` [B, count, group, D] over the class's slots `keys` [B, count, capacity,
         D], after its token was written; `seen` counts that token."""
 
-    def extend(
-        self,
-        state: list[torch.Tensor],
-        cls: HeadClass,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        new: torch.Tensor,
-        real: torch.Tensor,
-        seen: Sequence[int],
-        scaling: float,
-    ) -> torch.Tensor:
-        """Slots for several new tokens on a filled cache, int64 [B, count, T]; -1: not stored.
-
-        `query` [B, count, group, T, D], `keys` as in `observe` but before any write, `new` [B, count, T, D] their own
-        keys, `real` bool [B, T] False for padding.
-        """
-        slot = torch.full((len(seen), cls.count, new.shape[2]), -1)
+    def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
+        """Where several new tokens go."""
+        slot = torch.full((len(seen), cls.count, news.new.shape[2]), -1)
         for b, n in enumerate(seen):
-            count = int(real[b].sum())
-            slot[b, :, real[b].cpu()] = self.slots(state, cls, [n], count)[0]
-        return slot
+            slot[b, :, news.real[b].cpu()] = ring_slots(cls, n, int(news.real[b].sum()))
+        return Placement.at(slot)
 
 
-def _rewritten(cls: HeadClass, first: int, end: int, t: int) -> bool:
-    """Whether a token after `first + t` and before `end` takes the same slot."""
-    token = first + t
-    if token < cls.capacity - cls.recent:
-        return False
-    return token + cls.recent < end
+def ring_slots(cls: HeadClass, seen: int, length: int) -> torch.Tensor:
+    """Slots of the next `length` tokens after `seen`, int64 [length]; -1 where a later one of them takes the same slot,
+    as of more tokens than the ring holds only the last stay."""
+    slots = torch.tensor([cls.ring_slot(seen + t) for t in range(length)], dtype=torch.int64)
+    token = torch.arange(seen, seen + length)
+    rewritten = (token >= cls.capacity - cls.recent) & (token + cls.recent < seen + length)
+    return slots.masked_fill(rewritten, -1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass
-from kvcompile.runtime.policies.base import Policy
+from kvcompile.runtime.policies.base import News, Placement, Policy
 
 QUERY_BLOCK = 256
 """Prompt queries whose attention is formed at once."""
@@ -18,11 +18,15 @@ class H2O(Policy):
     """State a slot: the attention it has drawn, summed over queries and the query heads of the group (f32), and its
     token's number (i32), which tells sinks and recent tokens from the rest."""
 
+    observes = True
+
     def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
         shape = (batch, cls.count, cls.capacity)
         return [torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int32, device=device)]
 
-    def score(self, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    def score(
+        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
+    ) -> torch.Tensor:
         n = keys.shape[1]
         total = torch.zeros(keys.shape[:2], device=keys.device)
         token = torch.arange(n, device=keys.device)
@@ -38,9 +42,10 @@ class H2O(Policy):
         attention[b, :, : token.shape[1]] = score.gather(1, token)
         number[b, :, : token.shape[1]] = token
 
-    def slots(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], length: int) -> torch.Tensor:
-        """One token: a free slot, or that of the least attended token that is neither sink nor recent."""
-        assert length == 1
+    def place(
+        self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], score: torch.Tensor | None
+    ) -> Placement:
+        """A free slot, or that of the least attended token that is neither sink nor recent."""
         attention, number = state
         count = torch.tensor(seen, device=attention.device).view(-1, 1, 1)
         slot = torch.arange(cls.capacity, device=attention.device)
@@ -50,7 +55,7 @@ class H2O(Policy):
         victim = torch.where(count < cls.capacity, count, rank.argmin(2, keepdim=True))
         attention.scatter_(2, victim, 0.0)
         number.scatter_(2, victim, count.expand_as(victim).int())
-        return victim
+        return Placement.at(victim)
 
     def observe(
         self,
@@ -66,23 +71,15 @@ class H2O(Policy):
         logits = query.float() @ keys.float().mT * scaling
         state[0] += logits.masked_fill(empty, -INF).softmax(-1).sum(2)
 
-    def extend(
-        self,
-        state: list[torch.Tensor],
-        cls: HeadClass,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        new: torch.Tensor,
-        real: torch.Tensor,
-        seen: Sequence[int],
-        scaling: float,
-    ) -> torch.Tensor:
-        slot = torch.full(new.shape[:3], -1, device=new.device)
+    def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
+        slot = torch.full(news.new.shape[:3], -1, device=news.new.device)
         for b, stored in enumerate(seen):
-            slot[b, :, real[b]] = self._extend_one(
-                state[0][b], state[1][b], cls, query[b][:, :, real[b]], keys[b], new[b][:, real[b]], stored, scaling
-            )
-        return slot
+            real = news.real[b]
+            slot[b, :, real] = self._extend_one(
+                state[0][b], state[1][b], cls, news.query[b][:, :, real], news.stored[b], news.new[b][:, real], stored,
+                news.scaling,
+            )  # fmt: skip
+        return Placement.at(slot)
 
     def _extend_one(
         self,

@@ -16,7 +16,9 @@ KERNEL = 7
 class SnapKV(Policy):
     """The chosen prompt tokens are fixed after prefill; generated tokens live in the ring."""
 
-    def score(self, query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+    def score(
+        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
+    ) -> torch.Tensor:
         n = keys.shape[1]
         window = min(WINDOW, n)
         logits = query[:, :, -window:].float() @ keys.unsqueeze(1).float().mT * scaling

@@ -120,7 +120,7 @@ def _make_artifact(
         policy=codes, capacity=tokens, sink=sinks, recent=ring.astype(np.int32), k_bits=bits, v_bits=bits,
         head_order=np.array(orders, np.int32),
     )  # fmt: skip
-    resident = batch * resident_bytes(budgets, identity.head_dim)
+    resident = batch * resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
     transient = 2 * context * identity.num_kv_heads * identity.head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=identity,

@@ -215,7 +215,7 @@ def test_snapkv_keeps_what_the_last_queries_attend_to(llama, make_artifact) -> N
     keys = torch.randn(1, 100, 8, generator=generator) * 0.1
     query = torch.randn(1, 2, 100, 8, generator=generator)
     keys[0, 50] = 4 * query[0, :, -32:].mean((0, 1)) / query[0, :, -32:].mean((0, 1)).norm()
-    score = SnapKV().score(query, keys, 1.0)
+    score = SnapKV().score(query, keys, 1.0, None)
     assert score.shape == (1, 100)
     assert set(score[0].topk(7).indices.tolist()) == set(range(47, 54))  # the hit and its neighbours
 

@@ -1,0 +1,1 @@
+"""Rounding vectors to 4 or 8 bits, and back."""

@@ -1,0 +1,7 @@
+"""Quality after compression: text that goes on, quotes and questions, at equal bytes for every method."""
+
+from kvcompile.evaluation.methods import METHODS, Contender, contenders
+from kvcompile.evaluation.run import Row, evaluate
+from kvcompile.evaluation.summary import Summary, summarise
+
+__all__ = ["METHODS", "Contender", "Row", "Summary", "contenders", "evaluate", "summarise"]

@@ -1,0 +1,66 @@
+"""Quality over bytes as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvcompile.artifacts import KvcompileError
+from kvcompile.evaluation.summary import Summary
+
+PANELS = (
+    ("continuation", "kl", "KL to the full cache, text going on"),
+    ("quote", "loss", "loss of quotes"),
+    ("question", "loss", "loss of answers"),
+)
+FORMATS = (".png", ".svg", ".pdf")
+
+
+def check_plot(path: Path) -> None:
+    """Refuse what cannot be drawn, or where it cannot be written, before anything is measured.
+
+    Raises:
+        KvcompileError: another format than png, svg or pdf, no such folder, or no matplotlib.
+    """
+    if path.suffix not in FORMATS:
+        raise KvcompileError(f"{path} is no picture that can be drawn: expected a name that ends in {', '.join(FORMATS)}")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise KvcompileError("a plot needs matplotlib: pip install 'kvcompile[eval]'") from None
+
+
+def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
+    """Draw three panels, one line a method, with the full cache as a level."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(15, 4.8), constrained_layout=True)
+    methods = list(dict.fromkeys(s.method for s in summaries if s.method != "full cache"))
+    colours = dict(zip(methods, [plt.get_cmap("tab20")(i) for i in range(20)] * 4, strict=False))
+    for panel, (kind, field, label) in zip(axes, PANELS, strict=True):
+        for method in methods:
+            points = sorted((s.share, getattr(s.kinds[kind], field)) for s in summaries if s.method == method)
+            marked = method in ("optimal", "this artifact")
+            panel.plot(
+                *zip(*points, strict=True), marker="*" if method == "this artifact" else "o", label=method,
+                color=colours[method], linewidth=2.6 if marked else 1.2, markersize=14 if method == "this artifact" else 5,
+                zorder=3 if marked else 2,
+            )  # fmt: skip
+        for one in summaries:
+            if one.method == "full cache" and field == "loss":
+                panel.axhline(one.kinds[kind].loss, color="black", linestyle=":", linewidth=1, label="full cache")
+        shares = sorted({round(s.share, 3) for s in summaries if s.method != "full cache"})
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+        panel.set_xticks(shares, [f"{share:.1%}" for share in shares], rotation=45)
+        panel.minorticks_off()
+        panel.set_xlabel("bytes of the full cache")
+        panel.set_title(label)
+        panel.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
