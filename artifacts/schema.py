@@ -123,8 +123,8 @@ class Quantiser:
 class Artifact:
     """A whole `.kvb` file. `scorer` is there where a head has the policy `scored`, `quantiser` where one has quantised
     keys or values; both may be there without. `rank` i32 [L, H] is the tensor-parallel rank of every head where the
-    plan was placed on several, else None. `profile` maps a name without its `profile.` prefix to an array; `solver`, `calibration`
-    and `versions` are JSON objects that the runtime does not read."""
+    plan was placed on several, else None. `profile` maps a name without its `profile.` prefix to an array; `solver`,
+    `calibration` and `versions` are JSON objects that the runtime does not read."""
 
     model: ModelIdentity
     target: Target
@@ -141,7 +141,7 @@ class Artifact:
 
 
 def groups(head_dim: int) -> int:
-    """Parts of equal size, of at most 64 elements, that a quantised key or value is cut into; each has its own scale."""
+    """Parts of equal size, at most 64 elements, that a quantised key or value is cut into; each has its own scale."""
     return -(-head_dim // GROUP)
 
 

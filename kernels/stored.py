@@ -20,7 +20,13 @@ class Stored:
     """
 
     def __init__(
-        self, layout: LayerLayout, bits: Sequence[int], head_dim: int, dtype: torch.dtype, device: torch.device, batch: int
+        self,
+        layout: LayerLayout,
+        bits: Sequence[int],
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        batch: int,
     ) -> None:
         self.head_dim = head_dim
         self._bits = {c.start: b if b in QUANTISED else 0 for c, b in zip(layout.classes, bits, strict=True)}
@@ -44,8 +50,8 @@ class Stored:
         yield from (t for t in (self.exact, self.codes, self.scales, self.anchors) if t.numel())
 
     def views(self, cls: HeadClass) -> list[torch.Tensor]:
-        """What a class has for every slot, [B, count, capacity, X] each and no copies: its vectors, or its codes and its
-        scales."""
+        """What a class has for every slot, [B, count, capacity, X] each and no copies: its vectors, or its codes and
+        its scales."""
         exact, codes, scales, _ = self._first[cls.start]
         if not (bits := self._bits[cls.start]):
             return [self.exact.narrow(1, exact, cls.slots).unflatten(1, (cls.count, cls.capacity))]
@@ -73,8 +79,8 @@ class Stored:
         return vectors
 
     def fill(self, cls: HeadClass, b: int, prompt: torch.Tensor, token: torch.Tensor) -> None:
-        """Sequence `b` of a class keeps of its prompt [count, n, D] the tokens `token` int64 [count, kept], in the order
-        of slots; prompts of rounded classes come turned."""
+        """Sequence `b` of a class keeps of its prompt [count, n, D] the tokens `token` int64 [count, kept], in the
+        order of slots; prompts of rounded classes come turned."""
         if not (bits := self._bits[cls.start]):
             compact(self.views(cls)[0][b], prompt, token)
             return
@@ -84,7 +90,9 @@ class Stored:
         if anchor is not None and prompt.shape[1]:
             anchor[b] = prompt[:, 0].to(anchor.dtype)
 
-    def write(self, cls: HeadClass, new: torch.Tensor, slot: torch.Tensor, source: torch.Tensor, to: torch.Tensor) -> None:
+    def write(
+        self, cls: HeadClass, new: torch.Tensor, slot: torch.Tensor, source: torch.Tensor, to: torch.Tensor
+    ) -> None:
         """Move what is in slots `source` int64 [B, count, M] to slots `to` (-1: nowhere), then put `new`
         [B, count, T, D] into `slot` int64 [B, count, T] (-1: dropped)."""
         bits = self._bits[cls.start]

@@ -90,9 +90,10 @@ def assemble(
         TargetError: heads that do not divide among the ranks.
     """
     placement = None if ranks is None else place(head_bytes(plan, model.head_dim, DTYPE_BITS[target.dtype]), ranks)
+    rank = None if placement is None else placement.rank
     budgets = Budgets(
         plan.policy, plan.capacity, plan.sink, plan.recent, plan.k_bits, plan.v_bits,
-        head_order=storage_order(plan, placement and placement.rank),
+        head_order=storage_order(plan, rank),
     )  # fmt: skip
     transient = 2 * target.context * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
     report = {**solver, **plan.report, **({"placement": placement.report()} if placement else {})}
@@ -113,7 +114,7 @@ def assemble(
         profile=profile_arrays(parts.profile),
         scorer=parts.scorer,
         quantiser=parts.quantiser,
-        rank=placement and placement.rank,
+        rank=rank,
     )
 
 
@@ -167,7 +168,7 @@ def stored_profile(artifact: Artifact) -> Profile:
         arrays |= {
             "families": np.frombuffer(b"text", np.uint8),
             "shares": np.ones(1, np.float32),
-            "loss": arrays["recent_loss"][None, ..., None, :],
+            "loss": np.asarray(arrays["recent_loss"])[None, ..., None, :],
             "bits": np.zeros(0, np.int32),
             "key_loss": np.zeros((1, *heads, 0), np.float32),
             "value_loss": np.zeros((1, *heads, 0), np.float32),
@@ -185,7 +186,7 @@ def stored_profile(artifact: Artifact) -> Profile:
         if points < 1 or name not in arrays or arrays[name].shape != shape:
             raise ArtifactError(f"the artifact carries no usable profile.{name}: expected an array of shape {shape}")
     tokens, window = arrays["tokens"], int(arrays["window"][0])
-    if (np.diff(tokens) <= 0).any() or tokens[-1] != window or tokens[0] < 1 or not 0 < arrays["factor"][0]:
+    if (np.diff(tokens) <= 0).any() or tokens[-1] != window or tokens[0] < 1 or not arrays["factor"][0] > 0:
         raise ArtifactError("the artifact carries no usable profile.tokens: expected budgets that rise to the window")
     return Profile(
         families=tuple(names),

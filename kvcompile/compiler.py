@@ -188,9 +188,7 @@ def finish(
     if tools is not None and options.allocator == "optimal":
         plan = tools.refine(problem, plan)
     solver = {"allocator": options.allocator, "policy": problem.policy, "sink": problem.sink}
-    artifact = assemble(
-        identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks
-    )
+    artifact = assemble(identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks)
     if out is not None:
         write(artifact, out)
     return artifact

@@ -88,7 +88,7 @@ def _groups(size: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
     )
     if answer.x is None:  # largest first, always to the lightest group with room
         return _greedy(size, ranks)
-    return answer.x[:-1].reshape(count, ranks).argmax(axis=1)
+    return np.asarray(answer.x[:-1].reshape(count, ranks).argmax(axis=1))
 
 
 def _greedy(size: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:

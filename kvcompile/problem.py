@@ -57,8 +57,8 @@ class Problem:
     """One sequence's share of the target, and everything an allocator may use to divide it.
 
     `limit` i32 [L]: tokens at which a head of the layer is full. `fixed` bool [L]: the layer keeps its own sliding
-    window (`limit` tokens, policy recent, no sinks, elements of `dtype_bits`), whatever it costs; allocators leave those
-    rows alone. `target` is bytes for one sequence. `dtype_bits` is the width of the cache's own element type and
+    window (`limit` tokens, policy recent, no sinks, elements of `dtype_bits`), whatever it costs; allocators leave
+    those rows alone. `target` is bytes for one sequence. `dtype_bits` is the width of the cache's own element type and
     `widths` are those that an allocator may choose for keys and for values apart; one that does not choose takes the
     first. `policy` is the token policy the allocator should use and `sink` its protected first tokens.
     `classes` is the most distinct choices (policy, capacity, sink, recent, bits) in a layer, None for any number.

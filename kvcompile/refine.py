@@ -26,8 +26,8 @@ most)."""
 
 
 def refine_plan(problem: Problem, plan: Plan, kl: Callable[[Plan], float], rounds: int) -> Plan:
-    """Try `rounds` other plans, each solved from curves in which one thing is doubted, and keep one only where `kl`, the
-    measured divergence of a plan in nats a token, is lower than that of the best so far. The doubts that were right
+    """Try `rounds` other plans, each solved from curves in which one thing is doubted, and keep one only where `kl`,
+    the measured divergence of a plan in nats a token, is lower than that of the best so far. The doubts that were right
     stay in the curves of the following rounds. The report says what was tried and measured.
     """
     best, least = plan, kl(plan)

@@ -191,16 +191,17 @@ def attach(model: PreTrainedModel, artifact: str | Path | Artifact) -> Attachmen
     return Attachment(model, artifact if isinstance(artifact, Artifact) else read(Path(artifact)))
 
 
+SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")
+"""The numbers that make the shape of a head."""
+
+
 def layer_layouts(artifact: Artifact) -> list[LayerLayout]:
     """The store's layout, layer by layer, with heads in storage order."""
     budgets, layouts = artifact.budgets, []
     for i, order in enumerate(budgets.head_order.tolist()):
+        tables = {name: getattr(budgets, name)[i].tolist() for name in SIZES}
         heads = [
-            HeadSpec(
-                POLICIES[budgets.policy[i, h]],
-                **{name: int(getattr(budgets, name)[i, h]) for name in ("capacity", "sink", "recent", "k_bits", "v_bits")},
-            )
-            for h in order
+            HeadSpec(POLICIES[budgets.policy[i, h]], **{name: row[h] for name, row in tables.items()}) for h in order
         ]
         window = artifact.model.windows[i]
         layouts.append(LayerLayout.from_heads(heads, window if window < artifact.target.context else 0))

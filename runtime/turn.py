@@ -64,4 +64,5 @@ class Turn:
         """Attention over turned values, [B, Hq, T, D], as the model expects it."""
         grouped = output.float().unflatten(1, (len(self.value), -1))
         back = grouped @ self.value_inverse.mT[:, None] + self.value_mean[:, None, None]
-        return back.flatten(1, 2).to(output.dtype)
+        turned: torch.Tensor = back.flatten(1, 2).to(output.dtype)
+        return turned

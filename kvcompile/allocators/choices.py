@@ -75,10 +75,10 @@ def assigned(
     full = tokens >= problem.limit[heads[:, 0]]
     sink = np.minimum(problem.sink, tokens - 1)
     ring = np.clip(np.rint(part * (tokens - sink)), 1, tokens - sink).astype(np.int64)
-    code = np.where(full, POLICIES.index("full"), np.where(part >= 1, POLICIES.index("recent"), POLICIES.index("scored")))
-    tables = {
-        name: getattr(base, name).copy() for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")
-    }
+    code = np.where(
+        full, POLICIES.index("full"), np.where(part >= 1, POLICIES.index("recent"), POLICIES.index("scored"))
+    )
+    tables = {name: getattr(base, name).copy() for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")}
     widths = np.array(problem.widths)
     for name, values in (
         ("policy", code), ("capacity", tokens), ("sink", sink), ("recent", np.where(full, tokens - sink, ring)),

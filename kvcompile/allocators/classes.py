@@ -60,13 +60,13 @@ def _layer(loss: NDArray[np.float64], size: NDArray[np.int64], price: float, mos
     nominated = np.unique(np.concatenate([(loss + p * size).argmin(axis=1) for p in ladder]))
     cost = loss[:, nominated] + price * size[nominated]
     if len(nominated) <= most:
-        return nominated[cost.argmin(axis=1)]
+        return np.asarray(nominated[cost.argmin(axis=1)])
     if comb(len(nominated), most) <= SUBSETS:
         subsets = np.array(list(combinations(range(len(nominated)), most)))
         best = subsets[cost[:, subsets].min(axis=2).sum(axis=0).argmin()]
     else:
         best = _exchange(cost, most)
-    return nominated[best[cost[:, best].argmin(axis=1)]]
+    return np.asarray(nominated[best[cost[:, best].argmin(axis=1)]])
 
 
 def _exchange(cost: NDArray[np.float64], most: int) -> NDArray[np.int64]:

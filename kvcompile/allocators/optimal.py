@@ -124,7 +124,7 @@ def relax(table: Choices, budget: int) -> Relaxed:
 
 def _first_columns(table: Choices) -> NDArray[np.int64]:
     """The best choice of every head at a ladder of prices, for the mean and for each family; the smallest one too."""
-    num_families, num_heads, _ = table.loss.shape
+    num_heads = len(table.heads)
     found = [np.stack([np.arange(num_heads), np.full(num_heads, table.size.argmin())], axis=1)]
     mean = table.loss.mean(0)
     top = float(mean.max()) / max(float(table.size.min()), 1.0)

@@ -62,8 +62,8 @@ def rows(
 
     `recent` keeps its sinks and a ring of all the rest. `h2o` halves what is left after the sinks between recent tokens
     and heavy hitters (arXiv 2306.14048, section 5). `snapkv` keeps a quarter as a ring for generated tokens, and at
-    least its observation window (our choice: SnapKV itself never evicts while it generates). `scored` keeps an eighth as
-    a ring of recent tokens.
+    least its observation window (our choice: SnapKV itself never evicts while it generates). `scored` keeps an eighth
+    as a ring of recent tokens.
     """
     most = limits(problem)
     sink = np.minimum(problem.sink, tokens - 1)

@@ -63,8 +63,8 @@ def calibrate(
     seed: int,
     path: Path | None = None,
 ) -> Calibration:
-    """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval probes
-    of half that length.
+    """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval
+    probes of half that length.
 
     The families are what the Python installation carries, texts of our own, and with `path` (a file or folder) the
     user's text beside them, so that a plan for it does not forget everything else. Raises CalibrationError for a path

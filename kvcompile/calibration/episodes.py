@@ -90,9 +90,7 @@ def draw_episodes(
     ]
 
 
-def _episode(
-    tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, replay: bool
-) -> Episode:
+def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, replay: bool) -> Episode:
     facts, questions = _facts(tokenizer, rng, QUESTIONS)
     bos = opening(tokenizer)
     room = max(length - len(bos) - sum(map(len, facts)), len(facts) + 1)

@@ -28,7 +28,7 @@ SEED = 1_000_003
     "--allocators", default="optimal,uniform,baklava,squeeze,surfacelogic,pyramid,duo,snapkv", show_default=True,
     metavar="NAMES", help=f"Some of {', '.join(METHODS)}.",
 )  # fmt: skip
-@click.option("--context", type=click.IntRange(16), help="Tokens of a context.  [default: the artifact's, at most 4096]")
+@click.option("--context", type=click.IntRange(16), help="Tokens of a context.  [default: the plan's, at most 4096]")
 @click.option("--episodes", type=click.IntRange(1), default=5, show_default=True, help="Contexts to measure on.")
 @click.option("--model", metavar="NAME", help="Where the model is, if not where it was.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -100,4 +100,3 @@ def _described(plan: Artifact, context: int, episodes: int, seed: int, families:
 
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-

@@ -22,7 +22,7 @@ LETTERS = {"full": "F", "recent": "R", "h2o": "H", "snapkv": "K", "scored": "S"}
 @click.command("inspect", short_help="show what is in an artifact")
 @click.argument("artifact", metavar="ARTIFACT.kvb")
 @click.option("--json", "as_json", is_flag=True, help="Everything but the curves as JSON on stdout.")
-@click.option("--html", metavar="FILE", help="Write a page with budgets, loss curves and the front of loss over memory.")
+@click.option("--html", metavar="FILE", help="Write a page with budgets, loss curves and loss over memory.")
 def command(artifact: str, as_json: bool, html: str | None) -> None:
     """Show an artifact's model, byte account, solver report and budgets."""
     plan = read(Path(artifact))

@@ -23,7 +23,7 @@ def check_plot(path: Path) -> None:
         KvcompileError: another format than png, svg or pdf, no such folder, or no matplotlib.
     """
     if path.suffix not in FORMATS:
-        raise KvcompileError(f"{path} is no picture that can be drawn: expected a name that ends in {', '.join(FORMATS)}")
+        raise KvcompileError(f"{path} cannot be drawn: expected a name that ends in {', '.join(FORMATS)}")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -43,12 +43,16 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
     for panel, (kind, field, label) in zip(axes, PANELS, strict=True):
         for method in methods:
             points = sorted((s.share, getattr(s.kinds[kind], field)) for s in summaries if s.method == method)
-            marked = method in ("optimal", "this artifact")
+            own, marked = method == "this artifact", method in ("optimal", "this artifact")
             panel.plot(
-                *zip(*points, strict=True), marker="*" if method == "this artifact" else "o", label=method,
-                color=colours[method], linewidth=2.6 if marked else 1.2, markersize=14 if method == "this artifact" else 5,
+                *zip(*points, strict=True),
+                marker="*" if own else "o",
+                markersize=14 if own else 5,
+                label=method,
+                color=colours[method],
+                linewidth=2.6 if marked else 1.2,
                 zorder=3 if marked else 2,
-            )  # fmt: skip
+            )
         for one in summaries:
             if one.method == "full cache" and field == "loss":
                 panel.axhline(one.kinds[kind].loss, color="black", linestyle=":", linewidth=1, label="full cache")

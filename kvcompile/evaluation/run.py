@@ -18,8 +18,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Row:
-    """One follow-up under one plan: `loss` of its judged tokens and `kl` to the full cache, nats a token; `exact`: every
-    judged token was the likeliest. `share` of the full cache's bytes that the cache had resident."""
+    """One follow-up under one plan: `loss` of its judged tokens and `kl` to the full cache, nats a token; `exact`:
+    every judged token was the likeliest. `share` of the full cache's bytes that the cache had resident."""
 
     method: str
     budget: str
@@ -93,7 +93,8 @@ def _ask(model: Any, one: FollowUp, cache: Any) -> Tensor:
     """Log-probabilities f32 [T, vocab] of every judged token."""
     keep = len(one.ids) - one.first
     logits = model(_ids(model, one.ids), past_key_values=cache, logits_to_keep=keep).logits[0, :-1]
-    return logits.float().log_softmax(-1)
+    said: Tensor = logits.float().log_softmax(-1)
+    return said
 
 
 def _row(

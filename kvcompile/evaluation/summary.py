@@ -48,7 +48,11 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
         Summary(method, budget, part[0].share, {kind: _measure([r for r in part if r.kind == kind]) for kind in KINDS})
         for (method, budget), part in plans.items()
     ]
-    return sorted(found, key=lambda s: (s.method != "full cache", s.budget != "", -s.share.__round__(3), s.kinds["quote"].kl))
+
+    def place(one: Summary) -> tuple[bool, bool, float, float]:
+        return one.method != "full cache", one.budget != "", -round(one.share, 3), one.kinds["quote"].kl
+
+    return sorted(found, key=place)
 
 
 def _measure(rows: Sequence[Row]) -> Measure:

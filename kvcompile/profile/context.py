@@ -153,11 +153,9 @@ def judged_rows(
         count = min(most, block.stop - block.judged)
         every = torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
         own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
-        for places in every.to(stored.device).split(at_once):
+        for places in torch.split(every.to(stored.device), at_once):
             query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
-            hidden = ~visible(
-                places - block.start + length, torch.arange(own.shape[1], device=own.device), call.window
-            )
+            hidden = ~visible(places - block.start + length, torch.arange(own.shape[1], device=own.device), call.window)
             weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)
             yield Rows(block.kind, places, query, weights.masked_fill_(hidden, -torch.inf).softmax(-1))
 

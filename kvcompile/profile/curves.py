@@ -92,9 +92,7 @@ class Losses:
     values: dict[str, NDArray[np.float64]]
 
 
-def losses(
-    call: Attention, gradient: Tensor, context: Context, packed: Packed, kept: Tensor, stored: Stored
-) -> Losses:
+def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, kept: Tensor, stored: Stored) -> Losses:
     """All losses of a layer; `gradient` [Hq, M, D] is u over the packed rows, `kept` as `keep_table` gives it."""
     values = context.values[call.layer].float()
     num_kv_heads, length, head_dim = values.shape
@@ -119,9 +117,7 @@ def losses(
 
         by_keys = [(other.probability * worth).sum(-1).sum(1) - total for other in others]
         narrow_keys.setdefault(block.kind, []).append(_loss(torch.stack(by_keys, dim=-1)))
-        by_values = [
-            (p[..., past] * (_worth(u, v - values, None))).sum(-1).sum(1) for v in stored.values
-        ]
+        by_values = [(p[..., past] * (_worth(u, v - values, None))).sum(-1).sum(1) for v in stored.values]
         narrow_values.setdefault(block.kind, []).append(_loss(torch.stack(by_values, dim=-1)))
     shape = kept.shape[2:]
     return Losses(

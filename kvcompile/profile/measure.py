@@ -20,7 +20,7 @@ from torch import Tensor
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError, ModelError
 from kvcompile.problem import DEFAULT_SINK, Profile
-from kvcompile.profile.anatomy import Tick, frozen, heads, layers
+from kvcompile.profile.anatomy import frozen, heads, layers
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.check import CHECKS, agreement, sample_plan
 from kvcompile.profile.context import Context, FollowUp, follow, over_context, pack, read_context
@@ -65,8 +65,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile, the scorer and the quantiser it is for, and how it came about: probes asked and answered rightly (where
-    none is, the scores of `surfacelogic` come from all), and by plan checked its predicted and measured KL."""
+    """A profile, the scorer and the quantiser it is for, and how it came about: probes asked and answered rightly
+    (where none is, the scores of `surfacelogic` come from all), and the predicted and measured KL of plans."""
 
     profile: Profile
     scorer: Scorer
@@ -204,7 +204,7 @@ class _Job:
             square, product = normal_sums(context.hidden[call.layer], worth, episode.replayed, self.sink)
             sums["squares"][call.layer] += square
             sums["products"][call.layer] += product
-            projection = layers(self.model)[call.layer].get_submodule("self_attn.o_proj").weight
+            projection = layers(self.model)[call.layer].get_parameter("self_attn.o_proj.weight")
             for name, value in vars(moments(call, context, packed, projection)).items():
                 sums[name][call.layer] += value
             return attend(call)
@@ -291,7 +291,7 @@ class _Job:
         factor, correlation = agreement(sums["checks"])
         profile = replace(profile, factor=factor, correlation=correlation)
         scorer, narrow = self.compiled(sums)
-        measured = [profile.loss, profile.key_loss, profile.value_loss, profile.baklava, profile.squeeze]
+        measured: list[NDArray[Any]] = [profile.loss, profile.key_loss, profile.value_loss, profile.baklava, profile.squeeze]
         measured += [profile.surfacelogic, scorer.weight, scorer.bias, *vars(narrow).values()]
         if not all(np.isfinite(array).all() for array in measured):
             raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")

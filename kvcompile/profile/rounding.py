@@ -20,7 +20,8 @@ def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tenso
     decoded = ((code + 0.5) * scale).flatten(-2)
     decoded[..., 0, :] = turned[..., 0, :]
     inverse = torch.linalg.inv(transform.double()).float()
-    return decoded @ inverse.mT + mean[..., None, :]
+    back: Tensor = decoded @ inverse.mT + mean[..., None, :]
+    return back
 
 
 def matrices(quantiser: Quantiser, layer: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,7 @@ class Cut:
     kept: list[Tensor | None]
 
 
-def apply_plan(
-    context: Context, plan: Plan, scorer: Scorer | None, quantiser: Quantiser | None, tokens: int
-) -> Cut:
+def apply_plan(context: Context, plan: Plan, scorer: Scorer | None, quantiser: Quantiser | None, tokens: int) -> Cut:
     """What a plan leaves of a context; token policies are `full`, `recent` and `scored`."""
     length, scale = len(context), len(context) / tokens
     keys, values, kept = list(context.keys), list(context.values), list[Tensor | None]()

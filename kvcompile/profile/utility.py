@@ -30,7 +30,7 @@ def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
     most = keys.new_full((num_kv_heads, length), -torch.inf)
     for block in packed.blocks:
         own = call.key[:, block.start : block.stop].float()
-        for places in torch.arange(block.judged, block.stop, device=keys.device).split(BLOCK):
+        for places in torch.split(torch.arange(block.judged, block.stop, device=keys.device), BLOCK):
             query = call.query[:, places].float().reshape(num_kv_heads, -1, head_dim) * call.scaling
             # Later tokens of the follow-up are seen by none of these rows.
             seen = int(places[-1]) + 1 - block.start

@@ -71,7 +71,7 @@ class Scored(Policy):
     def _extend_one(
         self, kept: torch.Tensor, cls: HeadClass, score: torch.Tensor, seen: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """One sequence, what feeding the tokens one by one would lead to: slots [count, T] of new tokens, and the moves.
+        """One sequence, what feeding tokens one by one would lead to: slots [count, T] of new tokens, and the moves.
 
         Tokens leave the ring in order, old ones first and then, where there are more than it holds, new ones; the best
         of them and of the heavy tokens stay.
