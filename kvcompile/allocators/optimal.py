@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,16 +13,19 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, hstack
 
 from kvcompile.allocators.choices import Choices, assigned, choices
+from kvcompile.allocators.classes import few_classes
 from kvcompile.allocators.curves import family_losses, objective
 from kvcompile.allocators.rows import all_full, limits
 from kvcompile.problem import WORST, Plan, Problem
 
 GAP = 3e-4
-"""Relative gap at which the integer search may stop."""
-NODES = 100
+"""Relative gap that is good enough."""
+NODES = 20
 """Branch-and-bound nodes after which it stops anyway."""
 CORE = 5
 """Choices of each head, those of least reduced cost, that the integer search covers."""
+MIXED, COMBINATIONS = 12, 4096
+"""Most heads with mixed choices, and combinations of these, that are tried one by one."""
 PRICES = 24
 """Prices for a byte at which the first columns are made."""
 ROUNDS = 30
@@ -35,9 +39,10 @@ class Optimal:
 
     The linear programme over all choices is solved by column generation: HiGHS solves it over a few columns a head, its
     dual prices (of a byte, and of each family) value every other choice, and the best of those enter until none is
-    better, so that its bound holds for all choices. The integer answer is searched among each head's choices of least
-    reduced cost (the core of Balas and Zemel, Operations Research 28, 1980); what bytes either leaves go where the
-    curves fall fastest, and the better of the two is the plan.
+    better, so that its bound holds for all choices. It mixes choices in a few heads only; the best combination
+    of those that fits, with the bytes left given to where the curves fall fastest, is a plan. Where that is further than GAP from the bound, HiGHS
+    searches an integer answer among each head's choices of least reduced cost (the core of Balas and Zemel, Operations
+    Research 28, 1980), and the better of the two is taken.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("recent",)
@@ -48,23 +53,25 @@ class Optimal:
         own = _own_bytes(problem)
         budget = problem.target - own
         relaxed = relax(table, budget)
-        answers = [rounded(table, relaxed, budget)]
-        integer = search(table, relaxed, budget)
-        if integer is not None:
-            answers.append(integer)
         if problem.classes is not None:
-            from kvcompile.allocators.classes import few_classes
-
             answers = [few_classes(problem, table, relaxed, budget)]
+        else:
+            answers = [rounded(table, relaxed, budget)]
         plans = [finished(problem, base, table, answer, budget) for answer in answers]
+        searched = False
+        if problem.classes is None and gap(problem, plans[0], relaxed) > GAP:
+            integer = search(table, relaxed, budget)
+            if integer is not None:
+                searched = True
+                plans.append(finished(problem, base, table, integer, budget))
         best = min(plans, key=lambda plan: objective(family_losses(problem, plan)))
         families = family_losses(problem, best)
         found = objective(families)
         report: dict[str, Any] = {
             "objective": found,
             "bound": relaxed.bound,
-            "gap": max(0.0, found - relaxed.bound) / max(found, 1e-30),
-            "integer_solved": integer is not None,
+            "gap": gap(problem, best, relaxed),
+            "integer_search": searched,
             "heads": len(table.heads),
             "choices": int(table.loss.shape[1] * table.loss.shape[2]),
             "families": dict(zip(problem.profile.families, families.tolist(), strict=True)),
@@ -72,6 +79,12 @@ class Optimal:
         if problem.classes is not None:
             report["classes_per_layer"] = problem.classes
         return dataclasses.replace(best, loss=float(families.mean()), report=report)
+
+
+def gap(problem: Problem, plan: Plan, relaxed: Relaxed) -> float:
+    """How far a plan may be from the optimum at most, relative to its own objective."""
+    found = objective(family_losses(problem, plan))
+    return max(0.0, found - relaxed.bound) / max(found, 1e-30)
 
 
 def _own_bytes(problem: Problem) -> int:
@@ -154,20 +167,29 @@ class _Programme:
 
 
 def rounded(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64]:
-    """One choice a head, [N]: of the choices that the linear programme mixes, the smallest."""
-    best = np.full(len(table.heads), -1)
-    for (head, choice), value in zip(relaxed.columns.tolist(), relaxed.values.tolist(), strict=True):
-        if value > 1e-9 and (best[head] < 0 or table.size[choice] < table.size[best[head]]):
-            best[head] = choice
-    over = int(table.size[best].sum()) - budget
-    if over > 0:  # the linear programme's own tolerance: give up what costs least
-        smallest = int(table.size.argmin())
-        order = np.argsort(np.tensordot(relaxed.weights, table.loss, axes=1)[:, smallest])
-        for head in order:
-            if over <= 0:
-                break
-            over -= int(table.size[best[head]] - table.size[smallest])
-            best[head] = smallest
+    """One choice a head, [N]: what the linear programme chose, and in the few heads where it mixes choices the best
+    combination of them that fits, bytes left over counted at their price."""
+    used = relaxed.columns[relaxed.values > 1e-9]
+    options = [used[used[:, 0] == head, 1] for head in range(len(table.heads))]
+    mixed = [head for head, found in enumerate(options) if len(found) > 1][:MIXED]
+    best = np.array([found[table.size[found].argmin()] for found in options])
+    combinations = np.array(list(product(*(options[head] for head in mixed)))).reshape(-1, len(mixed))[:COMBINATIONS]
+    others = np.setdiff1d(np.arange(len(best)), mixed)
+    size = table.size[best[others]].sum() + table.size[combinations].sum(axis=1)
+    loss = table.loss[:, others, best[others]].sum(axis=1)[:, None] + sum(
+        table.loss[:, head, combinations[:, i]] for i, head in enumerate(mixed)
+    )
+    worth = loss.mean(axis=0) + WORST * loss.max(axis=0) - relaxed.price * (budget - size)
+    fits = size <= budget
+    if fits.any():
+        best[mixed] = combinations[np.where(fits, worth, np.inf).argmin()]
+        return best
+    # The linear programme's own tolerance: give up what costs least.
+    smallest = int(table.size.argmin())
+    for head in np.argsort(np.tensordot(relaxed.weights, table.loss, axes=1)[:, smallest]):
+        if int(table.size[best].sum()) <= budget:
+            break
+        best[head] = smallest
     return best
 
 

@@ -291,8 +291,9 @@ class _Job:
         factor, correlation = agreement(sums["checks"])
         profile = replace(profile, factor=factor, correlation=correlation)
         scorer, narrow = self.compiled(sums)
-        measured: list[NDArray[Any]] = [profile.loss, profile.key_loss, profile.value_loss, profile.baklava, profile.squeeze]
-        measured += [profile.surfacelogic, scorer.weight, scorer.bias, *vars(narrow).values()]
+        tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
+        measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]
+        measured += [*vars(scorer).values(), *vars(narrow).values()]
         if not all(np.isfinite(array).all() for array in measured):
             raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")
         checks = [(float(predicted), float(real)) for predicted, real in sums["checks"]]

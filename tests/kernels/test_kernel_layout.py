@@ -1,4 +1,4 @@
-"""Slots and views of a layer's store."""
+"""Classes, slots, and what a layer's store holds where."""
 
 from __future__ import annotations
 
@@ -7,32 +7,82 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompile.kernels import HeadClass, LayerLayout
+from kvcompile.artifacts import anchor_bytes, slot_bytes
+from kvcompile.kernels import HeadClass, HeadSpec, LayerLayout, Stored
 
 
 def test_equal_neighbours_form_a_class() -> None:
-    layout = LayerLayout.from_heads([("full", 9, 4, 5), ("recent", 3, 1, 2), ("recent", 3, 1, 2), ("recent", 2, 1, 1)])
-    assert [(c.start, c.count, c.capacity, c.offset) for c in layout.classes] == [
-        (0, 1, 9, 0),
-        (1, 2, 3, 9),
-        (3, 1, 2, 15),
+    two = HeadSpec("recent", 3, 1, 2)
+    layout = LayerLayout.from_heads([HeadSpec("full", 9, 4, 5), two, two, HeadSpec("recent", 3, 1, 2, k_bits=4)])
+    assert [(c.start, c.count, c.capacity, c.k_bits) for c in layout.classes] == [
+        (0, 1, 9, 16),
+        (1, 2, 3, 16),
+        (3, 1, 3, 4),
     ]
-    assert (layout.num_kv_heads, layout.slots) == (4, 17)
+    assert (layout.num_kv_heads, layout.slots) == (4, 18)
+
+
+@given(
+    heads=st.lists(
+        st.tuples(st.integers(1, 7), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16])), min_size=1, max_size=5
+    ),
+    head_dim=st.sampled_from([2, 8, 16, 64, 96, 128]),
+    batch=st.integers(1, 3),
+)
+def test_a_store_takes_the_bytes_that_the_format_counts(
+    heads: list[tuple[int, int, int]], head_dim: int, batch: int
+) -> None:
+    specs = [HeadSpec("recent", capacity, min(4, capacity - 1), 1, k, v) for capacity, k, v in heads]
+    layout = LayerLayout.from_heads(specs)
+    stores = [
+        Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.float16, torch.device("cpu"), batch)
+        for name in ("k_bits", "v_bits")
+    ]
+    held = sum(tensor.untyped_storage().nbytes() for store in stores for tensor in store.tensors())
+    assert held == batch * sum(
+        s.capacity * slot_bytes("recent", head_dim, s.k_bits, s.v_bits)
+        + anchor_bytes(s.sink, head_dim, s.k_bits, s.v_bits, 16)
+        for s in specs
+    )
 
 
 def test_views_cover_the_store_without_a_copy() -> None:
-    layout = LayerLayout.from_heads([("recent", 5, 1, 4)] * 2 + [("recent", 3, 0, 3)])
-    store = torch.zeros(2, layout.slots, 4)
-    for i, cls in enumerate(layout.classes, start=1):
-        cls.view(store).fill_(i)
-    assert store[0, :, 0].tolist() == [1.0] * 10 + [2.0] * 3
-    assert (store != 0).all()
+    layout = LayerLayout.from_heads([HeadSpec("recent", 5, 1, 4)] * 2 + [HeadSpec("recent", 3, 0, 3, 8, 8)])
+    store = Stored(layout, [16, 8], 4, torch.float32, torch.device("cpu"), 2)
+    for cls in layout.classes:
+        for view in store.views(cls):
+            view.fill_(1)
+    assert store.exact.shape == (2, 10, 4)
+    assert store.codes.shape == (2, 12)
+    assert all((tensor == 1).all() for tensor in (store.exact, store.codes, store.scales))
+
+
+def test_what_is_written_is_read_back(
+    bits: int = 8,
+) -> None:
+    layout = LayerLayout.from_heads([HeadSpec("scored", 6, 1, 2, bits, bits)] * 2)
+    store, cls = Stored(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
+    prompt = torch.randn(2, 9, 16)
+    token = torch.tensor([[0, 2, 3, 5, 7, 8], [0, 1, 4, 6, 7, 8]])
+    store.fill(cls, 0, prompt, token)
+    expected = prompt.gather(1, token[..., None].expand(-1, -1, 16))
+    torch.testing.assert_close(store.read(cls, 6, torch.float32)[0], expected, atol=0.02, rtol=0)
+    assert torch.equal(store.read(cls, 6, torch.float32)[0, :, 0], prompt[:, 0]), "token 0 is exact"
+    before = store.read(cls, 6, torch.float32)
+    new = torch.randn(1, 2, 1, 16)
+    store.write(cls, new, torch.tensor([[[4], [5]]]), torch.tensor([[[4], [5]]]), torch.tensor([[[2], [-1]]]))
+    after = store.read(cls, 6, torch.float32)
+    assert torch.equal(after[0, 0, 2], before[0, 0, 4]), "what was in the slot has moved, codes and scale alike"
+    torch.testing.assert_close(after[0, 0, 4], new[0, 0, 0], atol=0.02, rtol=0)
+    torch.testing.assert_close(after[0, 1, 5], new[0, 1, 0], atol=0.02, rtol=0)
+    untouched = [(0, 1), (0, 3), (0, 5), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert all(torch.equal(after[0, h, s], before[0, h, s]) for h, s in untouched)
 
 
 @given(capacity=st.integers(1, 12), ring=st.integers(1, 12), tokens=st.integers(1, 60))
 def test_a_ring_holds_the_first_and_the_last_tokens(capacity: int, ring: int, tokens: int) -> None:
     ring = min(ring, capacity)
-    cls = HeadClass("recent", 0, 1, capacity, capacity - ring, ring, 0)
+    cls = HeadClass("recent", 0, 1, capacity, capacity - ring, ring)
     held: dict[int, int] = {}
     for token in range(tokens):
         held[cls.ring_slot(token)] = token
@@ -46,8 +96,8 @@ def test_a_ring_holds_the_first_and_the_last_tokens(capacity: int, ring: int, to
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_view_of_one_class_in_a_batch_is_writable(count: int) -> None:
-    layout = LayerLayout.from_heads([("recent", 4, 0, 4)] * count)
-    store = torch.zeros(3, layout.slots, 2)
-    layout.classes[0].view(store)[1, count - 1, 2] = 7
-    assert store[1, (count - 1) * 4 + 2].tolist() == [7.0, 7.0]
-    assert store.count_nonzero() == 2
+    layout = LayerLayout.from_heads([HeadSpec("recent", 4, 0, 4)] * count)
+    store = Stored(layout, [16], 2, torch.float32, torch.device("cpu"), 3)
+    store.views(layout.classes[0])[0][1, count - 1, 2] = 7
+    assert store.exact[1, (count - 1) * 4 + 2].tolist() == [7.0, 7.0]
+    assert store.exact.count_nonzero() == 2

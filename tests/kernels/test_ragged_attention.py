@@ -5,18 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompile.kernels import LayerLayout, ragged_attention
+from kvcompile.kernels import HeadSpec, LayerLayout, Stored, ragged_attention
 from kvcompile.kernels.ragged_attention import dense, reference
 
+SMALL = HeadSpec("recent", 5, 4, 1)
 LAYOUTS = {
-    "one slot": LayerLayout.from_heads([("recent", 1, 0, 1)]),
-    "uniform": LayerLayout.from_heads([("recent", 13, 4, 9)] * 3),
-    "ragged": LayerLayout.from_heads(
-        [("full", 31, 4, 27), ("recent", 5, 4, 1), ("recent", 5, 4, 1), ("snapkv", 17, 4, 6)]
+    "one slot": LayerLayout.from_heads([HeadSpec("recent", 1, 0, 1)]),
+    "uniform": LayerLayout.from_heads([HeadSpec("recent", 13, 4, 9)] * 3),
+    "ragged": LayerLayout.from_heads([HeadSpec("full", 31, 4, 27), SMALL, SMALL, HeadSpec("snapkv", 17, 4, 6)]),
+    "rounded": LayerLayout.from_heads(
+        [HeadSpec("full", 31, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 1, 8, 16, 8)]
     ),
-    "window": LayerLayout.from_heads([("recent", 7, 0, 7)] * 2, window=7),
+    "window": LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+def stored(layout: LayerLayout, bits: str, batch: int, head_dim: int, dtype: torch.dtype, seed: int) -> Stored:
+    """A store full of random vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    store = Stored(layout, [getattr(c, bits) for c in layout.classes], head_dim, dtype, torch.device("cpu"), batch)
+    for cls in layout.classes:
+        every = torch.arange(cls.capacity).expand(cls.count, -1)
+        for b in range(batch):
+            prompt = torch.randn(cls.count, cls.capacity, head_dim, generator=generator).to(dtype)
+            store.fill(cls, b, prompt, every)
+    return store
 
 
 def inputs(layout: LayerLayout, batch: int, group: int, length: int, dtype: torch.dtype, head_dim: int = 16):
@@ -28,8 +42,8 @@ def inputs(layout: LayerLayout, batch: int, group: int, length: int, dtype: torc
     heads = layout.num_kv_heads
     return {
         "query": draw(batch, heads * group, length, head_dim),
-        "keys": draw(batch, layout.slots, head_dim),
-        "values": draw(batch, layout.slots, head_dim),
+        "keys": stored(layout, "k_bits", batch, head_dim, dtype, 1),
+        "values": stored(layout, "v_bits", batch, head_dim, dtype, 2),
         "new_keys": draw(batch, heads, length, head_dim),
         "new_values": draw(batch, heads, length, head_dim),
     }
@@ -89,6 +103,13 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no multiple"):
         ragged_attention(data["query"][:, :4], data["keys"], data["values"], layout, [5], scaling=1.0)
     with pytest.raises(ValueError, match="a store of"):
-        ragged_attention(data["query"][:, :, :1], data["keys"][:, 1:], data["values"], layout, [5], scaling=1.0)
+        ragged_attention(
+            data["query"][:, :, :1],
+            stored(layout, "k_bits", 2, 16, torch.float32, 1),
+            data["values"],
+            layout,
+            [5],
+            scaling=1.0,
+        )
     with pytest.raises(ValueError, match="lengths"):
         ragged_attention(data["query"][:, :, :1], data["keys"], data["values"], layout, [5, 5], scaling=1.0)

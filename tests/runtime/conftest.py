@@ -26,9 +26,12 @@ from kvcompile.artifacts import (
     Artifact,
     Budgets,
     ByteAccount,
+    Quantiser,
+    Scorer,
     Target,
     full_bytes,
     identify,
+    loaded_bytes,
     resident_bytes,
     token_limits,
 )
@@ -95,9 +98,12 @@ def _make_artifact(
     batch: int = 1,
     dtype: str = "float32",
     shuffle: bool = True,
+    bits: Sequence[tuple[int, int]] = (),
 ) -> Artifact:
     """An artifact for `model`: `capacity` tokens a head (one number, rows of [L][H], or None for the full cache) under
-    `policy`, of which the last `recent` are a ring; sliding layers keep their window; heads shuffled in storage."""
+    `policy`, of which the last `recent` are a ring; sliding layers keep their window; heads shuffled in storage. The
+    widths of keys and values are `bits` in turn over the heads, by default the cache's own; the scorer and the
+    transforms are random."""
     identity = identify(model, "tiny")
     shape = (identity.num_layers, identity.num_kv_heads)
     limit = np.array(token_limits(identity.windows, context), np.int32)[:, None]
@@ -115,21 +121,36 @@ def _make_artifact(
     for row in range(shape[0]):
         heads = rng.permutation(shape[1]) if shuffle else np.arange(shape[1])
         orders.append(sorted(heads.tolist(), key=lambda h, row=row: (codes[row, h], -tokens[row, h])))
-    bits = np.full(shape, DTYPE_BITS[dtype], np.uint8)
+    widths = np.array([bits[i % len(bits)] if bits else [DTYPE_BITS[dtype]] * 2 for i in range(tokens.size)])
+    k_bits, v_bits = widths.astype(np.uint8).reshape(*shape, 2).transpose(2, 0, 1)
     budgets = Budgets(
-        policy=codes, capacity=tokens, sink=sinks, recent=ring.astype(np.int32), k_bits=bits, v_bits=bits,
-        head_order=np.array(orders, np.int32),
+        policy=codes, capacity=tokens, sink=sinks, recent=ring.astype(np.int32), k_bits=k_bits.copy(),
+        v_bits=v_bits.copy(), head_order=np.array(orders, np.int32),
     )  # fmt: skip
+    scorer = None
+    if policy == "scored":
+        weight = rng.standard_normal((*shape, identity.hidden_size)).astype(np.float16)
+        scorer = Scorer(weight, rng.standard_normal(shape).astype(np.float32))
+    quantiser = None
+    if bits:
+        turn = np.linalg.qr(rng.standard_normal((2, *shape, identity.head_dim, identity.head_dim)))[0]
+        turn = (turn * rng.uniform(0.5, 2, turn.shape[-1])).astype(np.float16)
+        mean = rng.standard_normal((2, *shape, identity.head_dim)).astype(np.float16)
+        quantiser = Quantiser(turn[0], mean[0], turn[1], mean[1])
     resident = batch * resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
     transient = 2 * context * identity.num_kv_heads * identity.head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=identity,
         target=Target(bytes=resident, context=context, batch=batch, dtype=dtype),
-        bytes=ByteAccount(resident, 0, transient, batch * full_bytes(identity, context, dtype)),
+        bytes=ByteAccount(
+            resident, loaded_bytes(scorer, quantiser), transient, batch * full_bytes(identity, context, dtype)
+        ),
         budgets=budgets,
         predicted_loss=0.0,
         solver={},
         calibration={},
         versions={},
         profile={},
+        scorer=scorer,
+        quantiser=quantiser,
     )

@@ -28,33 +28,54 @@ def _make_problem(
     sliding: tuple[int, ...] = (),
     seed: int = 0,
     perplexity=None,
+    families: int = 1,
+    widths: tuple[int, ...] = (16,),
+    classes: int | None = None,
 ) -> Problem:
+    """With several `families` or `widths`, curves of `scored` too, lower than those of `recent` for most heads."""
     rng = np.random.default_rng(seed)
     tokens = np.unique(np.rint(np.geomspace(sink + 1, window, points)).astype(np.int32))
     height, fall = rng.lognormal(0, 2, (layers, heads, 1)), rng.uniform(0.3, 2, (layers, heads, 1))
     curve = height * ((tokens / 5.0) ** -fall - (window / 5.0) ** -fall)
     loss = 1e-3 * curve * np.exp(0.15 * rng.standard_normal(curve.shape))
     loss[..., -1] = 0
+    rich = families > 1 or len(widths) > 1
+    shares = np.array([1, 0.5, 0.125] if rich else [1], np.float32)
+    better = np.concatenate(
+        [np.ones((families, layers, heads, 1)), rng.lognormal(-0.7, 0.7, (families, layers, heads, len(shares) - 1))],
+        -1,
+    )
+    by_family = rng.lognormal(0, 0.5, (families, layers, heads, 1, 1)) if families > 1 else 1.0
+    narrow = np.array([1e-3, 1e-1]) * rng.lognormal(0, 1.5, (2, families, layers, heads, 1)) * height * 1e-3
     profile = Profile(
+        families=tuple(f"family {i}" for i in range(families)),
         window=window,
         tokens=tokens,
-        recent_loss=loss.astype(np.float32),
+        shares=shares,
+        loss=(loss[None, :, :, None] * better[..., None] * by_family).astype(np.float32),
+        bits=np.array([8, 4], np.int32),
+        key_loss=narrow[0].reshape(families, layers, heads, 2).astype(np.float32),
+        value_loss=(0.2 * narrow[1]).reshape(families, layers, heads, 2).astype(np.float32),
+        factor=1.0,
+        correlation=float("nan"),
         baklava=rng.random((layers, heads)).astype(np.float32),
         squeeze=rng.random(layers).astype(np.float32),
         surfacelogic=rng.random((layers, heads)).astype(np.float32),
     )
     limit = np.full(layers, context, np.int32)
     limit[list(sliding)] = max(1, context // 8)
-    slot = {"full": 256, "recent": 256, "h2o": 264, "snapkv": 256}
     return Problem(
         profile=profile,
         limit=limit,
         fixed=limit < context,
         num_kv_heads=heads,
-        slot_bytes=slot,
+        head_dim=64,
+        dtype_bits=16,
+        widths=widths,
         target=int(share * 256 * heads * int(limit.sum())),
         context=context,
         policy=policy,
         sink=sink,
+        classes=classes,
         perplexity=perplexity,
     )

@@ -124,7 +124,7 @@ def test_duo_keeps_the_most_damaged_heads_full(make_problem) -> None:
     problem = make_problem(layers=8, context=4096, window=4096)
     plan = allocate("duo", problem)
     full = plan.policy == POLICIES.index("full")
-    curve, tokens = problem.profile.recent_loss, problem.profile.tokens
+    curve, tokens = problem.profile.loss[0, :, :, 0], problem.profile.tokens
     damage = np.array([[np.interp(384, tokens, curve[i, h]) for h in range(2)] for i in range(8)])
     assert full.sum() == plan.report["full_heads"] == (1024 * 16 - 384 * 16) // (4096 - 384)
     assert damage[full].min() >= damage[~full].max()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from types import SimpleNamespace
@@ -11,66 +12,117 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompile.allocators import allocate, optimal, plan_bytes
-from kvcompile.allocators.curves import loss_at
-from kvcompile.allocators.optimal import hull
+from kvcompile.allocators import allocate, least_bytes, optimal, plan_bytes
+from kvcompile.allocators.choices import choices
+from kvcompile.allocators.curves import evicted, family_losses, objective
+from kvcompile.artifacts import POLICIES
 from kvcompile.problem import DEFAULT_SINK
 
+RICH = {"families": 6, "widths": (16, 8, 4)}
 
-@settings(max_examples=30, deadline=None)
+
+@settings(max_examples=25, deadline=None)
 @given(share=st.floats(0.05, 0.9), seed=st.integers(0, 10_000))
-def test_no_combination_of_measured_points_is_better(make_problem, share: float, seed: int) -> None:
-    problem = make_problem(layers=2, heads=2, points=6, share=share, seed=seed)
-    if problem.target < 4 * (DEFAULT_SINK + 1) * 256:
+def test_no_combination_of_choices_is_better(make_problem, share: float, seed: int) -> None:
+    problem = make_problem(layers=1, heads=2, points=5, share=share, seed=seed, families=2, widths=(16, 4))
+    if problem.target < least_bytes(problem):
         return
     plan = allocate("optimal", problem)
-    points = [problem.profile.tokens.tolist()] * 4
-    curves = problem.profile.recent_loss.reshape(4, -1)
-    feasible = (c for c in itertools.product(range(len(points[0])), repeat=4))
+    table = choices(problem)
     best = min(
-        sum(curves[i, k] for i, k in enumerate(c))
-        for c in feasible
-        if sum(points[i][k] for i, k in enumerate(c)) * 256 <= problem.target
+        objective(table.loss[:, 0, a] + table.loss[:, 1, b])
+        for a, b in itertools.product(range(len(table.size)), repeat=2)
+        if table.size[a] + table.size[b] <= problem.target
     )
     assert plan.report["bound"] <= best * (1 + 1e-6) + 1e-12
-    # Rounding the LP's answer down costs at most one step of one hull.
-    steps = [-np.diff(hull(problem, layer, head)[:, 1]) for layer, head in np.ndindex(2, 2)]
-    assert plan.loss <= best + max(step.max(initial=0.0) for step in steps) + 1e-9
+    found = objective(family_losses(problem, plan))
+    assert found == pytest.approx(plan.report["objective"])
+    # The integer search covers the choices nearest to the linear programme's; with two heads that can miss.
+    assert found <= best + table.loss.mean(0).max(1).max()
 
 
-@pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 0.9, 0.99])
-@pytest.mark.parametrize(("layers", "heads", "seconds"), [(28, 4, 1.0), (80, 8, 5.0)])
+@pytest.mark.parametrize("share", [0.0625, 0.125, 0.25, 0.5])
+@pytest.mark.parametrize(("layers", "heads", "seconds"), [(28, 4, 5.0), (80, 8, 15.0)])
 def test_large_models_solve_quickly_with_a_small_gap(make_problem, layers, heads, seconds, share) -> None:
-    problem = make_problem(layers, heads, 40, share=share, context=4096, window=4096)
+    problem = make_problem(layers, heads, 28, share=share, context=4096, window=4096, **RICH)
     start = time.perf_counter()
     plan = allocate("optimal", problem)
     elapsed = time.perf_counter() - start
     assert elapsed < seconds
-    assert plan.report["gap"] < 1e-3
-    assert plan.report["bound"] <= plan.report["objective"] * (1 + 1e-4)
+    assert plan.report["gap"] < 3e-3
+    assert plan.report["bound"] <= plan.report["objective"] * (1 + 1e-6)
     assert 0.99 * problem.target <= plan_bytes(problem, plan) <= problem.target
 
 
-@settings(max_examples=30, deadline=None)
-@given(share=st.floats(0.02, 0.95), seed=st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+@given(share=st.floats(0.03, 0.45), seed=st.integers(0, 10_000))
 def test_the_target_is_used_while_a_head_can_gain(make_problem, share: float, seed: int) -> None:
     problem = make_problem(layers=6, heads=3, points=20, context=2048, window=2048, share=share, seed=seed)
     plan = allocate("optimal", problem)
-    assert plan_bytes(problem, plan) >= 0.99 * problem.target
+    assert 0.99 * problem.target <= plan_bytes(problem, plan) <= problem.target
 
 
-def test_hulls_are_convex_and_below_the_curve(make_problem) -> None:
-    problem = make_problem(points=40, context=4096, window=4096)
+def test_more_choices_never_cost_more(make_problem) -> None:
+    problem = make_problem(layers=8, points=24, families=3, widths=(16, 8, 4), context=2048, window=2048)
+    found = [
+        allocate("optimal", dataclasses.replace(problem, widths=widths)).report["objective"]
+        for widths in ((16,), (16, 8), (16, 8, 4))
+    ]
+    assert found[0] > found[1] >= found[2]
+
+
+def test_no_family_pays_for_another(make_problem) -> None:
+    """With the worst family in the objective the worst one loses less than without."""
+    problem = make_problem(layers=8, heads=4, points=24, families=4, widths=(16, 8), context=2048, window=2048)
+    plan = allocate("optimal", problem)
+    mean = dataclasses.replace(
+        problem,
+        profile=dataclasses.replace(
+            problem.profile,
+            families=("mean",),
+            **{
+                name: getattr(problem.profile, name).mean(0, keepdims=True)
+                for name in ("loss", "key_loss", "value_loss")
+            },
+        ),
+    )
+    careless = family_losses(problem, allocate("optimal", mean))
+    careful = family_losses(problem, plan)
+    assert careful.max() < careless.max()
+    assert objective(careful) < objective(careless)
+
+
+def test_losses_of_a_plan_are_those_of_its_choices(make_problem) -> None:
+    problem = make_problem(families=2, widths=(16, 8, 4), points=20)
+    plan = allocate("optimal", problem)
+    total = np.zeros(2)
     for layer, head in np.ndindex(4, 2):
-        points = hull(problem, layer, head)
-        slopes = np.diff(points[:, 1]) / np.diff(points[:, 0])
-        assert (slopes < 0).all()
-        assert (np.diff(slopes) >= -1e-15).all()
-        tokens = problem.profile.tokens.astype(np.int64)
-        under = np.interp(tokens, points[:, 0], points[:, 1])
-        assert (under <= loss_at(problem, layer, head, tokens) + 1e-12).all()
-        assert points[0, 0] == DEFAULT_SINK + 1
-        assert points[-1].tolist() == [4096, 0]
+        part = plan.recent[layer, head] / (plan.capacity[layer, head] - DEFAULT_SINK)
+        scored = POLICIES[plan.policy[layer, head]] == "scored"
+        share = 1 + int(np.abs(np.array([0.5, 0.125]) - part).argmin()) if scored else 0
+        total += evicted(problem, plan.capacity[layer, head : head + 1])[:, layer, head, share, 0]
+        for table, bits in ((problem.profile.key_loss, plan.k_bits), (problem.profile.value_loss, plan.v_bits)):
+            if bits[layer, head] < 16:
+                total += table[:, layer, head, [8, 4].index(bits[layer, head])]
+    np.testing.assert_allclose(family_losses(problem, plan), total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_layers_have_no_more_classes_than_asked_for(make_problem, classes) -> None:
+    free = make_problem(layers=6, heads=8, points=20, context=2048, window=2048, **RICH)
+    problem = dataclasses.replace(free, classes=classes)
+    plan, best = allocate("optimal", problem), allocate("optimal", free)
+    tables = (plan.policy, plan.capacity, plan.sink, plan.recent, plan.k_bits, plan.v_bits)
+    for layer in range(6):
+        assert len(set(zip(*(table[layer].tolist() for table in tables), strict=True))) <= classes
+    assert plan_bytes(problem, plan) <= problem.target
+    assert best.report["objective"] <= plan.report["objective"] < 40 * best.report["objective"]
+
+
+def test_more_classes_lose_less(make_problem) -> None:
+    problem = make_problem(layers=6, heads=8, points=20, context=2048, window=2048, **RICH)
+    found = [allocate("optimal", dataclasses.replace(problem, classes=k)).report["objective"] for k in (1, 2, 4, 8)]
+    assert found == sorted(found, reverse=True)
 
 
 def test_a_longer_context_stretches_the_curves(make_problem) -> None:
@@ -82,8 +134,13 @@ def test_a_longer_context_stretches_the_curves(make_problem) -> None:
 
 def test_without_an_integer_answer_the_lp_stands_in(make_problem, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimal, "milp", lambda *a, **k: SimpleNamespace(x=None, status=1))
-    problem = make_problem(28, 4, 40, context=4096, window=4096)
+    problem = make_problem(28, 4, 24, context=4096, window=4096, **RICH)
     plan = allocate("optimal", problem)
-    assert not plan.report["integer_solved"]
-    assert plan.report["gap"] < 1e-2
+    assert not plan.report["integer_search"]
+    assert plan.report["gap"] < 3e-2
     assert 0.99 * problem.target <= plan_bytes(problem, plan) <= problem.target
+
+
+def test_the_same_problem_has_the_same_plan(make_problem) -> None:
+    one, two = (allocate("optimal", make_problem(8, 4, 20, **RICH)) for _ in range(2))
+    assert all(np.array_equal(getattr(one, n), getattr(two, n)) for n in ("policy", "capacity", "k_bits", "v_bits"))
