@@ -113,7 +113,8 @@ def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, 
         mass = _times(p[..., past], tables) + p[..., rest].sum(-1, keepdim=True)
         gain = _times(effect[..., past], tables) + effect[..., rest].sum(-1, keepdim=True)
         error = (gain / mass.clamp_min(torch.finfo(torch.float32).tiny)).sum(1) - total[..., None]
-        evicted.setdefault(block.kind, []).append(_loss(error))
+        # Nothing is lost where all is kept, whatever the order of summation says.
+        evicted.setdefault(block.kind, []).append(_loss(error.masked_fill(tables.bool().all(1)[:, None], 0.0)))
 
         by_keys = [(other.probability * worth).sum(-1).sum(1) - total for other in others]
         narrow_keys.setdefault(block.kind, []).append(_loss(torch.stack(by_keys, dim=-1)))

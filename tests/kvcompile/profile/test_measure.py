@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompile.artifacts.errors import CalibrationError, ModelError
-from kvcompile.profile import Profiled, measure
-from kvcompile.profile.curves import BLOCK
+from kvcompile.profile import Material, Profiled, measure
+from kvcompile.profile.attention import BLOCK
 
 Tiny = Callable[..., Any]
+TABLES = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
 
 
 @dataclass(frozen=True)
@@ -25,45 +26,83 @@ class Question:
     needles: tuple[tuple[int, int], ...]
 
 
-def calibration() -> tuple[list[NDArray[np.int64]], list[Question]]:
+@dataclass(frozen=True)
+class Asked:
+    kind: str
+    first: int
+    ids: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Story:
+    family: str
+    context: NDArray[np.int64]
+    follow_ups: tuple[Asked, ...]
+    replayed: tuple[int, int] = (0, 0)
+
+
+def story(draw: np.random.Generator, family: str, replay: bool, length: int = 48) -> Story:
+    context = draw.integers(3, 61, length)
+    asked = [Asked("continuation", 0, draw.integers(3, 61, 8)), Asked("question", 3, draw.integers(3, 61, 6))]
+    if replay:
+        return Story(family, context, (*asked, Asked("replay", 2, draw.integers(3, 61, 34))), (4, 36))
+    return Story(family, context, (*asked, Asked("quote", 4, draw.integers(3, 61, 9))))
+
+
+def material(probes: list[Question] | None = None, length: int = 48) -> Material:
     draw = np.random.default_rng(0)
-    windows = [draw.integers(3, 61, length) for length in (64, 30, 64)]
-    probes = [Question(draw.integers(3, 61, 40), draw.integers(3, 61, 3), ((4, 8),)) for _ in range(2)]
-    return windows, probes
+    asked = [Question(draw.integers(3, 61, 40), draw.integers(3, 61, 3), ((4, 8),)) for _ in range(2)]
+    fit = [story(draw, name, True, length) for name in ("code", "essay")]
+    return Material(
+        fit, [story(draw, name, False, length) for name in ("code", "essay")], asked if probes is None else probes
+    )
 
 
 def assert_same(left: Profiled, right: Profiled) -> None:
-    for field in fields(left.profile):
-        np.testing.assert_array_equal(getattr(left.profile, field.name), getattr(right.profile, field.name))
-    assert (left.curve_windows, left.probes, left.answered) == (right.curve_windows, right.probes, right.answered)
+    for name in ("tokens", "shares", "bits", *TABLES):
+        np.testing.assert_array_equal(getattr(left.profile, name), getattr(right.profile, name))
+    for one, two in ((left.scorer, right.scorer), (left.quantiser, right.quantiser)):
+        assert all(np.array_equal(vars(one)[name], vars(two)[name]) for name in vars(one))
+    assert (left.checks, left.probes, left.answered) == (right.checks, right.probes, right.answered)
+    assert (left.profile.factor, left.profile.families) == (right.profile.factor, right.profile.families)
 
 
 def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
-    result = measure(tiny(family), *calibration(), seed=0)
+    model = tiny(family)
+    result = measure(model, material(), seed=0)
     profile, points = result.profile, len(result.profile.tokens)
-    assert (profile.window, profile.tokens[0], profile.tokens[-1]) == (64, 5, 64)
-    assert profile.recent_loss.shape == (3, 2, points)
+    assert (profile.window, profile.tokens[0], profile.tokens[-1]) == (48, 5, 48)
+    assert profile.families == ("code", "essay", "retrieval")
+    assert profile.loss.shape == (3, 3, 2, len(profile.shares), points)
+    assert profile.key_loss.shape == profile.value_loss.shape == (3, 3, 2, 2)
     assert (profile.baklava.shape, profile.squeeze.shape, profile.surfacelogic.shape) == ((3, 2), (3,), (3, 2))
-    arrays = [profile.recent_loss, profile.baklava, profile.squeeze, profile.surfacelogic]
-    assert all(array.dtype == np.float32 for array in arrays)
+    assert all(getattr(profile, name).dtype == np.float32 for name in TABLES)
     assert (profile.surfacelogic.min(), profile.surfacelogic.max()) == (0, 1)
-    assert (result.curve_windows, result.probes, result.answered) == (2, 2, 0)
+    chosen = [2] if family == "gemma3_text" else [0, 1, 2]
+    assert (profile.loss[:, chosen, ..., :-1] > 0).all()
+    assert (profile.loss[..., -1] == 0).all()
+    assert (profile.key_loss[:, chosen, :, 0] < profile.key_loss[:, chosen, :, 1]).mean() > 0.9, "4 bits cost more"
+    if family == "gemma3_text":
+        assert (profile.loss[:, :2] == 0).all(), "layers that keep their own sliding window have no curve"
+    width = model.config.get_text_config().hidden_size
+    assert (result.scorer.weight.shape, result.scorer.bias.shape) == ((3, 2, width), (3, 2))
+    assert len(result.checks) == 12
+    assert profile.factor > 0
 
 
-@pytest.mark.parametrize("family_", ["llama", "gemma3_text", "qwen3_moe"])
-def test_bfloat16_agrees_with_float32(tiny: Tiny, family_: str) -> None:
-    exact = measure(tiny(family_), *calibration(), seed=0).profile
-    half = measure(tiny(family_).to(torch.bfloat16), *calibration(), seed=0).profile
+def test_bfloat16_agrees_with_float32(tiny: Tiny) -> None:
+    exact = measure(tiny(), material(), seed=0).profile
+    half = measure(tiny().to(torch.bfloat16), material(), seed=0).profile
     np.testing.assert_allclose(half.squeeze, exact.squeeze, atol=0.03)
     # Rounded probabilities draw a few labels anew, so curves agree in shape, not in every digit.
-    losses = [np.log(profile.recent_loss[-1, :, :-1]).ravel() for profile in (half, exact)]
+    losses = [np.log(profile.loss[:, -1, ..., :-1].mean(0)).ravel() for profile in (half, exact)]
     assert np.corrcoef(losses)[0, 1] > 0.9
 
 
 def test_deterministic_under_a_seed(tiny: Tiny) -> None:
-    assert_same(measure(tiny(), *calibration(), seed=3), measure(tiny(), *calibration(), seed=3))
-    other = measure(tiny(), *calibration(), seed=4).profile
-    assert not np.array_equal(other.recent_loss, measure(tiny(), *calibration(), seed=3).profile.recent_loss)
+    assert_same(measure(tiny(), material(), seed=3), measure(tiny(), material(), seed=3))
+    other = measure(tiny(), material(), seed=4).profile
+    assert not np.array_equal(other.loss, measure(tiny(), material(), seed=3).profile.loss)
 
 
 def test_probes_answered_rightly_decide(tiny: Tiny) -> None:
@@ -71,16 +110,16 @@ def test_probes_answered_rightly_decide(tiny: Tiny) -> None:
     prompt = np.random.default_rng(1).integers(3, 61, 30)
     with torch.no_grad():
         told = model(torch.as_tensor(prompt)[None]).logits[0, -1].argmax().item()
-    windows, wrong = calibration()
+    wrong = material().probes
     right = Question(prompt, np.array([told]), ((3, 6),))
-    mixed, alone = measure(model, windows, [*wrong, right], seed=0), measure(model, windows, [right], seed=0)
+    mixed, alone = (measure(model, material(asked), seed=0) for asked in ([*wrong, right], [right]))
     assert (mixed.probes, mixed.answered) == (3, 1)
     np.testing.assert_array_equal(mixed.profile.surfacelogic, alone.profile.surfacelogic)
 
 
 def test_progress_rises_to_the_whole(tiny: Tiny) -> None:
     seen: list[tuple[int, int]] = []
-    measure(tiny(), *calibration(), seed=0, progress=lambda done, total: seen.append((done, total)))
+    measure(tiny(), material(), seed=0, progress=lambda done, total: seen.append((done, total)))
     assert len({total for _, total in seen}) == 1
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1][0] == seen[-1][1]
@@ -102,21 +141,21 @@ def stopping_after(calls: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("calls", [0, 4, 8, 14, 16, 20])
+@pytest.mark.parametrize("calls", [0, 4, 8, 14, 20, 40, 60])
 def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int) -> None:
-    whole = measure(tiny(), *calibration(), seed=0)
+    whole = measure(tiny(), material(), seed=0)
     with pytest.raises(StopError):
-        measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=stopping_after(calls))
+        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls))
     starts: list[int] = []
-    resumed = measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done))
+    resumed = measure(tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done))
     assert_same(resumed, whole)
-    # A first window is 3 layers forward and 3 back: from the seventh call on something is kept.
-    assert (starts[0] > 64) == (calls >= 6)
+    # A first episode is 3 layers for the context and 3 for what follows: from the seventh call on something is kept.
+    assert (starts[0] > 48) == (calls >= 6)
 
 
 def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> None:
-    whole = measure(tiny(), *calibration(), seed=0, store=tmp_path)
-    assert_same(measure(tiny(), *calibration(), seed=0, store=tmp_path, progress=stopping_after(0)), whole)
+    whole = measure(tiny(), material(), seed=0, store=tmp_path)
+    assert_same(measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(0)), whole)
 
 
 @pytest.mark.parametrize("calls", [None, 1, 4, 20])
@@ -139,10 +178,10 @@ def test_model_is_left_as_it_was(tiny: Tiny, family: str, calls: int | None) -> 
 
     before = visible()
     if calls is None:
-        measure(model, *calibration(), seed=0)
+        measure(model, material(), seed=0)
     else:
         with pytest.raises(StopError):
-            measure(model, *calibration(), seed=0, progress=stopping_after(calls))
+            measure(model, material(), seed=0, progress=stopping_after(calls))
     assert visible() == before
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     assert torch.is_grad_enabled()
@@ -162,18 +201,17 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("family_", ["llama", "gemma3_text"])
 def test_memory_is_one_block_of_one_layers_attention(tiny: Tiny, family_: str) -> None:
-    model, length = tiny(family_), 1024
-    ids = np.random.default_rng(0).integers(3, 61, length)
+    model, length = tiny(family_), 1500
     with LargestTensor() as seen:
-        measure(model, [ids], [Question(ids[:-200], ids[-200:], ((4, 8),))], seed=0)
+        measure(model, material([], length), seed=0)
     block = model.config.num_attention_heads * BLOCK * length
-    assert block // 4 < seen.elements <= 1.5 * block
+    assert seen.elements <= 1.5 * block
 
 
 def test_too_little_text_is_refused(tiny: Tiny) -> None:
-    for windows in ([], [np.arange(9)]):
+    for found in (Material([], [], []), Material([], material().measure, []), material(length=9)):
         with pytest.raises(CalibrationError, match="needs at least 10"):
-            measure(tiny(), windows, [], seed=0)
+            measure(tiny(), found, seed=0)
 
 
 def test_numbers_that_are_not_finite_are_refused(tiny: Tiny) -> None:
@@ -181,9 +219,9 @@ def test_numbers_that_are_not_finite_are_refused(tiny: Tiny) -> None:
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight[0, 0] = torch.nan
     with pytest.raises(ModelError, match="not finite"):
-        measure(model, *calibration(), seed=0)
+        measure(model, material(), seed=0)
 
 
 def test_capped_attention_logits_are_refused(tiny: Tiny) -> None:
     with pytest.raises(ModelError, match="attn_logit_softcapping"):
-        measure(tiny("gemma2"), *calibration(), seed=0)
+        measure(tiny("gemma2"), material(), seed=0)
