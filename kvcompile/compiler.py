@@ -65,6 +65,14 @@ class Options:
     classes: int | None = None
     ranks: int | None = None
 
+    def with_defaults(self, context: int, batch: int) -> Options:
+        """These options, with a context and a batch where none are given."""
+        return dataclasses.replace(
+            self,
+            context=context if self.context is None else self.context,
+            batch=batch if self.batch is None else self.batch,
+        )
+
 
 def build(
     model: Any,
@@ -123,12 +131,11 @@ def build_many(
     from kvcompile.profiling import profile_model
 
     identity = identify(model, name or str(model.config.name_or_path or model.config.model_type))
-    context = options.context or int(model.config.get_text_config().max_position_embeddings)
-    options = dataclasses.replace(options, context=context, batch=options.batch or 1)
+    longest = int(model.config.get_text_config().max_position_embeddings)
+    options = options.with_defaults(longest, 1)
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
-    profiled = profile_model(
-        model, tokenizer, identity, length=min(context, PROFILE_TOKENS), calib=calib, seed=seed, report=report
-    )
+    length = min(options.context or longest, PROFILE_TOKENS)
+    profiled = profile_model(model, tokenizer, identity, length=length, calib=calib, seed=seed, report=report)
     return [
         finish(identity, profiled.parts, target, options, profiled.calibration, out, profiled.tools(refine, report))
         for target, out in zip(targets, wanted.values(), strict=True)
@@ -154,11 +161,11 @@ def resolve(
     Raises:
         KvcompileError: an impossible target, an artifact without curves, or an `out` that cannot be written.
     """
-    context, batch = context or artifact.target.context, batch or artifact.target.batch
     options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
+    options = options.with_defaults(artifact.target.context, artifact.target.batch)
     path = None if out is None else Path(out)
     parts = Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
-    target = check(artifact.model, mem, options, path, artifact.target.dtype)
+    target = check(artifact.model, mem, options, path, artifact.target.dtype, parts)
     return finish(artifact.model, parts, target, options, dict(artifact.calibration), path)
 
 
@@ -201,9 +208,14 @@ def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Op
     widths: tuple[int, ...] = (own,)
     if options.kv_dtype in WIDTHS:
         widths = (WIDTHS[options.kv_dtype],)
-    elif options.kv_dtype == "auto" and options.allocator == "optimal" and parts.quantiser is not None:
+    elif options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity):
         widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
     return pose(identity, parts.profile, target, policy, sink, widths, options.classes)
+
+
+def roundable(identity: ModelIdentity) -> bool:
+    """Whether keys and values split into groups of pairs of elements, as 4 and 8 bits need."""
+    return identity.head_dim % (2 * groups(identity.head_dim)) == 0
 
 
 def resolve_target(
@@ -228,19 +240,30 @@ def resolve_policy(allocator: str, policy: str | None) -> tuple[str, int]:
     return ("recent", 0) if policy == "window" else (policy or default, DEFAULT_SINK)
 
 
-def check(identity: ModelIdentity, mem: str, options: Options, out: Path | None, own: str | None = None) -> Target:
-    """The target, refused where nothing can meet it or the file cannot be written, before minutes go into a profile."""
+def check(
+    identity: ModelIdentity,
+    mem: str,
+    options: Options,
+    out: Path | None,
+    own: str | None = None,
+    parts: Parts | None = None,
+) -> Target:
+    """The target, refused where nothing can meet it or the file cannot be written, before minutes go into a profile;
+    `own` and `parts` are those of an artifact that is solved anew."""
     memory = parse_memory(mem)
     check_out(out)
-    target = resolve_target(identity, memory, options.context or 1, options.batch or 1, options.kv_dtype, own)
+    assert options.context is not None and options.batch is not None
+    target = resolve_target(identity, memory, options.context, options.batch, options.kv_dtype, own)
     if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
         heads = identity.num_kv_heads
         raise TargetError(f"{heads} KV heads do not divide among {options.ranks} ranks: expected a divisor with --tp")
     if options.classes is not None and options.classes < 1:
         raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
-    if options.kv_dtype in WIDTHS and identity.head_dim % (2 * groups(identity.head_dim)):
+    if options.kv_dtype in WIDTHS and not roundable(identity):
         raise TargetError(f"keys and values of {identity.head_dim} elements cannot be quantised: use --kv-dtype auto")
-    parts = Parts(unmeasured(identity, target.context), None, None)
+    if options.kv_dtype in WIDTHS and parts is not None and parts.quantiser is None:
+        raise TargetError("the artifact has no quantiser, as it is of format version 1: build anew with --model")
+    parts = parts or Parts(unmeasured(identity, target.context), None, None)
     problem = pose_with(identity, parts, target, options)
     least = target.batch * least_bytes(problem)
     if target.bytes < least:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,10 +39,10 @@ class Optimal:
 
     The linear programme over all choices is solved by column generation: HiGHS solves it over a few columns a head, its
     dual prices (of a byte, and of each family) value every other choice, and the best of those enter until none is
-    better, so that its bound holds for all choices. It mixes choices in a few heads only; the best combination
-    of those that fits, with the bytes left given to where the curves fall fastest, is a plan. Where that is further than GAP from the bound, HiGHS
-    searches an integer answer among each head's choices of least reduced cost (the core of Balas and Zemel, Operations
-    Research 28, 1980), and the better of the two is taken.
+    better, so that its bound holds for all choices. It mixes choices in a few heads only; the best combination of those
+    that fits, with the bytes left given to where the curves fall fastest, is a plan. Where that is further than GAP
+    from the bound, HiGHS searches an integer answer among each head's choices of least reduced cost (the core of Balas
+    and Zemel, Operations Research 28, 1980), and the better of the two is taken.
     """
 
     policies: ClassVar[tuple[str, ...]] = ("recent",)
@@ -173,7 +173,8 @@ def rounded(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64]:
     options = [used[used[:, 0] == head, 1] for head in range(len(table.heads))]
     mixed = [head for head, found in enumerate(options) if len(found) > 1][:MIXED]
     best = np.array([found[table.size[found].argmin()] for found in options])
-    combinations = np.array(list(product(*(options[head] for head in mixed)))).reshape(-1, len(mixed))[:COMBINATIONS]
+    tried = list(islice(product(*(options[head] for head in mixed)), COMBINATIONS))
+    combinations = np.array(tried, np.int64).reshape(len(tried), len(mixed))
     others = np.setdiff1d(np.arange(len(best)), mixed)
     size = table.size[best[others]].sum() + table.size[combinations].sum(axis=1)
     loss = table.loss[:, others, best[others]].sum(axis=1)[:, None] + sum(

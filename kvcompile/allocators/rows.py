@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,12 @@ def floors(problem: Problem) -> NDArray[np.int64]:
 
 
 def least_bytes(problem: Problem) -> int:
-    """Bytes of one sequence below which no plan exists."""
-    return plan_bytes(problem, rows(problem, floors(problem)))
+    """Bytes of one sequence below which no plan exists: every head at its fewest tokens, in the narrowest widths that
+    the allocator may choose."""
+    fewest = rows(problem, floors(problem))
+    narrowest = np.where(problem.fixed[:, None], fewest.k_bits, min(problem.widths)).astype(np.uint8)
+    # Four bits can take more than sixteen where a head has few slots, for its exact copy of token 0.
+    return min(plan_bytes(problem, plan) for plan in (fewest, replace(fewest, k_bits=narrowest, v_bits=narrowest)))
 
 
 def free_tokens(problem: Problem) -> int:

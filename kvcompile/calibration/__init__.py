@@ -66,17 +66,17 @@ def calibrate(
     """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval
     probes of half that length.
 
-    The families are what the Python installation carries, texts of our own, and with `path` (a file or folder) the
-    user's text beside them, so that a plan for it does not forget everything else. Raises CalibrationError for a path
-    without usable text.
+    No document is used both to fit and to measure. The families are what the Python installation carries, texts of our
+    own, and with `path` (a file or folder) the user's text beside them, so that a plan for it does not forget
+    everything else. Raises CalibrationError for a path without usable text.
     """
     families = python_families() + authored_families()
     if path is not None:
         families.append(user_family(path))
     _check(tokenizer, families[-1], LEAST_TOKENS)
     drawn = [
-        tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay))
-        for count, replay in ((fit, True), (measure, False))
+        tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay, part=part))
+        for count, replay, part in ((fit, True, (0, 2)), (measure, False, (1, 2)))
     ]
     asked = tuple(draw_probes(tokenizer, families, max(length // 2, 1), probes, seed))
     names = tuple(family.name for family in families)

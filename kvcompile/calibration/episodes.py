@@ -67,14 +67,23 @@ class Episode:
 
 
 def draw_episodes(
-    tokenizer: Any, families: Sequence[Family], length: int, count: int, seed: int, *, replay: bool
+    tokenizer: Any,
+    families: Sequence[Family],
+    length: int,
+    count: int,
+    seed: int,
+    *,
+    replay: bool,
+    part: tuple[int, int] = (0, 1),
 ) -> list[Episode]:
     """`count` episodes, the families in turn, with contexts of `length` tokens and each with a continuation and
     questions; with `replay` up to 1024 tokens of the context are repeated, otherwise quotes are asked for.
 
-    A family whose text does not fill a context and its continuation is served once more from its beginning. The same
-    seed with and without `replay` gives other passages.
+    A family whose text does not fill a context and its continuation is served once more. Of `part` (i, n), only every
+    n-th document from the i-th on is used, so that episodes for different purposes have no text in common; a family of
+    fewer documents is used as a whole.
     """
+    families = [_part(family, *part) for family in families]
     purpose = "replay" if replay else "quotes"
     streams = [Stream(tokenizer, family, f"{seed}:{purpose}") for family in families]
     return [
@@ -110,6 +119,10 @@ def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: r
         return Episode(family.name, context, tuple(asked), part)
     asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
     return Episode(family.name, context, tuple(asked))
+
+
+def _part(family: Family, first: int, step: int) -> Family:
+    return Family(family.name, family.documents[first::step] if len(family.documents) >= step else family.documents)
 
 
 def _passage(tokenizer: Any, family: Family, stream: Stream, count: int, rng: random.Random) -> NDArray[np.int64]:

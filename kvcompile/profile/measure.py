@@ -289,7 +289,8 @@ class _Job:
     def result(self, sums: Sums) -> Profiled:
         profile = self.profile(sums)
         factor, correlation = agreement(sums["checks"])
-        profile = replace(profile, factor=factor, correlation=correlation)
+        # As an artifact holds them, so that solving from one gives the same plan.
+        profile = replace(profile, factor=float(np.float32(factor)), correlation=float(np.float32(correlation)))
         scorer, narrow = self.compiled(sums)
         tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
         measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]

@@ -62,7 +62,7 @@ def build_artifact(
     model = ModelIdentity(
         "tiny", "llama", num_layers, 2 * num_kv_heads, num_kv_heads, head_dim, 32, windows, dtype, "ab" * 32, samples
     )
-    resident = batch * resident_bytes(budgets, head_dim)
+    resident = batch * resident_bytes(budgets, head_dim, DTYPE_BITS[dtype])
     transient = 2 * context * num_kv_heads * head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=model,

@@ -57,9 +57,8 @@ def test_views_cover_the_store_without_a_copy() -> None:
     assert all((tensor == 1).all() for tensor in (store.exact, store.codes, store.scales))
 
 
-def test_what_is_written_is_read_back(
-    bits: int = 8,
-) -> None:
+def test_what_is_written_is_read_back() -> None:
+    bits = 8
     layout = LayerLayout.from_heads([HeadSpec("scored", 6, 1, 2, bits, bits)] * 2)
     store, cls = Stored(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
     prompt = torch.randn(2, 9, 16)

@@ -73,6 +73,28 @@ def test_squeeze_with_a_plain_sliding_window(kvcompile, artifact, tmp_path) -> N
     assert (budgets.recent == budgets.capacity).all()
 
 
+def test_several_targets_write_a_file_each(kvcompile, artifact, tmp_path) -> None:
+    status, out, _ = kvcompile("build", "--from", artifact, "--mem", "20%,4kB", "-o", tmp_path / "x.kvb", "--json")
+    assert status == 0
+    assert sorted(os.listdir(tmp_path)) == ["x-20pct.kvb", "x-4kB.kvb"]
+    reports = json.loads(out)
+    assert [Path(report["artifact"]).name for report in reports] == ["x-20pct.kvb", "x-4kB.kvb"]
+    assert reports[1]["target_bytes"] == 4000
+
+
+def test_solving_anew_takes_seconds_and_no_torch(artifact, tmp_path) -> None:
+    code = (
+        "import sys; from kvcompile import cli; sys.argv = sys.argv[1:]\n"
+        "try: cli.main()\n"
+        "finally: assert not {'torch', 'transformers'} & set(sys.modules), 'loaded in vain'"
+    )
+    command = ["kvcompile", "build", "--from", artifact, "--mem", "40%", "-o", tmp_path / "b.kvb"]
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, command)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.monotonic() - start < 6  # two on an idle machine
+
+
 def test_run_streams_the_answer_and_reports_on_stderr(kvcompile, artifact, prompt) -> None:
     status, out, err = kvcompile("run", artifact, "--prompt", prompt, "--max-new-tokens", 12)
     assert status == 0
@@ -109,6 +131,7 @@ def test_inspect(kvcompile, artifact) -> None:
     assert all(str(tokens) in out for tokens in plan.budgets.capacity.flat)
     report = json.loads(kvcompile("inspect", artifact, "--json")[1])
     assert report["heads"]["capacity"] == plan.budgets.capacity.tolist()
+    assert report["heads"]["k_bits"] == plan.budgets.k_bits.tolist()
     assert report["resident_bytes"] == plan.bytes.resident
 
 
@@ -157,6 +180,10 @@ BUILD = ("build", "--context", "192", "-o", "{out}")
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--allocator", "duo", "--policy", "h2o"), "duo"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--kv-dtype", "int3"), "int3"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--batch", "0"), "--batch"),
+        ((*BUILD, "--mem", "25%,25%", "--model", "{model}"), "twice"),
+        ((*BUILD, "--mem", "25%,8XB", "--model", "{model}"), "8XB"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--tp", "5"), "divide"),
+        ((*BUILD, "--mem", "25%", "--from", "{artifact}", "--refine", "1"), "--refine"),
         ((*BUILD, "--mem", "25%"), "--model"),
         ((*BUILD, "--mem", "25%", "--from", "no.kvb"), "no.kvb"),
         (("build", "--mem", "25%", "--model", "{model}", "-o", "/no/folder/a.kvb"), "/no/folder"),
@@ -165,6 +192,12 @@ BUILD = ("build", "--context", "192", "-o", "{out}")
         (("run", "no.kvb", "--prompt", "{empty}"), "no.kvb"),
         (("run", "{cut}", "--prompt", "{empty}"), "cut.kvb"),
         (("inspect", "{cut}"), "cut.kvb"),
+        (("inspect", "{artifact}", "--html", "/no/folder/a.html"), "/no/folder"),
+        (("eval", "{artifact}", "--allocators", "best"), "best"),
+        (("eval", "{artifact}", "--mem", "1%"), "sinks"),
+        (("eval", "{artifact}", "--data", "{empty}"), "empty"),
+        (("eval", "{artifact}", "--json", "/no/folder/a.json"), "/no/folder"),
+        (("eval", "{artifact}", "--plot", "a.bmp"), "a.bmp"),
         (("verify", "{flipped}"), "flipped.kvb"),
         (("verify", "{model}"), "tiny-llama"),
         (("frobnicate",), "frobnicate"),
@@ -208,5 +241,5 @@ def test_a_killed_build_leaves_nothing(model_folder, tmp_path) -> None:
 def test_help_names_every_command(kvcompile) -> None:
     status, out, _ = kvcompile("--help")
     assert status == 0
-    assert all(name in out for name in ("build", "run", "inspect", "verify"))
+    assert all(name in out for name in ("build", "run", "eval", "inspect", "verify"))
     assert "--allocator" in kvcompile("build", "--help")[1]

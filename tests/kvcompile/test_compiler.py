@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import kvcompile
 from kvcompile.allocators import ALLOCATORS
-from kvcompile.artifacts import POLICIES, TargetError, full_bytes, read
-from kvcompile.compiler import build, resolve
+from kvcompile.artifacts import POLICIES, TargetError, full_bytes, read, to_bytes
+from kvcompile.compiler import Options, build, build_many, resolve
 from kvcompile.models import load
 from kvcompile.runtime import attach
 
@@ -33,15 +34,16 @@ def test_build_is_the_package_s_front_door() -> None:
 @pytest.mark.parametrize(("name", "policy"), [(n, p) for n, a in ALLOCATORS.items() for p in a.policies])
 def test_promised_planned_and_allocated_bytes_agree(loaded, tmp_path, name, policy, batch) -> None:
     out = tmp_path / "a.kvb"
-    artifact = build(
-        loaded.model, loaded.tokenizer, **options(batch=batch, allocator=name, policy=policy, out=out, mem="37%")
-    )
+    # Of few and narrow choices the last bytes cannot always be used: one width for all then.
+    own = "fp32" if name == "optimal" and batch == 1 else "auto"
+    given = options(batch=batch, allocator=name, policy=policy, out=out, mem="37%", kv_dtype=own)
+    artifact = build(loaded.model, loaded.tokenizer, **given)
     stored = read(out)
     assert stored.bytes == artifact.bytes
     full = batch * full_bytes(artifact.model, 192, "float32")
     assert stored.target.bytes == full * 37 // 100
     assert stored.bytes.resident <= stored.target.bytes
-    if name == "optimal":
+    if own == "fp32":
         assert stored.bytes.resident >= 0.99 * stored.target.bytes
     with attach(loaded.model, out) as kv:
         cache = kv.new_cache(batch)
@@ -106,8 +108,10 @@ def test_the_artifact_says_where_it_comes_from(loaded, model_folder) -> None:
     assert artifact.calibration["seed"] == 0
     assert len(artifact.calibration["sha256"]) == 64
     assert set(artifact.versions) >= {"kvcompile", "torch", "transformers", "scipy"}
-    curves = artifact.profile["recent_loss"]
-    assert curves.shape == (3, 2, len(artifact.profile["tokens"]))
+    assert artifact.calibration["sources"] == ["code", "reference", "dialogue", "essay", "paper"]
+    assert len(artifact.calibration["checked_plans"]) == 12
+    curves = artifact.profile["loss"]
+    assert curves.shape == (6, 3, 2, 4, len(artifact.profile["tokens"]))
     assert (curves >= 0).all()
     assert (curves[..., -1] == 0).all()
     assert curves[..., 0].max() > 0
@@ -115,29 +119,86 @@ def test_the_artifact_says_where_it_comes_from(loaded, model_folder) -> None:
 
 def test_a_cache_of_another_dtype(loaded) -> None:
     artifact = build(loaded.model, loaded.tokenizer, **options(kv_dtype="bf16"))
+    assert (artifact.budgets.k_bits == 16).all()
     assert artifact.target.dtype == "bfloat16"
     assert artifact.bytes.full == full_bytes(artifact.model, 192, "float32") // 2
     with attach(loaded.model, artifact) as kv:
         cache = kv.new_cache()
         loaded.model.generate(torch.randint(0, 256, (1, 100)), past_key_values=cache, max_new_tokens=5)
-        assert {t.dtype for t in cache.tensors()} == {torch.bfloat16}
+        assert {t.dtype for t in cache.tensors()} <= {torch.bfloat16, torch.float16}  # scores are of half precision
         assert cache.nbytes == artifact.bytes.resident
 
 
 def test_impossible_targets_are_refused_before_the_profile(loaded, monkeypatch) -> None:
-    monkeypatch.setattr("kvcompile.compiler.measure", lambda *a, **k: pytest.fail("profiled in vain"))
-    least = 3 * 2 * 5 * 2 * 8 * 4
+    monkeypatch.setattr("kvcompile.profiling.measure", lambda *a, **k: pytest.fail("profiled in vain"))
+    # Five slots a head, of 2 x 8 codes of 4 bits, 2 scales and 1 score, and an exact copy of the first token.
+    least = 3 * 2 * (5 * 2 * (4 + 2) + 2 * 8 * 4)
     with pytest.raises(TargetError, match=f"below the {least} bytes"):
         build(loaded.model, loaded.tokenizer, **options(mem=str(least - 1)))
     with pytest.raises(TargetError, match="no cache type 'int3'"):
         build(loaded.model, loaded.tokenizer, **options(kv_dtype="int3"))
     with pytest.raises(TargetError, match="at least 1"):
         build(loaded.model, loaded.tokenizer, **options(batch=0))
+    with pytest.raises(TargetError, match="2 KV heads do not divide among 3 ranks"):
+        build(loaded.model, loaded.tokenizer, **options(ranks=3))
     with pytest.raises(TargetError, match="no allocator"):
         build(loaded.model, loaded.tokenizer, **options(allocator="best"))
 
 
 def test_the_least_target_is_met(loaded) -> None:
-    artifact = build(loaded.model, loaded.tokenizer, **options(mem=str(3 * 2 * 5 * 2 * 8 * 4)))
+    artifact = build(loaded.model, loaded.tokenizer, **options(mem=str(3 * 2 * (5 * 2 * (4 + 2) + 2 * 8 * 4))))
     assert (artifact.budgets.capacity == 5).all()
+    assert (artifact.budgets.k_bits == 4).all()
     assert math.isfinite(artifact.predicted_loss)
+
+
+def test_one_profile_serves_several_targets(loaded, tmp_path) -> None:
+    wanted = {"20%": tmp_path / "a.kvb", "50%": tmp_path / "b.kvb"}
+    stages: set[int] = set()
+    built = build_many(
+        loaded.model,
+        loaded.tokenizer,
+        wanted,
+        Options(context=192),
+        report=lambda stage, done, total: stages.add(total),
+    )
+    assert len(stages) <= 1
+    for mem, artifact in zip(wanted, built, strict=True):
+        alone = build(loaded.model, loaded.tokenizer, **options(mem=mem))
+        assert to_bytes(alone) == wanted[mem].read_bytes() == to_bytes(artifact)
+
+
+def test_classes_and_ranks(loaded) -> None:
+    artifact = build(loaded.model, loaded.tokenizer, **options(classes=1, ranks=2))
+    budgets = artifact.budgets
+    for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits"):
+        table = getattr(budgets, name)
+        assert (table == table[:, :1]).all()
+    assert sorted(artifact.rank[0].tolist()) == [0, 1]
+    order = np.take_along_axis(artifact.rank, budgets.head_order, axis=1)
+    assert (np.diff(order, axis=1) >= 0).all(), "the heads of a rank lie side by side"
+    assert artifact.solver["placement"]["ranks"] == 2
+
+
+def test_all_in_eight_bits(loaded) -> None:
+    artifact = build(loaded.model, loaded.tokenizer, **options(kv_dtype="int8", allocator="uniform", mem="50%"))
+    assert (artifact.budgets.k_bits == 8).all()
+    assert (artifact.budgets.v_bits == 8).all()
+    assert artifact.target.dtype == "float32"
+
+
+def test_refining_never_keeps_what_measures_worse(loaded) -> None:
+    artifact = build(loaded.model, loaded.tokenizer, **options(refine=3))
+    tried = artifact.solver["refined"]
+    assert tried[0]["doubt"] == "none"
+    assert len(tried) == 4
+    assert artifact.solver["measured_kl"] == min(entry["measured"] for entry in tried)
+    assert artifact.bytes.resident <= artifact.target.bytes
+
+
+def test_files_of_version_1_are_solved_anew() -> None:
+    old = read(Path(__file__).parents[2] / "artifacts" / "reference" / "smollm2-135m-4096-25pct.kvb")
+    artifact = resolve(old, mem="40%")
+    assert artifact.bytes.resident >= 0.99 * artifact.target.bytes
+    assert (artifact.budgets.k_bits == 32).all()
+    assert artifact.predicted_loss < old.predicted_loss

@@ -11,17 +11,30 @@ import numpy as np
 import pytest
 
 from kvcompile.artifacts.errors import CalibrationError
-from kvcompile.calibration import calibrate, python_text
+from kvcompile.calibration import Calibration, calibrate, evaluation_families, python_text
+from kvcompile.calibration.authored import authored_families
 from kvcompile.calibration.python_text import python_families
 
+NAMES = ("code", "reference", "dialogue", "essay", "paper")
 
-def test_the_installation_carries_three_kinds_of_text() -> None:
+
+def test_the_installation_carries_two_kinds_of_text() -> None:
     families = {family.name: family for family in python_families()}
-    assert list(families) == ["reference", "code", "docs"]
+    assert list(families) == ["code", "reference"]
     assert all(len(family.documents) > 50 for family in families.values())
-    assert "import" in families["code"].documents[0]()
-    paths = [{document.args for document in families[name].documents} for name in ("code", "docs")]  # type: ignore[attr-defined]
-    assert not paths[0] & paths[1]
+    assert any("import" in document() for document in families["code"].documents[:5])
+
+
+def test_our_own_texts_are_varied_and_clean() -> None:
+    families = authored_families()
+    assert [family.name for family in families] == ["dialogue", "essay", "paper"]
+    paragraphs = []
+    for family in families:
+        texts = [document() for document in family.documents]
+        assert len(texts) >= 5
+        assert sum(len(text.split()) for text in texts) > 2000
+        paragraphs += [part for text in texts for part in text.split("\n") if len(part) > 40]
+    assert len(paragraphs) == len(set(paragraphs))
 
 
 def test_docstrings_are_read_and_not_run(tmp_path: Path) -> None:
@@ -34,42 +47,64 @@ def test_docstrings_are_read_and_not_run(tmp_path: Path) -> None:
     assert python_text._docstrings(source) == ""
 
 
+def draw(tokenizer: Any, **options: Any) -> Calibration:
+    return calibrate(tokenizer, **{"length": 256, "fit": 1, "measure": 1, "probes": 2, "seed": 0, **options})
+
+
 def test_the_same_seed_gives_the_same_calibration(tokenizer: Any) -> None:
-    first, again, other = (calibrate(tokenizer, length=256, count=6, seed=seed, probes=2) for seed in (0, 0, 1))
+    first, again, other = (draw(tokenizer, seed=seed) for seed in (0, 0, 1))
     assert first.sha256 == again.sha256 != other.sha256
-    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(first.windows, again.windows, strict=True))
-    assert not any(np.array_equal(a.ids, b.ids) for a, b in zip(first.windows, other.windows, strict=True))
+    for a, b, c in zip(first.measure, again.measure, other.measure, strict=True):
+        assert np.array_equal(a.context, b.context)
+        assert not np.array_equal(a.context, c.context)
 
 
-def test_lengths_cycle_and_every_family_has_a_longest_window(tokenizer: Any) -> None:
-    calibration = calibrate(tokenizer, length=512, count=9, seed=0, probes=0)
-    assert [len(window.ids) for window in calibration.windows] == [512, 256, 128] * 3
-    assert {w.family for w in calibration.windows if len(w.ids) == 512} == {"reference", "code", "docs"}
-    assert calibration.probes == ()
+def test_every_family_takes_its_turn(tokenizer: Any) -> None:
+    calibration = draw(tokenizer, fit=2, measure=1)
+    assert calibration.families == NAMES
+    assert [episode.family for episode in calibration.fit] == [*NAMES, *NAMES]
+    assert [episode.family for episode in calibration.measure] == [*NAMES]
+    assert len(calibration.probes) == 2
+
+
+def test_what_is_fitted_on_is_not_measured_on(tokenizer: Any) -> None:
+    calibration = draw(tokenizer, length=512)
+    for one, two in zip(calibration.fit, calibration.measure, strict=True):
+        assert one.family == two.family
+        pieces = (np.lib.stride_tricks.sliding_window_view(episode.context, 60) for episode in (one, two))
+        fitted, measured = ({tuple(piece) for piece in views.tolist()} for views in pieces)
+        assert not fitted & measured
 
 
 def test_the_description_is_json_and_tells_the_recipe(tokenizer: Any) -> None:
-    calibration = calibrate(tokenizer, length=256, count=3, seed=5, probes=2)
+    calibration = draw(tokenizer, seed=5)
     described = json.loads(json.dumps(calibration.describe()))
-    assert described["sources"] == ["reference", "code", "docs"]
-    assert described["lengths"] == [256, 128, 64]
-    assert described["tokens"] == 448
-    assert (described["seed"], described["probes"]) == (5, 2)
+    assert described["sources"] == [*NAMES]
+    assert (described["context"], described["episodes"], described["probes"]) == (256, 10, 2)
+    assert described["tokens"] > 10 * 256
     assert described["sha256"] == calibration.sha256
 
 
-def test_the_users_text_takes_the_place_of_ours(tokenizer: Any, tmp_path: Path) -> None:
+def test_the_users_text_comes_beside_ours(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time there was a kettle. " * 200)
-    calibration = calibrate(tokenizer, length=256, count=3, seed=0, path=tmp_path, probes=2)
-    assert calibration.families == ("user",)
-    assert {window.family for window in calibration.windows} == {"user"}
-    assert all("kettle" in tokenizer.decode(probe.prompt_ids) for probe in calibration.probes)
+    calibration = draw(tokenizer, path=tmp_path)
+    assert calibration.families == (*NAMES, "user")
+    mine = [episode for episode in calibration.measure if episode.family == "user"]
+    assert mine
+    assert all("kettle" in tokenizer.decode(episode.context) for episode in mine)
 
 
-def test_an_installation_without_text_is_refused(
+def test_too_little_text_of_the_users_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("Once.")
+    with pytest.raises(CalibrationError, match=r"the text \(user\) is too short"):
+        draw(tokenizer, path=tmp_path)
+    with pytest.raises(CalibrationError, match="expected at least 320"):
+        evaluation_families(tokenizer, 256, tmp_path)
+
+
+def test_an_installation_without_text_still_has_ours(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    with pytest.raises(CalibrationError, match="give text with --calib PATH"):
-        calibrate(tokenizer, length=256, count=3, seed=0)
+    assert draw(tokenizer).families == ("dialogue", "essay", "paper")
