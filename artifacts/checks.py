@@ -52,24 +52,34 @@ def require_integer(source: str, field: str, value: object, low: int, high: int)
 
 
 def require_text(source: str, field: str, value: object) -> None:
+    """Refuse all but one line of text."""
     if not isinstance(value, str) or not 0 < len(value) <= 4096 or not value.isprintable():
         refuse(source, field, f"is {show(value)}, expected printable text of 1 to 4096 characters")
 
 
 def require_dtype(source: str, field: str, value: object) -> None:
+    """Refuse all but a name of `DTYPE_BITS`."""
     if not isinstance(value, str) or value not in DTYPE_BITS:
         refuse(source, field, f"is {show(value)}, expected one of {', '.join(DTYPE_BITS)}")
 
 
 def require_array(source: str, field: str, values: object, dtypes: tuple[str, ...]) -> None:
+    """Refuse all but an array of one of these element types."""
     if not isinstance(values, np.ndarray) or values.dtype not in [DTYPES[name] for name in dtypes]:
         found = values.dtype if isinstance(values, np.ndarray) else type(values).__name__
         refuse(source, f"tensor {field}", f"has the element type {found}, expected {' or '.join(dtypes)}")
 
 
 def require_finite(source: str, field: str, values: NDArray[Any]) -> None:
-    bad = np.argwhere(~np.isfinite(values))
-    if len(bad):
-        refuse(source, f"tensor {field}", f"has {values[tuple(bad[0])]} at {bad[0].tolist()}, expected finite numbers")
+    """Refuse NaN and infinity, and name the first."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        # Not np.argwhere: of a hostile file it would list a billion places.
+        bad = tuple(int(i) for i in np.unravel_index(int(np.argmin(finite)), values.shape))
+        refuse(source, f"tensor {field}", f"has {values[bad]} at {list(bad)}, expected finite numbers")
 
 
+def require_size(source: str, size: int) -> None:
+    """Refuse a file of too many bytes."""
+    if size > MAX_FILE_BYTES:
+        refuse(source, "the file", f"has {size} bytes, expected at most {MAX_FILE_BYTES}")

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
+from kvcompile.artifacts.checks import DTYPES, printable, refuse, require_integer, require_size, show
 from kvcompile.artifacts.errors import ArtifactError
+from kvcompile.artifacts.parts import PARTS
 from kvcompile.artifacts.schema import (
     FORMAT_VERSION,
     Artifact,
@@ -27,19 +29,8 @@ from kvcompile.artifacts.schema import (
     Target,
 )
 from kvcompile.artifacts.serialize import NO_CHECKSUM, SECTIONS
-from kvcompile.artifacts.validate import (
-    BUDGET_TENSORS,
-    DTYPES,
-    QUANTISER_TENSORS,
-    SCORER_TENSORS,
-    printable,
-    refuse,
-    require_integer,
-    show,
-    validate,
-)
+from kvcompile.artifacts.validate import BUDGET_TENSORS, validate
 
-MAX_FILE_BYTES = 2**30
 TENSORS = {**BUDGET_TENSORS, "fingerprint.samples": "F32"}
 
 
@@ -54,7 +45,7 @@ def read(path: str | os.PathLike[str]) -> Artifact:
         # Opening a pipe would wait for a writer, so this comes first.
         if not stat.S_ISREG(found.st_mode):
             refuse(source, "the file", "is not a regular file, expected one that `kvcompile build` wrote")
-        _check_size(found.st_size, source)
+        require_size(source, found.st_size)
         with open(path, "rb") as file:
             data = file.read(found.st_size + 1)
     except (OSError, ValueError) as error:
@@ -66,11 +57,11 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 def from_bytes(data: bytes, name: str) -> Artifact:
     """The artifact that a file's bytes hold; `name` is the file's name for the message. Raises as `read` does."""
     source = printable(name)
-    _check_size(len(data), source)
+    require_size(source, len(data))
     tensors = _tensors(data, source)
     header_bytes = int.from_bytes(data[:8], "little")
     metadata = _metadata(data[8 : 8 + header_bytes], source)
-    _check_version(metadata, source)
+    version = _version(metadata, source)
     checksum = _get(metadata, "", "checksum", source)
     model, target, account = (_section(metadata, section, source) for section in SECTIONS)
     loss = _loss(metadata, source)
@@ -81,8 +72,8 @@ def from_bytes(data: bytes, name: str) -> Artifact:
         for key in sorted(tensors)
         if key.startswith("profile.")
     }
-    scorer = _part(tensors, "scorer", SCORER_TENSORS, source)
-    quantiser = _part(tensors, "quantiser", QUANTISER_TENSORS, source)
+    newer = tensors if version > 1 else {}  # in a version 1 file these names mean nothing
+    scorer, quantiser = (_part(newer, part, source) for part in PARTS)
     samples = arrays.pop("fingerprint.samples")
     # The values' types are `validate`'s business: until then they are whatever the file says.
     windows = model.pop("windows")
@@ -96,17 +87,12 @@ def from_bytes(data: bytes, name: str) -> Artifact:
         profile=profile,
         scorer=None if scorer is None else Scorer(**scorer),
         quantiser=None if quantiser is None else Quantiser(**quantiser),
-        rank=_array(tensors, "rank", "I32", source) if "rank" in tensors else None,
+        rank=_array(newer, "rank", "I32", source) if "rank" in newer else None,
     )
     validate(artifact, name)
     # Last, so that a wrong field is reported by its own name.
     _check_checksum(data, header_bytes, checksum, source)
     return artifact
-
-
-def _check_size(size: int, source: str) -> None:
-    if size > MAX_FILE_BYTES:
-        refuse(source, "the file", f"has {size} bytes, expected at most {MAX_FILE_BYTES}")
 
 
 def _tensors(data: bytes, source: str) -> dict[str, dict[str, Any]]:
@@ -157,12 +143,13 @@ def _section(metadata: dict[str, Any], name: str, source: str) -> dict[str, Any]
     return {key: _get(section, f"{name}.", key, source) for key in SECTIONS[name]}
 
 
-def _check_version(metadata: dict[str, Any], source: str) -> None:
+def _version(metadata: dict[str, Any], source: str) -> int:
     version = _get(metadata, "", "format_version", source)
     if type(version) is int and version > FORMAT_VERSION:
         upgrade = f"this kvcompile reads up to version {FORMAT_VERSION}, upgrade it"
         refuse(source, "format_version", f"is {show(version)}, but {upgrade}")
     require_integer(source, "format_version", version, 1, FORMAT_VERSION)
+    return int(version)
 
 
 def _loss(metadata: dict[str, Any], source: str) -> Any:
@@ -189,13 +176,11 @@ def _array(tensors: dict[str, dict[str, Any]], name: str, dtype: str | None, sou
         raise ArtifactError(f"{source}: tensor {printable(name)} {problem}") from error
 
 
-def _part(
-    tensors: dict[str, dict[str, Any]], part: str, dtypes: dict[str, str], source: str
-) -> dict[str, NDArray[Any]] | None:
+def _part(tensors: dict[str, dict[str, Any]], part: str, source: str) -> dict[str, NDArray[Any]] | None:
     """The tensors `part.NAME`, all of them or, where the file has none, None."""
-    if not any(f"{part}.{name}" in tensors for name in dtypes):
+    if not any(f"{part}.{name}" in tensors for name in PARTS[part]):
         return None
-    return {name: _array(tensors, f"{part}.{name}", dtype, source) for name, dtype in dtypes.items()}
+    return {name: _array(tensors, f"{part}.{name}", dtype, source) for name, dtype in PARTS[part].items()}
 
 
 def _check_checksum(data: bytes, header_bytes: int, checksum: object, source: str) -> None:

@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from kvcompile.artifacts.checks import printable, require_size
 from kvcompile.artifacts.errors import ArtifactError
+from kvcompile.artifacts.parts import PARTS
 from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, ByteAccount, ModelIdentity, Target
-from kvcompile.artifacts.validate import (
-    BUDGET_TENSORS,
-    QUANTISER_TENSORS,
-    SCORER_TENSORS,
-    printable,
-    validate,
-)
+from kvcompile.artifacts.validate import BUDGET_TENSORS, validate
 
 NO_CHECKSUM = "0" * 64
 """What stands in the checksum's place while it is computed."""
@@ -44,6 +41,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     """
     validate(artifact, str(path))
     data = to_bytes(artifact)
+    require_size(printable(str(path)), len(data))
     try:
         _replace(Path(os.path.realpath(path)), data)
     except (OSError, ValueError) as error:
@@ -59,8 +57,8 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 def _encode(artifact: Artifact, checksum: str) -> bytes:
     sections = {name: {key: getattr(getattr(artifact, name), key) for key in keys} for name, keys in SECTIONS.items()}
-    extra: dict[str, Any] = {}
-    for part, names in (("scorer", SCORER_TENSORS), ("quantiser", QUANTISER_TENSORS)):
+    extra: dict[str, NDArray[Any]] = {}  # what version 1 does not know
+    for part, names in PARTS.items():
         if (values := getattr(artifact, part)) is not None:
             extra |= {f"{part}.{name}": getattr(values, name) for name in names}
     if artifact.rank is not None:
