@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
 from rich.table import Table
 
 from kvcompile import display
@@ -72,7 +73,9 @@ def command(
         display.write_text(Path(json_out), json.dumps(described, indent=1) + "\n")
     if plot_out is not None:
         plot(summaries, Path(plot_out), f"{plan.model.name}, contexts of {length} tokens")
-    display.stdout.print(table(summaries, f"{plan.model.name}, {episodes} contexts of {length} tokens"))
+    # A pipe has no width of its own, and a table that is cut short is of no use.
+    console = display.stdout if display.stdout.is_terminal else Console(width=120)
+    console.print(table(summaries, f"{plan.model.name}, {episodes} contexts of {length} tokens"))
 
 
 def table(summaries: list[Summary], title: str) -> Table:

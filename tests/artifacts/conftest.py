@@ -14,14 +14,18 @@ from safetensors.numpy import load, save
 from kvcompile.artifacts import (
     DTYPE_BITS,
     POLICIES,
+    QUANTISED_BITS,
     Artifact,
     ArtifactError,
     Budgets,
     ByteAccount,
     ModelIdentity,
+    Quantiser,
+    Scorer,
     Target,
     from_bytes,
     full_bytes,
+    loaded_bytes,
     resident_bytes,
     to_bytes,
 )
@@ -31,13 +35,17 @@ def build_artifact(
     *,
     num_kv_heads: int = 2,
     head_dim: int = 8,
+    hidden_size: int = 32,
     windows: tuple[int, ...] = (0, 0, 16),
     context: int = 64,
     batch: int = 1,
     dtype: str = "float16",
     choices: tuple[tuple[str, int], ...] = (("full", 64), ("recent", 20), ("h2o", 24), ("snapkv", 1)),
+    bits: tuple[tuple[int | None, int | None], ...] = ((None, None),),
+    ranks: int | None = None,
 ) -> Artifact:
-    """An artifact whose heads take `choices` (policy, capacity) in turn; sliding layers keep their window."""
+    """An artifact whose heads take `choices` (policy, capacity) and `bits` (of keys and values; None: the cache's own)
+    in turn; sliding layers keep their window. It has a scorer or a quantiser where a head needs one."""
     num_layers = len(windows)
     shape = (num_layers, num_kv_heads)
     policy, capacity = np.zeros(shape, np.uint8), np.zeros(shape, np.int32)
@@ -55,19 +63,26 @@ def build_artifact(
             at = layer, head
             policy[at], capacity[at], sink[at] = POLICIES.index(name), tokens, sinks
             recent[at] = rest if name in ("full", "recent") else (rest + 1) // 2
-    bits = np.full(shape, DTYPE_BITS[dtype], np.uint8)
+    own = DTYPE_BITS[dtype]
+    k_bits, v_bits = (np.resize(np.array([pair[side] or own for pair in bits], np.uint8), shape) for side in (0, 1))
     order = np.stack([np.roll(np.arange(num_kv_heads, dtype=np.int32), layer) for layer in range(num_layers)])
-    budgets = Budgets(policy, capacity, sink, recent, bits, bits.copy(), order)
+    budgets = Budgets(policy, capacity, sink, recent, k_bits, v_bits, order)
+    scorer = build_scorer(*shape, hidden_size) if (policy == POLICIES.index("scored")).any() else None
+    quantised = np.isin([k_bits, v_bits], QUANTISED_BITS).any()
+    quantiser = build_quantiser(*shape, head_dim) if quantised else None
     samples = np.linspace(-1, 1, 33, dtype=np.float32)
     model = ModelIdentity(
-        "tiny", "llama", num_layers, 2 * num_kv_heads, num_kv_heads, head_dim, 32, windows, dtype, "ab" * 32, samples
-    )
+        "tiny", "llama", num_layers, 2 * num_kv_heads, num_kv_heads, head_dim, hidden_size, windows, dtype,
+        "ab" * 32, samples,
+    )  # fmt: skip
     resident = batch * resident_bytes(budgets, head_dim, DTYPE_BITS[dtype])
     transient = 2 * context * num_kv_heads * head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=model,
         target=Target(resident + 5, context, batch, dtype),
-        bytes=ByteAccount(resident, 0, transient, batch * full_bytes(model, context, dtype)),
+        bytes=ByteAccount(
+            resident, loaded_bytes(scorer, quantiser), transient, batch * full_bytes(model, context, dtype)
+        ),
         budgets=budgets,
         predicted_loss=0.125,
         solver={"name": "uniform", "nested": [1, 2.5, None, {"é": True}]},
@@ -79,7 +94,28 @@ def build_artifact(
             "half": np.array(0.5, np.float16),
             "codes": np.zeros((0, 3), np.uint8),
         },
+        scorer=scorer,
+        quantiser=quantiser,
+        rank=None if ranks is None else np.resize(np.arange(ranks, dtype=np.int32) % num_kv_heads, shape),
     )
+
+
+def build_scorer(num_layers: int, num_kv_heads: int, hidden_size: int) -> Scorer:
+    """A scorer whose numbers all differ, as far as float16 can tell them apart."""
+    shape = (num_layers, num_kv_heads)
+    weight = np.linspace(-1, 1, num_layers * num_kv_heads * hidden_size).reshape(*shape, hidden_size)
+    return Scorer(weight.astype(np.float16), np.linspace(-9, -1, weight[..., 0].size, dtype=np.float32).reshape(shape))
+
+
+def build_quantiser(num_layers: int, num_kv_heads: int, head_dim: int) -> Quantiser:
+    """Well-conditioned matrices of every head: orthogonal ones, their rows stretched between 1 and 2."""
+    rng = np.random.default_rng(0)
+    square = (2, num_layers, num_kv_heads, head_dim, head_dim)
+    transform = np.linalg.qr(rng.normal(size=square))[0] * np.linspace(1, 2, head_dim)[:, None]
+    mean = rng.normal(size=square[:-1])
+    key_transform, value_transform = transform.astype(np.float16)
+    key_mean, value_mean = mean.astype(np.float16)
+    return Quantiser(key_transform, key_mean, value_transform, value_mean)
 
 
 def unpack_file(data: bytes) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -97,18 +133,26 @@ def pack_file(tensors: dict[str, np.ndarray], metadata: object) -> bytes:
 def assert_same_artifact(one: Artifact, other: Artifact) -> None:
     """Equal in every field, element types and read-only arrays included."""
     assert to_bytes(one) == to_bytes(other)
-    for name in vars(one.budgets):
-        a, b = getattr(one.budgets, name), getattr(other.budgets, name)
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
+    for part in ("budgets", "scorer", "quantiser"):
+        values, others = (getattr(artifact, part) for artifact in (one, other))
+        assert type(values) is type(others)
+        for name in () if values is None else vars(values):
+            assert_same_array(getattr(values, name), getattr(others, name))
+    assert (one.rank is None) == (other.rank is None)
+    if one.rank is not None:
+        assert_same_array(one.rank, other.rank)
     for name in ("model", "target", "bytes", "solver", "calibration", "versions"):
         assert getattr(one, name) == getattr(other, name)
     np.testing.assert_array_equal(one.predicted_loss, other.predicted_loss)
     np.testing.assert_array_equal(one.model.samples, other.model.samples)
     assert set(one.profile) == set(other.profile)
     for name, values in one.profile.items():
-        assert values.dtype == other.profile[name].dtype
-        np.testing.assert_array_equal(values, other.profile[name])
+        assert_same_array(values, other.profile[name])
+
+
+def assert_same_array(one: np.ndarray, other: np.ndarray) -> None:
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +165,18 @@ def make_artifact() -> Callable[..., Artifact]:
 def artifact() -> Artifact:
     """The default small valid artifact: 3 layers of 2 heads, every policy, the last layer sliding."""
     return build_artifact()
+
+
+@pytest.fixture(scope="session")
+def newer() -> Artifact:
+    """The default small valid artifact of version 2: scored heads, every width, two ranks."""
+    return build_artifact(
+        windows=(0, 16),
+        choices=(("scored", 20), ("h2o", 24)),
+        bits=((4, 8), (None, 4), (8, None)),
+        hidden_size=6,
+        ranks=2,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
-import kvcompile.artifacts.parse as parse
+import kvcompile.artifacts.checks as checks
 from kvcompile.artifacts import ArtifactError, from_bytes, read, to_bytes, write
 
 MISSING = object()
@@ -130,9 +130,9 @@ def test_numbers_beyond_f64(data, unpack, pack, refusal):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("format_version", 2, "reads up to version 1, upgrade"),
-        ("format_version", 10**50, "reads up to version 1, upgrade"),
-        ("format_version", 0, "expected an integer from 1 to 1"),
+        ("format_version", 3, "reads up to version 2, upgrade"),
+        ("format_version", 10**50, "reads up to version 2, upgrade"),
+        ("format_version", 0, "expected an integer from 1 to 2"),
         ("format_version", "1", "expected an integer"),
         ("model.num_layers", 0, "from 1 to 1024"),
         ("model.num_layers", 2**40, "from 1 to 1024"),
@@ -181,14 +181,19 @@ def test_tensor_of_another_shape(with_tensor, name, make):
 @pytest.mark.parametrize(
     ("name", "index", "value", "words"),
     [
-        ("policy", (0, 0), 4, "policy[0, 0] is 4, expected one of 0 (full), 1 (recent), 2 (h2o), 3 (snapkv)"),
+        (
+            "policy",
+            (0, 0),
+            5,
+            "policy[0, 0] is 5, expected one of 0 (full), 1 (recent), 2 (h2o), 3 (snapkv), 4 (scored)",
+        ),
         ("policy", (1, 1), 255, "policy[1, 1] is 255"),
         ("policy", (2, 1), 2, "policy[2, 1] is h2o, expected recent in a sliding-window layer"),
         ("policy", (0, 1), 0, "capacity[0, 1] is 20, expected all 64 tokens"),
         ("policy", (1, 0), 1, "recent[1, 0] is 10, expected capacity - sink = 20 with policy recent"),
-        ("k_bits", (0, 0), 32, "k_bits[0, 0] is 32, expected 16 for a float16 cache"),
-        ("v_bits", (2, 1), 8, "v_bits[2, 1] is 8, expected 16"),
-        ("v_bits", (2, 1), 0, "v_bits[2, 1] is 0, expected 16"),
+        ("k_bits", (0, 0), 32, "k_bits[0, 0] is 32, expected one of 4, 8, 16 for a float16 cache"),
+        ("v_bits", (2, 1), 5, "v_bits[2, 1] is 5, expected one of 4, 8, 16"),
+        ("v_bits", (2, 1), 0, "v_bits[2, 1] is 0, expected one of 4, 8, 16"),
         ("capacity", (1, 0), -24, "capacity[1, 0] is -24, expected 1 to 64 tokens"),
         ("capacity", (1, 0), -(2**31), "capacity[1, 0] is -2147483648"),
         ("capacity", (1, 0), 2**31 - 1, "capacity[1, 0] is 2147483647, expected 1 to 64"),
@@ -333,7 +338,7 @@ def test_names_that_no_file_has(tmp_path, name):
 
 def test_size_limit(artifact, tmp_path, monkeypatch):
     write(artifact, tmp_path / "a.kvb")
-    monkeypatch.setattr(parse, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(checks, "MAX_FILE_BYTES", 1000)
     with pytest.raises(ArtifactError, match="expected at most 1000"):
         read(tmp_path / "a.kvb")
 

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from kvcompile.artifacts import POLICIES, ArtifactError, from_bytes, read, to_bytes, write
+import kvcompile.artifacts.checks as checks
+from kvcompile.artifacts import POLICIES, ArtifactError, from_bytes, loaded_bytes, read, to_bytes, write
 
 choices = st.lists(st.tuples(st.sampled_from(POLICIES), st.integers(1, 200)), min_size=1, max_size=5).map(tuple)
+widths = st.lists(st.tuples(*[st.sampled_from([4, 8, None])] * 2), min_size=1, max_size=4).map(tuple)
 profiles = st.dictionaries(
     st.text("abcxyz_.0é", min_size=1, max_size=12),
     st.sampled_from([np.float32, np.float16, np.int32, np.uint8]).flatmap(
@@ -37,29 +39,45 @@ json_values = st.recursive(
 @settings(deadline=None)
 @given(
     num_kv_heads=st.integers(1, 5),
-    head_dim=st.sampled_from([1, 6, 8, 128]),
+    head_dim=st.sampled_from([2, 6, 8, 128]),
+    hidden_size=st.integers(1, 9),
     windows=st.lists(st.sampled_from([0, 1, 16, 500]), min_size=1, max_size=4).map(tuple),
     context=st.integers(1, 200),
     batch=st.integers(1, 3),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
     choices=choices,
+    bits=widths,
+    ranks=st.none() | st.integers(1, 5),
     profile=profiles,
     solver=st.dictionaries(st.text(max_size=4), json_values, max_size=3),
     loss=st.floats(allow_infinity=False),
 )
-def test_round_trip(
-    make_artifact, assert_same, num_kv_heads, head_dim, windows, context, batch, dtype, choices, profile, solver, loss
-):
-    artifact = make_artifact(
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        windows=windows,
-        context=context,
-        batch=batch,
-        dtype=dtype,
-        choices=choices,
-    )
+def test_round_trip(make_artifact, assert_same, profile, solver, loss, **shape):
+    artifact = make_artifact(**shape)
     artifact = replace(artifact, profile=profile, solver=solver, predicted_loss=loss)
+    assert_same(from_bytes(to_bytes(artifact), "x"), artifact)
+
+
+def test_odd_head_dims_where_nothing_is_quantised(make_artifact, assert_same):
+    for head_dim in (1, 65, 1000):
+        artifact = make_artifact(head_dim=head_dim, windows=(0,), choices=(("scored", 9),))
+        assert_same(from_bytes(to_bytes(artifact), "x"), artifact)
+
+
+@pytest.mark.parametrize("kept", [(), ("scorer",), ("quantiser",), ("rank",), ("scorer", "quantiser", "rank")])
+def test_any_part_alone_and_the_lowest_version_that_holds_it(make_artifact, newer, assert_same, unpack, kept):
+    """Heads that are neither scored nor quantised need no part, but may have it: another plan can be solved from it."""
+    plain = make_artifact(windows=(0, 16), hidden_size=6)
+    parts = {name: getattr(newer, name) for name in kept}
+    account = replace(plain.bytes, scorer=loaded_bytes(parts.get("scorer"), parts.get("quantiser")))
+    artifact = replace(plain, bytes=account, **parts)
+    data = to_bytes(artifact)
+    assert_same(from_bytes(data, "x"), artifact)
+    assert unpack(data)[1]["format_version"] == (2 if kept else 1)
+
+
+def test_ranks_of_unequal_number(newer, assert_same):
+    artifact = replace(newer, rank=np.ones_like(newer.rank))
     assert_same(from_bytes(to_bytes(artifact), "x"), artifact)
 
 
@@ -68,6 +86,12 @@ def test_through_a_file(artifact, assert_same, tmp_path):
     write(artifact, path)
     assert_same(read(path), artifact)
     assert_same(read(str(path)), artifact)
+
+
+def test_transforms_may_lie_in_any_order_in_memory(newer):
+    quantiser = newer.quantiser
+    turned = np.asfortranarray(quantiser.key_transform)
+    assert to_bytes(replace(newer, quantiser=replace(quantiser, key_transform=turned))) == to_bytes(newer)
 
 
 def test_profile_layout_does_not_matter(artifact, assert_same):
@@ -133,6 +157,13 @@ def test_what_the_format_cannot_hold_is_not_written(artifact, tmp_path, change, 
     with pytest.raises(ArtifactError, match=field) as caught:
         write(replace(artifact, **change), tmp_path / "a.kvb")
     assert str(caught.value).isprintable()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_too_large_to_be_read_is_not_written(newer, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "MAX_FILE_BYTES", 1000)
+    with pytest.raises(ArtifactError, match=r"a\.kvb: the file has .* bytes, expected at most 1000"):
+        write(newer, tmp_path / "a.kvb")
     assert list(tmp_path.iterdir()) == []
 
 
