@@ -11,9 +11,14 @@ from hypothesis import strategies as st
 from kvcompile.artifacts import ArtifactError, from_bytes, to_bytes
 
 
+@pytest.fixture(scope="module", params=["artifact", "newer"], ids=["version 1", "version 2"])
+def original(request):
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(scope="module")
-def data(artifact) -> bytes:
-    return to_bytes(artifact)
+def data(original) -> bytes:
+    return to_bytes(original)
 
 
 @pytest.fixture(scope="module")
@@ -47,37 +52,37 @@ edits = st.lists(st.tuples(st.integers(0, 2**16), st.binary(max_size=6), st.inte
 
 @settings(deadline=None, max_examples=300)
 @given(edits=edits, in_header=st.booleans())
-def test_random_edits(artifact, data, header_end, assert_same, edits, in_header):
+def test_random_edits(original, data, header_end, assert_same, edits, in_header):
     mutated = data
     for place, text, removed in edits:
         place %= header_end if in_header else len(mutated) + 1
         mutated = mutated[:place] + text + mutated[place + removed :]
-    check(mutated, artifact, assert_same)
+    check(mutated, original, assert_same)
 
 
 @settings(deadline=None, max_examples=300)
 @given(edits=edits)
-def test_random_edits_with_a_fitting_header_length(artifact, data, header_end, assert_same, edits):
+def test_random_edits_with_a_fitting_header_length(original, data, header_end, assert_same, edits):
     header = data[8:header_end]
     for place, text, removed in edits:
         place %= len(header) + 1
         header = header[:place] + text + header[place + removed :]
-    check(struct.pack("<Q", len(header)) + header + data[header_end:], artifact, assert_same)
+    check(struct.pack("<Q", len(header)) + header + data[header_end:], original, assert_same)
 
 
 @settings(deadline=None, max_examples=200)
 @given(start=st.integers(0, 4000), length=st.integers(0, 4000), to=st.integers(0, 4000))
-def test_splices(artifact, data, assert_same, start, length, to):
+def test_splices(original, data, assert_same, start, length, to):
     piece = data[start : start + length]
-    check(data[:to] + piece + data[to:], artifact, assert_same)
-    check(data[:to] + piece + data[to + len(piece) :], artifact, assert_same)
-    check(data[:start] + data[start + length :], artifact, assert_same)
+    check(data[:to] + piece + data[to:], original, assert_same)
+    check(data[:to] + piece + data[to + len(piece) :], original, assert_same)
+    check(data[:start] + data[start + length :], original, assert_same)
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.binary(max_size=200), st.booleans())
-def test_anything(artifact, data, assert_same, anything, with_length):
-    check(struct.pack("<Q", len(anything)) + anything if with_length else anything, artifact, assert_same)
+def test_anything(original, data, assert_same, anything, with_length):
+    check(struct.pack("<Q", len(anything)) + anything if with_length else anything, original, assert_same)
 
 
 tokens = st.sampled_from(
@@ -87,7 +92,7 @@ tokens = st.sampled_from(
 
 @settings(deadline=None, max_examples=300)
 @given(which=st.integers(0, 200), token=tokens)
-def test_other_numbers_in_the_header(artifact, data, header_end, assert_same, which, token):
+def test_other_numbers_in_the_header(original, data, header_end, assert_same, which, token):
     """Shapes, offsets and every metadata number in turn are replaced by something else."""
     header = data[8:header_end].decode()
     places = [i for i in range(1, len(header)) if header[i].isdigit() and header[i - 1] in ":[,"]
@@ -96,15 +101,15 @@ def test_other_numbers_in_the_header(artifact, data, header_end, assert_same, wh
     inside_metadata = place < header.index("}}")
     text = token.replace("\\", "\\\\").replace('"', '\\"') if inside_metadata else token
     changed = (header[:place] + text + header[end:]).encode()
-    check(struct.pack("<Q", len(changed)) + changed + data[header_end:], artifact, assert_same)
+    check(struct.pack("<Q", len(changed)) + changed + data[header_end:], original, assert_same)
 
 
-def check(mutated, artifact, assert_same):
+def check(mutated, original, assert_same):
     try:
         found = from_bytes(mutated, "x")
     except ArtifactError as error:
         message = str(error)
     else:
-        assert_same(found, artifact)
+        assert_same(found, original)
         return
     assert message.isprintable()

@@ -14,4 +14,6 @@ def test_the_reference_artifact_reads_and_writes_back_to_the_same_bytes() -> Non
     assert artifact.model.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert artifact.bytes.resident == artifact.target.bytes == artifact.bytes.full // 4 == 47185920
     assert artifact.budgets.capacity.shape == (30, 3)
+    assert artifact.scorer is artifact.quantiser is artifact.rank is None
+    assert b'\\"format_version\\":1,' in REFERENCE.read_bytes()
     assert to_bytes(artifact) == REFERENCE.read_bytes()

@@ -106,4 +106,4 @@ def test_too_little_text_is_refused(kvcompile, artifact, tmp_path) -> None:
     )
     assert status == 2
     assert "too short" in err
-    assert not out.exists()
+    assert not (tmp_path / "a.json").exists()
