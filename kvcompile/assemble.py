@@ -174,7 +174,8 @@ def stored_profile(artifact: Artifact) -> Profile:
             "value_loss": np.zeros((1, *heads, 0), np.float32),
             "factor": np.ones(1, np.float32),
         }
-    sizes = {name: len(arrays[name]) for name in ("tokens", "shares", "bits") if name in arrays and arrays[name].ndim == 1}
+    axes = {name: arrays[name] for name in ("tokens", "shares", "bits") if name in arrays}
+    sizes = {name: len(axis) for name, axis in axes.items() if axis.ndim == 1}
     names = bytes(arrays.get("families", NONE)).decode(errors="replace").split("\n")
     points, shares, widths = (sizes.get(name, -1) for name in ("tokens", "shares", "bits"))
     shapes = {

@@ -252,7 +252,8 @@ def check(
     `own` and `parts` are those of an artifact that is solved anew."""
     memory = parse_memory(mem)
     check_out(out)
-    assert options.context is not None and options.batch is not None
+    assert options.context is not None
+    assert options.batch is not None
     target = resolve_target(identity, memory, options.context, options.batch, options.kv_dtype, own)
     if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
         heads = identity.num_kv_heads

@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import re
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvcompile.artifacts
 import kvcompile.kernels.quantise.api as quantise
 from kvcompile.artifacts import POLICIES, anchor_bytes, groups, identify, slot_bytes, vector_bytes, write
+from kvcompile.problem import Profile
 
 TEXT = (Path(kvcompile.artifacts.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -89,6 +91,10 @@ def test_every_key_and_tensor_is_described(newer, read_kvb, tmp_path):
         assert all(f"`{name}`" in TEXT for name in names)
     assert all(f"`{name}`" in TEXT for name in tensors if not name.startswith("profile."))
     assert all(f"{code} `{name}`" in TEXT for code, name in enumerate(POLICIES))
+
+
+def test_every_field_of_a_profile_is_described():
+    assert all(f"`profile.{field.name}`" in TEXT for field in fields(Profile))
 
 
 def test_metadata_is_compact_and_sorted(artifact, read_kvb, tmp_path):
