@@ -65,7 +65,7 @@ def _encode(artifact: Artifact, checksum: str) -> bytes:
         extra["rank"] = artifact.rank
     metadata: dict[str, Any] = {
         **sections,
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if extra else 1,
         "checksum": checksum,
         "predicted_loss": None if math.isnan(artifact.predicted_loss) else artifact.predicted_loss,
         "solver": dict(artifact.solver),

@@ -22,6 +22,7 @@ from kvcompile.artifacts import (
     full_bytes,
     groups,
     identify,
+    validate,
     write,
 )
 from kvcompile.assemble import Parts, assemble, pose, stored_profile
@@ -196,7 +197,9 @@ def finish(
         plan = tools.refine(problem, plan)
     solver = {"allocator": options.allocator, "policy": problem.policy, "sink": problem.sink}
     artifact = assemble(identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks)
-    if out is not None:
+    if out is None:
+        validate(artifact, "the plan")
+    else:
         write(artifact, out)
     return artifact
 
@@ -262,6 +265,8 @@ def check(
         raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
     if options.kv_dtype in WIDTHS and not roundable(identity):
         raise TargetError(f"keys and values of {identity.head_dim} elements cannot be quantised: use --kv-dtype auto")
+    if options.policy == "scored" and parts is not None and parts.scorer is None:
+        raise TargetError("the artifact has no scorer, as it is of format version 1: build anew with --model")
     if options.kv_dtype in WIDTHS and parts is not None and parts.quantiser is None:
         raise TargetError("the artifact has no quantiser, as it is of format version 1: build anew with --model")
     parts = parts or Parts(unmeasured(identity, target.context), None, None)

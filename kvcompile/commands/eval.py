@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcompile import display
-from kvcompile.artifacts import Artifact, KvcompileError, check_identity, identify, read
+from kvcompile.artifacts import Artifact, check_identity, identify, read
+from kvcompile.assemble import RECORDED
+from kvcompile.compiler import check_out
 from kvcompile.evaluation.methods import METHODS, contenders
 from kvcompile.evaluation.plot import check_plot, plot
 from kvcompile.evaluation.summary import Summary, summarise
@@ -46,10 +49,11 @@ def command(
     length = context or min(plan.target.context, 4096)
     plans = contenders(plan, _names(allocators), _names(mem), length)
     for out in (json_out, plot_out):
-        if out is not None and not Path(out).absolute().parent.is_dir():
-            raise KvcompileError(f"{Path(out).absolute().parent} is no folder: create it or name another")
+        check_out(out)
     if plot_out is not None:
         check_plot(Path(plot_out))
+
+    import torch
 
     from kvcompile.calibration import draw_episodes, evaluation_families
     from kvcompile.evaluation.run import evaluate
@@ -57,7 +61,7 @@ def command(
 
     with display.quiet_transformers():
         with display.stderr.status(f"loading {plan.model.name}"):
-            loaded = load(model or plan.model.name)
+            loaded = load(model or plan.model.name, dtype=getattr(torch, plan.model.dtype))
         check_identity(plan.model, identify(loaded.model, plan.model.name))
         families = evaluation_families(loaded.tokenizer, length, None if data is None else Path(data))
         drawn = draw_episodes(loaded.tokenizer, families, length, episodes, seed + SEED, replay=False)
@@ -97,9 +101,11 @@ def table(summaries: list[Summary], title: str) -> Table:
 def _described(plan: Artifact, context: int, episodes: int, seed: int, families: list[str]) -> dict[str, Any]:
     return {
         "model": plan.model.name, "fingerprint": plan.model.fingerprint, "context": context, "episodes": episodes,
-        "seed": seed, "families": families, "dtype": plan.target.dtype, "versions": dict(plan.versions),
+        "seed": seed, "families": families, "dtype": plan.target.dtype, "scorer_bytes": plan.bytes.scorer,
+        "versions": {name: importlib.metadata.version(name) for name in RECORDED},
     }  # fmt: skip
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """The parts of a list with commas, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))

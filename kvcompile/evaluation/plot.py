@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,5 +67,12 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
         panel.grid(alpha=0.3)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     figure.suptitle(title)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    partial = path.with_name(f".{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(partial, dpi=130)
+        partial.replace(path)
+    except OSError as error:
+        raise KvcompileError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+        plt.close(figure)

@@ -15,13 +15,13 @@ KINDS = ("continuation", "quote", "question")
 
 @dataclass(frozen=True)
 class Measure:
-    """Mean and standard error over episodes of one kind of follow-up: loss and KL in nats a token; `exact`: the share
-    answered without a mistake."""
+    """Mean and standard error over episodes (None of one alone) of one kind of follow-up: loss and KL in nats a token;
+    `exact`: the share answered without a mistake."""
 
     loss: float
-    loss_error: float
+    loss_error: float | None
     kl: float
-    kl_error: float
+    kl_error: float | None
     exact: float
 
     @property
@@ -59,10 +59,10 @@ def _measure(rows: Sequence[Row]) -> Measure:
     episodes = sorted({row.episode for row in rows})
     loss = np.array([np.mean([r.loss for r in rows if r.episode == e]) for e in episodes])
     kl = np.array([np.mean([r.kl for r in rows if r.episode == e]) for e in episodes])
-    error = math.sqrt(len(episodes)) if len(episodes) > 1 else math.inf
+    error = math.sqrt(len(episodes))
 
-    def spread(values: np.ndarray) -> float:
-        return float(values.std(ddof=1)) / error if len(values) > 1 else 0.0
+    def spread(values: np.ndarray) -> float | None:
+        return float(values.std(ddof=1)) / error if len(values) > 1 else None
 
     exact = float(np.mean([row.exact for row in rows]))
     return Measure(float(loss.mean()), spread(loss), float(kl.mean()), spread(kl), exact)

@@ -94,8 +94,9 @@ def gguf_bytes() -> list[str]:
 
 def test_real_tensors_and_tokens_come_out(tmp_path: Path) -> None:
     held = write_gguf(tmp_path / "tiny.gguf")
-    loaded = load(str(tmp_path / "tiny.gguf"), device="cpu")
+    loaded = load(str(tmp_path / "tiny.gguf"), dtype=torch.float32, device="cpu")
     assert loaded.name == str(tmp_path / "tiny.gguf")
+    assert load(str(tmp_path / "tiny.gguf"), device="cpu").model.dtype == torch.bfloat16
     weights = loaded.model.state_dict()
     assert all(type(p) is torch.nn.Parameter and p.dtype == torch.float32 for p in loaded.model.parameters())
     down = torch.from_numpy(held["blk.1.ffn_down.weight"])
