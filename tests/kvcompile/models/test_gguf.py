@@ -116,7 +116,7 @@ def test_the_copy_is_bit_for_bit_the_converted_model(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
     model, tokenizer = subject._read(file)
-    loaded = load(str(file), device="cpu")
+    loaded = load(str(file), dtype=torch.float32, device="cpu")
     converted, weights = model.state_dict(), loaded.model.state_dict()
     assert converted.keys() == weights.keys()
     assert all(torch.equal(converted[name], weights[name]) for name in converted)
