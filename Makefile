@@ -34,7 +34,8 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # A plain install, as a user's: tests and mypy then see what is really shipped.
-SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py') pyproject.toml constraints.txt README.md artifacts/FORMAT.md
+SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py' -o -name '*.txt' -o -name '*.html' -o -name '*.md') \
+	pyproject.toml constraints.txt README.md
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -131,7 +131,7 @@ def head_bytes(plan: Plan, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
 def storage_order(plan: Plan, rank: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
     """Heads of a layer by rank, then policy and bits, then the largest first: equal heads are neighbours and form one
     dense batch."""
-    keys = [plan.recent, plan.sink, -plan.capacity, plan.v_bits, plan.k_bits, plan.policy]
+    keys: list[NDArray[Any]] = [plan.recent, plan.sink, -plan.capacity, plan.v_bits, plan.k_bits, plan.policy]
     if rank is not None:
         keys.append(rank)  # np.lexsort: the last key sorts first
     return np.stack([np.lexsort([key[i] for key in keys]) for i in range(len(plan.policy))]).astype(np.int32)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompile.allocators import allocate, default_policy, least_bytes
+from kvcompile.allocators import allocate, check_policy, default_policy, least_bytes
 from kvcompile.artifacts import (
     DTYPE_BITS,
     Artifact,
@@ -195,7 +195,10 @@ def finish(
     plan = allocate(options.allocator, problem)
     if tools is not None and options.allocator == "optimal":
         plan = tools.refine(problem, plan)
-    solver = {"allocator": options.allocator, "policy": problem.policy, "sink": problem.sink}
+    joint = options.allocator == "optimal" and options.policy is None
+    solver = {
+        "allocator": options.allocator, "policy": "joint" if joint else problem.policy, "sink": problem.sink,
+    }  # fmt: skip
     artifact = assemble(identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks)
     if out is None:
         validate(artifact, "the plan")
@@ -213,7 +216,11 @@ def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Op
         widths = (WIDTHS[options.kv_dtype],)
     elif options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity):
         widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
-    return pose(identity, parts.profile, target, policy, sink, widths, options.classes)
+    profile = parts.profile
+    if options.allocator == "optimal" and options.policy in ("recent", "window"):
+        ring = profile.shares >= 1
+        profile = dataclasses.replace(profile, shares=profile.shares[ring], loss=profile.loss[..., ring, :])
+    return pose(identity, profile, target, policy, sink, widths, options.classes)
 
 
 def roundable(identity: ModelIdentity) -> bool:
@@ -261,6 +268,9 @@ def check(
     if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
         heads = identity.num_kv_heads
         raise TargetError(f"{heads} KV heads do not divide among {options.ranks} ranks: expected a divisor with --tp")
+    check_policy(options.allocator, resolve_policy(options.allocator, options.policy)[0])
+    if options.classes is not None and options.allocator != "optimal":
+        raise TargetError(f"the allocator {options.allocator} knows no --classes-per-layer: use --allocator optimal")
     if options.classes is not None and options.classes < 1:
         raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
     if options.kv_dtype in WIDTHS and not roundable(identity):

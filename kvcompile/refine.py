@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvcompile.allocators import allocate
-from kvcompile.allocators.curves import predicted_loss
+from kvcompile.allocators.curves import family_losses, objective
+from kvcompile.allocators.optimal import gap
 from kvcompile.problem import Plan, Problem, Profile
 
 TILTS = (
@@ -17,7 +18,7 @@ TILTS = (
     ("evict", 2.0),
     ("late", 2.0),
     ("early", 2.0),
-    ("narrow", 0.5),
+    ("narrow", 4.0),
     ("worst", 4.0),
 )
 """What a round doubts, and the factor it believes in instead: the losses of fewer bits, of eviction, of the later or
@@ -41,9 +42,17 @@ def refine_plan(problem: Problem, plan: Plan, kl: Callable[[Plan], float], round
         tried.append({"doubt": f"{doubt} x {factor:g}", "measured": measured})
         if measured < least:
             best, least, profile = trial, measured, believed
-    report = {**plan.report, "refined": tried, "measured_kl": least}
     # The losses stay those of the profile as measured, so that plans can be compared.
-    return dataclasses.replace(best, loss=predicted_loss(problem, best), report=report)
+    families = family_losses(problem, best)
+    report = {
+        **plan.report,
+        "objective": objective(families),
+        "gap": gap(objective(families), float(plan.report.get("bound", 0.0))),
+        "families": dict(zip(problem.profile.families, families.tolist(), strict=True)),
+        "refined": tried,
+        "measured_kl": least,
+    }
+    return dataclasses.replace(best, loss=float(families.mean()), report=report)
 
 
 def tilted(profile: Profile, doubt: str, factor: float) -> Profile:

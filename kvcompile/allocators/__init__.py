@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from kvcompile.allocators.baklava import BaKlaVa
+from kvcompile.allocators.curves import predicted_loss
 from kvcompile.allocators.duo import DuoAttention
 from kvcompile.allocators.optimal import Optimal
 from kvcompile.allocators.pyramid import PyramidKV
@@ -27,7 +28,7 @@ ALLOCATORS: dict[str, Any] = {
     "duo": DuoAttention,
 }
 
-__all__ = ["ALLOCATORS", "allocate", "default_policy", "least_bytes", "plan_bytes"]
+__all__ = ["ALLOCATORS", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes"]
 
 
 def default_policy(name: str) -> str:
@@ -42,26 +43,37 @@ def default_policy(name: str) -> str:
     return policy
 
 
+def check_policy(name: str, policy: str) -> None:
+    """Refuse a token policy that the allocator cannot work with.
+
+    Raises:
+        TargetError: such a policy, or an unknown allocator.
+    """
+    default_policy(name)
+    policies = ALLOCATORS[name].policies
+    if policy not in policies:
+        raise TargetError(
+            f"the allocator {name} cannot work with the policy {policy!r}: expected one of {', '.join(policies)}"
+        )
+
+
 def allocate(name: str, problem: Problem) -> Plan:
     """Divide the target among the heads. A target at or above the full cache is the full cache, whoever divides it.
 
     Raises:
         TargetError: an unknown allocator, a policy it cannot work with, or a target below `least_bytes`.
     """
-    default_policy(name)
+    check_policy(name, problem.policy)
     allocator = ALLOCATORS[name]()
-    if problem.policy not in allocator.policies:
-        raise TargetError(
-            f"the allocator {name} cannot work with the policy {problem.policy!r}: "
-            f"expected one of {', '.join(allocator.policies)}"
-        )
     least = least_bytes(problem)
     if problem.target < least:
         raise TargetError(
             f"{problem.target} bytes are too few for a sequence: the sinks and one recent token of every head, and the "
             f"sliding windows, take {least}"
         )
-    full, start = all_full(problem), time.perf_counter()
-    plan: Plan = full if plan_bytes(problem, full) <= problem.target else allocator(problem)
+    start = time.perf_counter()
+    full = all_full(problem)
+    whole = plan_bytes(problem, full) <= problem.target
+    plan: Plan = dataclasses.replace(full, loss=predicted_loss(problem, full)) if whole else allocator(problem)
     assert plan_bytes(problem, plan) <= problem.target, f"{name} went over the target"
     return dataclasses.replace(plan, seconds=time.perf_counter() - start)

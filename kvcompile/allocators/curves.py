@@ -14,7 +14,7 @@ from kvcompile.problem import DEFAULT_SINK, WORST, Plan, Problem
 def grid(problem: Problem) -> NDArray[np.float64]:
     """The curves' token axis at the problem's context: beyond the sinks, budgets are taken to matter as shares of the
     context, so that a profile on shorter contexts serves a longer one."""
-    stretch = (problem.context - DEFAULT_SINK) / (problem.profile.window - DEFAULT_SINK)
+    stretch = max(problem.context - DEFAULT_SINK, 1) / max(problem.profile.window - DEFAULT_SINK, 1)
     return DEFAULT_SINK + (problem.profile.tokens.astype(np.float64) - DEFAULT_SINK) * stretch
 
 

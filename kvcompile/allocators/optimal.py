@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, product
 from typing import Any, ClassVar
 
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array, hstack
 
-from kvcompile.allocators.choices import Choices, assigned, choices
+from kvcompile.allocators.choices import Choices, assigned, choices, policy_of
 from kvcompile.allocators.classes import few_classes
 from kvcompile.allocators.curves import family_losses, objective
-from kvcompile.allocators.rows import all_full, limits
+from kvcompile.allocators.rows import all_full, least_bytes, limits
+from kvcompile.allocators.uniform import weighted
 from kvcompile.problem import WORST, Plan, Problem
 
 GAP = 3e-4
@@ -59,18 +60,20 @@ class Optimal:
             answers = [rounded(table, relaxed, budget)]
         plans = [finished(problem, base, table, answer, budget) for answer in answers]
         searched = False
-        if problem.classes is None and gap(problem, plans[0], relaxed) > GAP:
+        if problem.classes is None and gap(objective(family_losses(problem, plans[0])), relaxed.bound) > GAP:
             integer = search(table, relaxed, budget)
             if integer is not None:
                 searched = True
                 plans.append(finished(problem, base, table, integer, budget))
+        if problem.classes is None:
+            plans += equal_budgets(problem)
         best = min(plans, key=lambda plan: objective(family_losses(problem, plan)))
         families = family_losses(problem, best)
         found = objective(families)
         report: dict[str, Any] = {
             "objective": found,
             "bound": relaxed.bound,
-            "gap": gap(problem, best, relaxed),
+            "gap": gap(found, relaxed.bound),
             "integer_search": searched,
             "heads": len(table.heads),
             "choices": int(table.loss.shape[1] * table.loss.shape[2]),
@@ -81,10 +84,18 @@ class Optimal:
         return dataclasses.replace(best, loss=float(families.mean()), report=report)
 
 
-def gap(problem: Problem, plan: Plan, relaxed: Relaxed) -> float:
-    """How far a plan may be from the optimum at most, relative to its own objective."""
-    found = objective(family_losses(problem, plan))
-    return max(0.0, found - relaxed.bound) / max(found, 1e-30)
+def gap(found: float, bound: float) -> float:
+    """How far an objective may be from the optimum at most, relative to itself."""
+    return max(0.0, found - bound) / max(found, 1e-30)
+
+
+def equal_budgets(problem: Problem) -> list[Plan]:
+    """Equal budgets under every policy that has curves: on small and rough problems the programme's few mixed heads
+    weigh much, and these can be better."""
+    names = sorted({policy_of(problem, share) for share in range(len(problem.profile.shares))})
+    own = [replace(problem, policy=name) for name in names]
+    ones = np.ones((len(problem.limit), problem.num_kv_heads))
+    return [weighted(one, ones) for one in own if least_bytes(replace(one, widths=one.widths[:1])) <= one.target]
 
 
 def _own_bytes(problem: Problem) -> int:
@@ -142,9 +153,9 @@ def _first_columns(table: Choices) -> NDArray[np.int64]:
     mean = table.loss.mean(0)
     top = float(mean.max()) / max(float(table.size.min()), 1.0)
     ladder = [0.0, *np.geomspace(1e-9, 1.0, PRICES) * max(top, 1e-30)]
-    for weighted in (mean, *(mean + WORST * family for family in table.loss)):
+    for loss in (mean, *(mean + WORST * family for family in table.loss)):
         for price in ladder:
-            best = (weighted + price * table.size).argmin(axis=1)
+            best = (loss + price * table.size).argmin(axis=1)
             found.append(np.stack([np.arange(num_heads), best], axis=1))
     return np.unique(np.concatenate(found), axis=0)
 

@@ -52,8 +52,8 @@ def free_bytes(problem: Problem) -> int:
 
 
 def all_full(problem: Problem) -> Plan:
-    """The full cache."""
-    return rows(problem, limits(problem), loss=0.0)
+    """The full cache, in the first of the problem's widths; `loss` is for the allocator to say."""
+    return rows(problem, limits(problem))
 
 
 def rows(

@@ -66,9 +66,9 @@ def calibrate(
     """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval
     probes of half that length.
 
-    No document is used both to fit and to measure. The families are what the Python installation carries, texts of our
-    own, and with `path` (a file or folder) the user's text beside them, so that a plan for it does not forget
-    everything else. Raises CalibrationError for a path without usable text.
+    No document is used both to fit and to measure, but for families too small to part. The families are what the Python
+    installation carries, texts of our own, and with `path` (a file or folder) the user's text beside them, so that a
+    plan for it does not forget everything else. Raises CalibrationError for a path without usable text.
     """
     families = python_families() + authored_families()
     if path is not None:

@@ -80,10 +80,10 @@ def draw_episodes(
     questions; with `replay` up to 1024 tokens of the context are repeated, otherwise quotes are asked for.
 
     A family whose text does not fill a context and its continuation is served once more. Of `part` (i, n), only every
-    n-th document from the i-th on is used, so that episodes for different purposes have no text in common; a family of
-    fewer documents is used as a whole.
+    n-th document from the i-th on is used, so that episodes for different purposes have no text in common; a family too
+    small for that is used as a whole.
     """
-    families = [_part(family, *part) for family in families]
+    families = [_part(tokenizer, family, *part, length + CONTINUATION) for family in families]
     purpose = "replay" if replay else "quotes"
     streams = [Stream(tokenizer, family, f"{seed}:{purpose}") for family in families]
     return [
@@ -114,15 +114,17 @@ def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: r
     if replay:
         prompt = token_ids(tokenizer, REPLAY_PROMPT)
         start = rng.randrange(max(len(context) - REPLAYED, 0) + 1)
-        part = (start, min(start + REPLAYED, len(context)))
-        asked.append(FollowUp("replay", len(prompt) - 1, np.concatenate([prompt, context[slice(*part)]])))
-        return Episode(family.name, context, tuple(asked), part)
+        stop = min(start + REPLAYED, len(context))
+        asked.append(FollowUp("replay", len(prompt) - 1, np.concatenate([prompt, context[start:stop]])))
+        return Episode(family.name, context, tuple(asked), (start, stop))
     asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
     return Episode(family.name, context, tuple(asked))
 
 
-def _part(family: Family, first: int, step: int) -> Family:
-    return Family(family.name, family.documents[first::step] if len(family.documents) >= step else family.documents)
+def _part(tokenizer: Any, family: Family, first: int, step: int, least: int) -> Family:
+    """Every `step`-th document, if they have `least` tokens; else all."""
+    part = Family(family.name, family.documents[first::step])
+    return part if len(Stream(tokenizer, part, "part").take(least)) == least else family
 
 
 def _passage(tokenizer: Any, family: Family, stream: Stream, count: int, rng: random.Random) -> NDArray[np.int64]:

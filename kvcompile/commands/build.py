@@ -39,7 +39,7 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 )  # fmt: skip
 @click.option("--calib", metavar="PATH", help="Text to calibrate on beside our own: a file, a folder, jsonl.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder]")
+@click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
     model: str | None, old: str | None, mem: str, context: int | None, batch: int | None, allocator: str,
@@ -54,8 +54,12 @@ def command(
         raise click.UsageError("give either --model NAME or --from FILE")
     if old is not None and refine:
         raise click.UsageError("--refine measures with the model: give --model NAME instead of --from FILE")
+    if refine and allocator != "optimal":
+        raise click.UsageError("--refine improves the plans of --allocator optimal alone")
     source = Path(model or old or "")
-    path = Path(out or f"{source.name.removesuffix('.gguf').removesuffix('.kvb') or 'artifact'}.kvb")
+    stem = source.name.removesuffix(".gguf").removesuffix(".kvb") or "artifact"
+    # Without a name of its own, what is solved anew must not take its source's place.
+    path = Path(out or (f"{stem}.kvb" if old is None else f"{stem}-new.kvb"))
     wanted = outputs(mem, path)
     for file in wanted.values():
         compiler.check_out(file)

@@ -12,7 +12,7 @@ from kvcompile.artifacts import Quantiser, groups
 def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
     """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact."""
     turned = (stored.float() - mean[..., None, :]) @ transform.mT
-    parts = turned.unflatten(-1, (groups(turned.shape[-1]), -1))
+    parts = turned.reshape(*turned.shape[:-1], groups(turned.shape[-1]), -1)
     scale = (parts.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)).half().float()
     least = torch.finfo(torch.float16).tiny
     scale = scale.clamp_min(least)
