@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,6 +10,9 @@ from kvcompile.kernels.append.api import append
 from kvcompile.kernels.compact.api import compact
 from kvcompile.kernels.layout import QUANTISED, HeadClass, LayerLayout
 from kvcompile.kernels.quantise.api import decode, encode, groups
+
+Turning = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Turns vectors [count, T, D] of the heads at these storage positions."""
 
 
 class Stored:
@@ -78,17 +81,20 @@ class Stored:
             vectors[:, :, 0] = anchor.to(dtype)
         return vectors
 
-    def fill(self, cls: HeadClass, b: int, prompt: torch.Tensor, token: torch.Tensor) -> None:
+    def fill(
+        self, cls: HeadClass, b: int, prompt: torch.Tensor, token: torch.Tensor, turn: Turning = lambda kept, _: kept
+    ) -> None:
         """Sequence `b` of a class keeps of its prompt [count, n, D] the tokens `token` int64 [count, kept], in the
-        order of slots; prompts of rounded classes come turned."""
+        order of slots; for a rounded class, what is kept is turned on the way."""
         if not (bits := self._bits[cls.start]):
             compact(self.views(cls)[0][b], prompt, token)
             return
-        for view, part in zip(self.views(cls), encode(prompt, bits), strict=True):
-            compact(view[b], part, token)
+        kept = turn(prompt.gather(1, token.unsqueeze(2).expand(-1, -1, prompt.shape[2])), cls.heads)
+        for view, part in zip(self.views(cls), encode(kept, bits), strict=True):
+            view[b, :, : kept.shape[1]] = part
         anchor = self.anchor(cls)
-        if anchor is not None and prompt.shape[1]:
-            anchor[b] = prompt[:, 0].to(anchor.dtype)
+        if anchor is not None and kept.shape[1]:
+            anchor[b] = kept[:, 0].to(anchor.dtype)
 
     def write(
         self, cls: HeadClass, new: torch.Tensor, slot: torch.Tensor, source: torch.Tensor, to: torch.Tensor

@@ -27,15 +27,16 @@ BINDING = "_kvcompile_binding"
 
 
 class LayerScorer:
-    """The compiled scorer of one layer: `weight` [H, d] in the model's type and `bias` f32 [H], in storage order."""
+    """The compiled scorer of one layer: `weight` f32 [H, d] and `bias` f32 [H], in storage order. All in float32:
+    rounded to bfloat16, many tokens would score alike."""
 
     def __init__(self, scorer: Scorer, layer: int, order: list[int], like: torch.Tensor) -> None:
-        self.weight = torch.tensor(scorer.weight[layer][order], dtype=like.dtype, device=like.device)
+        self.weight = torch.tensor(scorer.weight[layer][order], dtype=torch.float32, device=like.device)
         self.bias = torch.tensor(scorer.bias[layer][order], device=like.device)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores f32 [B, T, H] of tokens by the input [B, T, d] of the attention block."""
-        return (hidden @ self.weight.mT).float() + self.bias
+        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 class Binding:
@@ -118,18 +119,19 @@ class Attachment:
         self.model = model
         self.artifact = artifact
         self.layouts = layer_layouts(artifact)
+        # All that can fail comes before the model is touched.
+        scorers = self._scorers()
+        orders = artifact.budgets.head_order.tolist()
+        self._turns = [
+            Turn.of_layer(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
+            for i, (order, layout, module) in enumerate(zip(orders, self.layouts, self._attention, strict=True))
+        ]
         _register()
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
-        for module, scorer in zip(self._attention, self._scorers(), strict=True):
+        for module, scorer in zip(self._attention, scorers, strict=True):
             setattr(module, BINDING, Binding(self._id, module, scorer))
-        self._turns = [
-            Turn.of_layer(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
-            for i, (order, layout, module) in enumerate(
-                zip(artifact.budgets.head_order.tolist(), self.layouts, self._attention, strict=True)
-            )
-        ]
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:

@@ -57,11 +57,9 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        turned_keys = keys if self.turn is None else self.turn.keys(keys)
-        turned_values = values if self.turn is None else self.turn.values(values)
         for b in range(self.batch):
             there = slice(None) if real is None else real[b]
-            q, k = query[b][:, there], keys[b][:, there]
+            q, k, v = query[b][:, there], keys[b][:, there], values[b][:, there]
             q = q.unflatten(0, (self.layout.num_kv_heads, -1))
             for cls, state in zip(self.layout.classes, self.state, strict=True):
                 policy, cut = POLICIES[cls.policy], k.shape[1] > cls.capacity
@@ -70,8 +68,12 @@ class LayerStore:
                     by_scorer = None if score is None else score[b][there].mT[cls.heads]
                     worth = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
                 token = kept_tokens(cls, k.shape[1], worth, k.device)
-                self.keys.fill(cls, b, turned_keys[b, cls.heads][:, there], token)
-                self.values.fill(cls, b, turned_values[b, cls.heads][:, there], token)
+                if self.turn is None:
+                    self.keys.fill(cls, b, k[cls.heads], token)
+                    self.values.fill(cls, b, v[cls.heads], token)
+                else:
+                    self.keys.fill(cls, b, k[cls.heads], token, self.turn.keys)
+                    self.values.fill(cls, b, v[cls.heads], token, self.turn.values)
                 policy.remember(state, b, token, worth)
             self.seen[b] = k.shape[1]
 
@@ -137,7 +139,8 @@ class LayerStore:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if self.turn is None:
             return query, keys, values
-        return self.turn.queries(query), self.turn.keys(keys), self.turn.values(values)
+        turned = self.turn.queries(query), self.turn.keys(keys), self.turn.values(values)
+        return turned[0], turned[1].to(keys.dtype), turned[2].to(values.dtype)
 
     def _write(self, cls: HeadClass, keys: torch.Tensor, values: torch.Tensor, placed: Placement) -> None:
         for stored, new in ((self.keys, keys), (self.values, values)):

@@ -52,13 +52,13 @@ class Turn:
         grouped = query.float().unflatten(1, (len(self.key), -1))
         return (grouped @ self.key_inverse[:, None]).flatten(1, 2).to(query.dtype)
 
-    def keys(self, keys: torch.Tensor) -> torch.Tensor:
-        """[..., H, T, D]."""
-        return ((keys.float() - self.key_mean[:, None]) @ self.key.mT).to(keys.dtype)
+    def keys(self, keys: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        """[..., H, T, D] of the heads at these storage positions, float32."""
+        return (keys.float() - self.key_mean[heads, None]) @ self.key[heads].mT
 
-    def values(self, values: torch.Tensor) -> torch.Tensor:
-        """[..., H, T, D]."""
-        return ((values.float() - self.value_mean[:, None]) @ self.value.mT).to(values.dtype)
+    def values(self, values: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
+        """[..., H, T, D] of the heads at these storage positions, float32."""
+        return (values.float() - self.value_mean[heads, None]) @ self.value[heads].mT
 
     def outputs(self, output: torch.Tensor) -> torch.Tensor:
         """Attention over turned values, [B, Hq, T, D], as the model expects it."""

@@ -73,6 +73,6 @@ def fit(squares: NDArray[np.float32], products: NDArray[np.float32]) -> Scorer:
 
 def scores(scorer: Scorer, layer: int, hidden: Tensor) -> Tensor:
     """Scores of a context's tokens in one layer, float32 [H, n], as the runtime computes and stores them."""
-    weight = torch.from_numpy(np.array(scorer.weight[layer])).to(hidden)
+    weight = torch.from_numpy(scorer.weight[layer].astype(np.float32)).to(hidden.device)
     bias = torch.from_numpy(np.array(scorer.bias[layer])).to(hidden.device)
-    return ((hidden @ weight.mT).float() + bias).half().float().mT
+    return torch.nn.functional.linear(hidden.float(), weight, bias).half().float().mT
