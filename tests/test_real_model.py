@@ -5,6 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import torch
 from transformers import DynamicCache
 
 from kvcompile.artifacts import read
+from kvcompile.calibration import draw_episodes
+from kvcompile.calibration.family import Family
 from kvcompile.compiler import build, resolve
+from kvcompile.evaluation import Contender, evaluate
 from kvcompile.models import Loaded, load
 from kvcompile.runtime import attach
 
@@ -107,3 +111,24 @@ def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Pa
         assert measured[allocator] > 1e-4, "nothing was lost, so the test shows nothing"
     print(measured)
     assert measured["optimal"] < measured["uniform"]
+
+
+def test_an_eighth_of_the_bytes_keeps_the_quality(smollm2: Loaded) -> None:
+    """The reference artifact, with its scorer and 4-bit heads, on text that calibration never draws: its quotes, answers
+    and continuation are close to the full cache's, and far from what equal budgets leave with the same bytes."""
+    loaded = load("smollm2-135m", dtype=torch.bfloat16, device="cpu")
+    artifact = read(FORMAT.parent / "reference" / "smollm2-135m-2048-12.5pct.kvb")
+    documents = tuple(partial(path.read_text, encoding="utf-8") for path in (FORMAT, FORMAT.parents[1] / "README.md"))
+    drawn = draw_episodes(loaded.tokenizer, [Family("docs", documents)], 2048, 1, 0, replay=False)
+    uniform = resolve(artifact, mem="12.5%", allocator="uniform", policy="snapkv")
+    rows = evaluate(loaded.model, drawn, [Contender("joint", "", artifact), Contender("uniform", "", uniform)])
+    assert all(row.share <= 0.125 for row in rows if row.method != "full cache")
+    kl = {
+        (method, kind): [row.kl for row in rows if (row.method, row.kind) == (method, kind)]
+        for method in ("joint", "uniform")
+        for kind in ("continuation", "quote", "question")
+    }
+    mean = {key: sum(values) / len(values) for key, values in kl.items()}
+    for kind in ("continuation", "quote", "question"):
+        assert mean["joint", kind] < 0.05
+        assert mean["joint", kind] < mean["uniform", kind] / 3

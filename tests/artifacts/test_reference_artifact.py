@@ -17,3 +17,14 @@ def test_the_reference_artifact_reads_and_writes_back_to_the_same_bytes() -> Non
     assert artifact.scorer is artifact.quantiser is artifact.rank is None
     assert b'\\"format_version\\":1,' in REFERENCE.read_bytes()
     assert to_bytes(artifact) == REFERENCE.read_bytes()
+
+
+def test_a_version_2_artifact_with_scorer_and_quantiser() -> None:
+    path = REFERENCE.with_name("smollm2-135m-2048-12.5pct.kvb")
+    artifact = read(path)
+    assert artifact.scorer is not None
+    assert artifact.quantiser is not None
+    assert artifact.bytes.resident <= artifact.target.bytes == artifact.bytes.full // 8
+    assert artifact.bytes.resident >= 0.99 * artifact.target.bytes
+    assert b'\\"format_version\\":2,' in path.read_bytes()
+    assert to_bytes(artifact) == path.read_bytes()
