@@ -114,8 +114,8 @@ def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Pa
 
 
 def test_an_eighth_of_the_bytes_keeps_the_quality(smollm2: Loaded) -> None:
-    """The reference artifact, with its scorer and 4-bit heads, on text that calibration never draws: quotes, answers and
-    continuation are close to the full cache's, and far from what equal budgets leave with the same bytes."""
+    """The reference artifact, with its scorer and 4-bit heads, on text that calibration never draws: quotes, answers
+    and continuation are close to the full cache, and far from what equal budgets leave with the same bytes."""
     loaded = load("smollm2-135m", dtype=torch.bfloat16, device="cpu")
     artifact = read(FORMAT.parent / "reference" / "smollm2-135m-2048-12.5pct.kvb")
     documents = tuple(partial(path.read_text, encoding="utf-8") for path in (FORMAT, FORMAT.parents[1] / "README.md"))
