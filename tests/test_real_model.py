@@ -108,9 +108,8 @@ def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Pa
         measured[allocator] = sum(
             (f.exp() * (f - k)).sum(-1).mean().item() for f, k in zip(full, kept, strict=True)
         ) / len(windows)
-        assert measured[allocator] > 1e-4, "nothing was lost, so the test shows nothing"
-    print(measured)
-    assert measured["optimal"] < measured["uniform"]
+    assert measured["uniform"] > 1e-3, "nothing was lost, so the test shows nothing"
+    assert measured["optimal"] < measured["uniform"] / 3
 
 
 def test_an_eighth_of_the_bytes_keeps_the_quality(smollm2: Loaded) -> None:

@@ -20,29 +20,29 @@ from kvcompile.artifacts.errors import ModelError
 from kvcompile.cache_dir import cache_dir
 
 
-def converted(file: Path) -> Path:
+def converted(file: Path, dtype: torch.dtype) -> Path:
     """The folder of `file`'s copy in transformers' own format, made on first use.
 
     Reading GGUF takes about 0.1 s for every million weights, reading the copy next to nothing. The copy holds the
-    dequantised weights in float32, bit for bit, so four bytes a weight; it lies in the cache folder under a name made
-    of the file's path, size and time and of the version of transformers. Raises ModelError for a file that cannot be
-    read and for a cache folder that cannot be written.
+    dequantised weights in `dtype`, so that loading it needs no memory beside the weights themselves; it lies in the
+    cache folder under a name made of the file's path, size and time, of `dtype` and of the version of transformers.
+    Raises ModelError for a file that cannot be read and for a cache folder that cannot be written.
     """
     state = file.stat()
-    key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, transformers.__version__))
+    key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, str(dtype), transformers.__version__))
     folder = cache_dir("gguf", f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if not folder.is_dir():
-        model, tokenizer = _read(file)
+        model, tokenizer = _read(file, dtype)
         _store(model, tokenizer, folder)
     return folder
 
 
-def _read(file: Path) -> tuple[Any, Any]:
+def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     with file.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ModelError(f"{file} is no GGUF file: it does not start with the letters GGUF")
     # Packed weights could not be reordered, hence dequantize.
-    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True), "dtype": dtype}
     try:
         with _quiet_off_terminal():
             model = AutoModelForCausalLM.from_pretrained(file.parent, **options)

@@ -73,12 +73,12 @@ def _find(name: str, dtype: torch.dtype | None, gguf_dtype: torch.dtype) -> Load
 
 
 def _load_gguf(file: Path, name: str, dtype: torch.dtype) -> Loaded:
-    folder = converted(file)
+    folder = converted(file, dtype)
     try:
         return _load_folder(folder, name, dtype)
     except ModelError:  # A damaged copy; should the file itself be at fault, the second attempt says so.
         shutil.rmtree(folder)
-        return _load_folder(converted(file), name, dtype)
+        return _load_folder(converted(file, dtype), name, dtype)
 
 
 def _load_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Loaded:

@@ -115,7 +115,7 @@ def test_real_tensors_and_tokens_come_out(tmp_path: Path) -> None:
 def test_the_copy_is_bit_for_bit_the_converted_model(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    model, tokenizer = subject._read(file)
+    model, tokenizer = subject._read(file, torch.float32)
     loaded = load(str(file), dtype=torch.float32, device="cpu")
     converted, weights = model.state_dict(), loaded.model.state_dict()
     assert converted.keys() == weights.keys()
@@ -129,12 +129,12 @@ def test_a_file_is_converted_once_and_again_when_it_changes(
 ) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    first = subject.converted(file)
+    first = subject.converted(file, torch.float32)
     with monkeypatch.context() as patch:
-        patch.setattr(subject, "_read", lambda _: pytest.fail("converted twice"))
-        assert subject.converted(file) == first
+        patch.setattr(subject, "_read", lambda *_: pytest.fail("converted twice"))
+        assert subject.converted(file, torch.float32) == first
     file.write_bytes(file.read_bytes() + b"\0")
-    assert subject.converted(file) != first
+    assert subject.converted(file, torch.float32) != first
     assert not list(cache.glob(".unfinished-*"))
 
 
@@ -142,20 +142,23 @@ def test_a_file_is_converted_once_and_again_when_it_changes(
 def test_a_damaged_copy_is_made_anew(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    weights = subject.converted(file) / "model.safetensors"
+    weights = subject.converted(file, torch.bfloat16) / "model.safetensors"
     whole = {name: tensor.clone() for name, tensor in load_file(weights).items()}  # the file is memory-mapped
     if damage == "cut":
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         weights.unlink()
-    load(str(file), device="cpu")
+    load(str(file), torch.bfloat16, "cpu")
     again = load_file(weights)
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_dtype_can_be_asked_for(tmp_path: Path) -> None:
+def test_bfloat16_is_float32_rounded(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf")
-    assert load(str(tmp_path / "tiny.gguf"), torch.bfloat16, "cpu").model.dtype == torch.bfloat16
+    rounded = load(str(tmp_path / "tiny.gguf"), torch.bfloat16, "cpu").model
+    exact = load(str(tmp_path / "tiny.gguf"), torch.float32, "cpu").model.to(torch.bfloat16).state_dict()
+    assert rounded.dtype == torch.bfloat16
+    assert all(torch.equal(weight, exact[name]) for name, weight in rounded.state_dict().items())
 
 
 def test_another_kind_of_file_is_refused(tmp_path: Path) -> None:
