@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, NamedTuple
 
 QUANTISED = (4, 8)
 """Widths in bits at which keys or values are rounded; every other width is the cache's own type."""
@@ -53,6 +54,38 @@ class HeadClass:
         return self.capacity - self.recent + (token - self.capacity) % self.recent
 
 
+class Place(NamedTuple):
+    """Where a head lies on one side (keys or values): `width` in bits (0: the cache's own type), the first of its rows
+    in the buffers of that width, and its anchor (-1: it has none)."""
+
+    width: int
+    row: int
+    anchor: int
+
+
+class HeadRow(NamedTuple):
+    """One head for the kernels, in storage order. `kind` is one of RING, SCORED and OTHER; `score` is the first row of
+    its scores (-1: it has none), `slot` the first of its slots when all slots of the layer are counted through."""
+
+    capacity: int
+    sink: int
+    recent: int
+    kind: int
+    score: int
+    slot: int
+    k_width: int
+    k_row: int
+    k_anchor: int
+    v_width: int
+    v_row: int
+    v_anchor: int
+
+
+RING, SCORED, OTHER = 0, 1, 2
+"""How a head chooses the slot of a new token: by a ring alone, by a ring and scores, or in a way of its own."""
+KINDS = {"full": RING, "recent": RING, "snapkv": RING, "scored": SCORED}
+
+
 @dataclass(frozen=True)
 class LayerLayout:
     """The classes of one layer in storage order, and the width of its sliding window in tokens (0: none)."""
@@ -81,3 +114,43 @@ class LayerLayout:
     def slots(self) -> int:
         """Slots of all heads of the layer."""
         return sum(c.slots for c in self.classes)
+
+    @cached_property
+    def scored_slots(self) -> int:
+        """Slots of its heads that keep scores."""
+        return sum(c.slots for c in self.classes if KINDS.get(c.policy) == SCORED)
+
+    @cached_property
+    def memo(self) -> dict[Any, Any]:
+        """What implementations derive from the layout once, under keys of their own."""
+        return {}
+
+    @cached_property
+    def rows(self) -> tuple[HeadRow, ...]:
+        """Every head, in storage order."""
+        rows, slot, score = [], 0, 0
+        sides = [side_places(self, [getattr(c, name) for c in self.classes]) for name in ("k_bits", "v_bits")]
+        for h, cls in enumerate(c for c in self.classes for _ in range(c.count)):
+            kind = KINDS.get(cls.policy, OTHER)
+            places = [number for side in sides for number in side[h]]
+            scores = score if kind == SCORED else -1
+            rows.append(HeadRow(cls.capacity, cls.sink, cls.recent, kind, scores, slot, *places))
+            slot += cls.capacity
+            score += cls.capacity if kind == SCORED else 0
+        return tuple(rows)
+
+    def __deepcopy__(self, memo: object) -> LayerLayout:
+        return self  # constant, with all that is derived from it
+
+
+def side_places(layout: LayerLayout, bits: Sequence[int]) -> list[Place]:
+    """Where the heads of a layer lie, by storage position, if class i is stored at `bits[i]`."""
+    places, rows, anchors = [], dict.fromkeys((0, *QUANTISED), 0), 0
+    for cls, width in zip(layout.classes, bits, strict=True):
+        width = width if width in QUANTISED else 0
+        for _ in range(cls.count):
+            anchored = bool(width) and cls.sink > 0
+            places.append(Place(width, rows[width], anchors if anchored else -1))
+            rows[width] += cls.capacity
+            anchors += anchored
+    return places

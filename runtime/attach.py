@@ -15,7 +15,7 @@ from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scor
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
-from kvcompile.runtime.turn import Turn
+from kvcompile.runtime.turn import layer_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -123,7 +123,7 @@ class Attachment:
         scorers = self._scorers()
         orders = artifact.budgets.head_order.tolist()
         self._turns = [
-            Turn.of_layer(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
+            layer_turn(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
             for i, (order, layout, module) in enumerate(zip(orders, self.layouts, self._attention, strict=True))
         ]
         _register()

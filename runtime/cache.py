@@ -10,9 +10,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
-from kvcompile.kernels import LayerLayout
+from kvcompile.kernels import LayerLayout, Turn
 from kvcompile.runtime.store import LayerStore
-from kvcompile.runtime.turn import Turn
 
 
 class RaggedLayer(CacheLayerMixin):

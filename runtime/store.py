@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from kvcompile.kernels import HeadClass, LayerLayout, Stored, ragged_attention
+from kvcompile.kernels import HeadClass, LayerLayout, Stored, Turn, append, compact, ragged_decode
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import News, Placement
-from kvcompile.runtime.turn import Turn
 
 
 class LayerStore:
@@ -35,15 +34,29 @@ class LayerStore:
         self.turn = turn
         self.keys = Stored(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch)
         self.values = Stored(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch)
-        self.state = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
+        self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
+        self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the store holds."""
         yield from self.keys.tensors()
         yield from self.values.tensors()
-        for tensors in self.state:
+        if self.scores.numel():
+            yield self.scores
+        for tensors in self._own:
             yield from tensors
+
+    @property
+    def state(self) -> list[list[torch.Tensor]]:
+        """What the policy of every class remembers, [B, count, capacity] each; scores are views."""
+        found = []
+        for cls, own in zip(self.layout.classes, self._own, strict=True):
+            first = self.layout.rows[cls.start].score
+            if first >= 0:
+                own = [self.scores.narrow(1, first, cls.slots).unflatten(1, (cls.count, cls.capacity))]
+            found.append(own)
+        return found
 
     @torch.no_grad()
     def prefill(
@@ -61,6 +74,7 @@ class LayerStore:
             there = slice(None) if real is None else real[b]
             q, k, v = query[b][:, there], keys[b][:, there], values[b][:, there]
             q = q.unflatten(0, (self.layout.num_kv_heads, -1))
+            tokens = []
             for cls, state in zip(self.layout.classes, self.state, strict=True):
                 policy, cut = POLICIES[cls.policy], k.shape[1] > cls.capacity
                 worth = None
@@ -68,13 +82,9 @@ class LayerStore:
                     by_scorer = None if score is None else score[b][there].mT[cls.heads]
                     worth = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
                 token = kept_tokens(cls, k.shape[1], worth, k.device)
-                if self.turn is None:
-                    self.keys.fill(cls, b, k[cls.heads], token)
-                    self.values.fill(cls, b, v[cls.heads], token)
-                else:
-                    self.keys.fill(cls, b, k[cls.heads], token, self.turn.keys)
-                    self.values.fill(cls, b, v[cls.heads], token, self.turn.values)
                 policy.remember(state, b, token, worth)
+                tokens.append(token)
+            compact(self.keys, self.values, self.layout, b, k, v, tokens, self.turn)
             self.seen[b] = k.shape[1]
 
     @torch.no_grad()
@@ -88,18 +98,17 @@ class LayerStore:
     ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
         query, keys, values = self._turned(query, keys, values)
-        for cls, state in zip(self.layout.classes, self.state, strict=True):
-            by_scorer = None if score is None else score.mT[:, cls.heads]
-            placed = POLICIES[cls.policy].place(state, cls, self.seen, by_scorer).to(keys.device)
+        flat = None if score is None else score[:, 0]
+        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.seen)
+        for cls, state in self._observing():
+            placed = Placement.at(POLICIES[cls.policy].place(state, cls, self.seen))
             self._write(cls, keys, values, placed)
         self.seen = [n + 1 for n in self.seen]
-        out = ragged_attention(query, self.keys, self.values, self.layout, self.seen, scaling=scaling)
-        grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
-        for cls, state in zip(self.layout.classes, self.state, strict=True):
-            policy = POLICIES[cls.policy]
-            if policy.observes:
-                stored = self.keys.read(cls, cls.capacity, query.dtype)
-                policy.observe(state, cls, grouped[:, cls.heads], stored, self.seen, scaling)
+        out = ragged_decode(query, self.keys, self.values, self.layout, self.seen, scaling=scaling)
+        for cls, state in self._observing():
+            grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
+            stored = self.keys.read(cls, cls.capacity, query.dtype)
+            POLICIES[cls.policy].observe(state, cls, grouped[:, cls.heads], stored, self.seen, scaling)
         return out if self.turn is None else self.turn.outputs(out)
 
     @torch.no_grad()
@@ -116,7 +125,7 @@ class LayerStore:
         """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
         what the policies keep of them; [B, num_heads, T, D]."""
         query, keys, values = self._turned(query, keys, values)
-        out = ragged_attention(
+        out = ragged_decode(
             query, self.keys, self.values, self.layout, self.seen,
             scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
         )  # fmt: skip
@@ -133,6 +142,11 @@ class LayerStore:
             self._write(cls, keys, values, policy.extend(state, cls, news, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
         return out if self.turn is None else self.turn.outputs(out)
+
+    def _observing(self) -> list[tuple[HeadClass, list[torch.Tensor]]]:
+        """Classes whose policy learns from every step, with what it remembers."""
+        pairs = zip(self.layout.classes, self._own, strict=True)
+        return [(cls, own) for cls, own in pairs if POLICIES[cls.policy].observes]
 
     def _turned(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
@@ -153,7 +167,8 @@ class LayerStore:
         index = index.to(self.keys.exact.device)
         self.keys.take(index)
         self.values.take(index)
-        self.state = [[t.index_select(0, index) for t in tensors] for tensors in self.state]
+        self.scores = self.scores.index_select(0, index)
+        self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
         self.seen = [self.seen[i] for i in index.tolist()]
         self.batch = len(self.seen)
 

@@ -1,1 +1,1 @@
-"""Writing new tokens into the slots of the evicted ones."""
+"""One decode step's keys and values into the slots of the evicted tokens."""

@@ -1,20 +1,50 @@
-"""Write new tokens in place: the checked entry point."""
+"""Store the token of a decode step: the checked entry point."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from kvcompile.kernels.append import dense
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.stored import Stored
 
 
-def append(store: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> None:
-    """Write `new` [B, H, T, D] into `store` [B, H, capacity, D] (a class's view) at `slot` int64 [B, H, T], in place.
+def append(
+    keys: Stored,
+    values: Stored,
+    scores: torch.Tensor,
+    layout: LayerLayout,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    score: torch.Tensor | None,
+    seen: Sequence[int] | torch.Tensor,
+) -> None:
+    """Write one new token a sequence in place, rounded where the head is; nothing is allocated and nothing else moves.
 
-    A slot of -1 drops its token. Slots that are written must be distinct within a head.
+    A head that is not full takes the next free slot. A full one takes the slot of the oldest token of its ring. Before
+    that, a head of policy `scored` moves this oldest token to the slot of the worst of the tokens between sinks and
+    ring, should it score above it (of several worst ones, the first). Heads with a way of their own (`OTHER`) are left
+    as they are.
+
+    Args:
+        keys, values: what the layer stores.
+        scores: float16 [B, scored slots], those of heads of policy `scored`, in storage order.
+        layout: the layer's classes.
+        new_keys, new_values: [B, num_kv_heads, D], turned where heads are rounded.
+        score: f32 [B, num_kv_heads] of the new token by the compiled scorer; None where no head is `scored`.
+        seen: tokens stored before this one, one number a sequence.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if store.shape[:2] != new.shape[:2] or store.shape[3] != new.shape[3] or slot.shape != new.shape[:3]:
-        raise ValueError(f"store {tuple(store.shape)}, new {tuple(new.shape)} and slot {tuple(slot.shape)} do not fit")
-    dense.append(store, new, slot)
+    shape = (len(keys.exact), layout.num_kv_heads, keys.head_dim)
+    if new_keys.shape != shape or new_values.shape != shape or len(seen) != shape[0]:
+        raise ValueError(
+            f"keys {tuple(new_keys.shape)}, values {tuple(new_values.shape)} and {len(seen)} lengths for a store of "
+            f"{shape}"
+        )
+    if scores.shape != (shape[0], layout.scored_slots) or (layout.scored_slots and score is None):
+        raise ValueError(f"scores {tuple(scores.shape)}, expected {(shape[0], layout.scored_slots)} and the new ones")
+    dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)

@@ -1,22 +1,48 @@
-"""Keep a head's chosen tokens: the checked entry point."""
+"""Cut a prompt down to the budget: the checked entry point."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from kvcompile.kernels.compact import dense
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.stored import Stored
+from kvcompile.kernels.turn import Turn
 
 
-def compact(store: torch.Tensor, prompt: torch.Tensor, token: torch.Tensor) -> None:
-    """Fill the first slots of every head with chosen prompt tokens: `store[h, s] = prompt[h, token[h, s]]`.
+def compact(
+    keys: Stored,
+    values: Stored,
+    layout: LayerLayout,
+    sequence: int,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    tokens: Sequence[torch.Tensor],
+    turn: Turn | None = None,
+) -> None:
+    """Fill the first slots of every head of one sequence with chosen tokens of its prompt, rounded on the way where the
+    head is: slot s of head h gets token `tokens[class][h, s]`.
 
-    One sequence of one class: `store` [H, capacity, D], `prompt` [H, n, D], `token` int64 [H, kept], kept <= capacity.
+    Args:
+        keys, values: what the layer stores.
+        layout: the layer's classes.
+        sequence: its place in the batch.
+        new_keys, new_values: [num_kv_heads, n, D] of the prompt, not turned.
+        tokens: int64 [count, kept] for every class, kept <= capacity. Where slot 0 is a sink it gets token 0, which
+            rounded heads keep as an exact copy too.
+        turn: how heads that are rounded are turned; None if there are none.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    if not (store.shape[0] == prompt.shape[0] == token.shape[0] and token.shape[1] <= store.shape[1]):
+    if new_keys.shape != new_values.shape or len(new_keys) != layout.num_kv_heads or len(tokens) != len(layout.classes):
         raise ValueError(
-            f"store {tuple(store.shape)}, prompt {tuple(prompt.shape)} and token {tuple(token.shape)} do not fit"
+            f"keys {tuple(new_keys.shape)} and values {tuple(new_values.shape)} with tokens for {len(tokens)} classes "
+            f"do not fit a layer of {layout.num_kv_heads} heads in {len(layout.classes)} classes"
         )
-    dense.compact(store, prompt, token)
+    for cls, token in zip(layout.classes, tokens, strict=True):
+        if len(token) != cls.count or token.shape[1] > cls.capacity:
+            raise ValueError(f"tokens {tuple(token.shape)} for {cls.count} heads of {cls.capacity} slots")
+    dense.compact(keys, values, layout, sequence, new_keys, new_values, tokens, turn)

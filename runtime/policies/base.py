@@ -69,12 +69,10 @@ class Policy:
     def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
         """Note what sequence `b` keeps of its prompt: `token` int64 [H, kept] by slot, `score` as `score` gave it."""
 
-    def place(
-        self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], score: torch.Tensor | None
-    ) -> Placement:
-        """Where the next token of each sequence goes; `score` f32 [B, count, 1] by the compiled scorer."""
-        slot = torch.tensor([cls.ring_slot(n) for n in seen])
-        return Placement.at(slot.view(-1, 1, 1).expand(-1, cls.count, -1))
+    def place(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int]) -> torch.Tensor:
+        """Slots int64 [B, count, 1] of the next token of each sequence; only where `observes`, all other policies are
+        those that `kernels.append` knows."""
+        raise NotImplementedError
 
     def observe(
         self,

@@ -42,9 +42,7 @@ class H2O(Policy):
         attention[b, :, : token.shape[1]] = score.gather(1, token)
         number[b, :, : token.shape[1]] = token
 
-    def place(
-        self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], score: torch.Tensor | None
-    ) -> Placement:
+    def place(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int]) -> torch.Tensor:
         """A free slot, or that of the least attended token that is neither sink nor recent."""
         attention, number = state
         count = torch.tensor(seen, device=attention.device).view(-1, 1, 1)
@@ -55,7 +53,7 @@ class H2O(Policy):
         victim = torch.where(count < cls.capacity, count, rank.argmin(2, keepdim=True))
         attention.scatter_(2, victim, 0.0)
         number.scatter_(2, victim, count.expand_as(victim).int())
-        return Placement.at(victim)
+        return victim
 
     def observe(
         self,

@@ -6,20 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcompile.kernels import HeadClass, append
+from kvcompile.kernels import HeadClass, overwrite
 from kvcompile.runtime.policies.base import News, Placement, Policy, ring_slots
 
 
 class Scored(Policy):
-    """State a slot: its token's score (f16).
+    """State a slot: its token's score (f16), which the store holds and decode steps keep up (`kernels.append`).
 
     When a head is full, the oldest token of the ring has to leave it. If it scores above the worst of the tokens
     between sinks and ring, it takes that one's slot, else it is lost; the new token takes its place in the ring. So the
     worst token that is neither a sink nor recent is the one that goes.
     """
-
-    def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
-        return [torch.zeros(batch, cls.count, cls.capacity, dtype=torch.float16, device=device)]
 
     def score(
         self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
@@ -31,25 +28,6 @@ class Scored(Policy):
     def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
         assert score is not None
         state[0][b, :, : token.shape[1]] = score.gather(1, token).half()
-
-    def place(
-        self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int], score: torch.Tensor | None
-    ) -> Placement:
-        assert score is not None
-        kept = state[0]
-        slot = torch.tensor([cls.ring_slot(n) for n in seen], device=kept.device).view(-1, 1, 1)
-        slot = slot.expand(-1, cls.count, -1)
-        heavy = kept[:, :, cls.sink : cls.capacity - cls.recent]
-        placed = Placement.at(slot)
-        if heavy.shape[2] and max(seen) >= cls.capacity:
-            worst, victim = heavy.min(2, keepdim=True)
-            leaving = kept.gather(2, slot)
-            full = torch.tensor([n >= cls.capacity for n in seen], device=kept.device).view(-1, 1, 1)
-            to_slot = torch.where((leaving > worst) & full, victim + cls.sink, -1)
-            placed = Placement(slot, slot, to_slot)
-            append(kept.unsqueeze(3), leaving.unsqueeze(3), to_slot)
-        kept.scatter_(2, slot, score.half())
-        return placed
 
     def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
         assert news.score is not None
@@ -111,5 +89,5 @@ class Scored(Policy):
         slot[:, fresh] = target[:, len(old) :]
         written = torch.cat([target[:, : len(old)], slot], dim=1)
         values = torch.cat([leaving[:, : len(old)], score], dim=1)
-        append(kept[None, ..., None], values[None, ..., None], written[None])
+        overwrite(kept[None, ..., None], values[None, ..., None], written[None])
         return slot, source.expand(cls.count, -1), target[:, : len(old)]

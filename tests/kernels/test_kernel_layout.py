@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompile.artifacts import anchor_bytes, slot_bytes
-from kvcompile.kernels import HeadClass, HeadSpec, LayerLayout, Stored
+from kvcompile.kernels import HeadClass, HeadSpec, LayerLayout, Stored, compact
 
 
 def test_equal_neighbours_form_a_class() -> None:
@@ -53,8 +53,9 @@ def test_views_cover_the_store_without_a_copy() -> None:
         for view in store.views(cls):
             view.fill_(1)
     assert store.exact.shape == (2, 10, 4)
-    assert store.codes.shape == (2, 12)
-    assert all((tensor == 1).all() for tensor in (store.exact, store.codes, store.scales))
+    assert store.codes[8].shape == (2, 3, 4)
+    assert store.codes[4].shape == (2, 0, 2)
+    assert all((tensor == 1).all() for tensor in store.tensors())
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -63,7 +64,7 @@ def test_what_is_written_is_read_back() -> None:
     store, cls = Stored(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
     prompt = torch.randn(2, 9, 16)
     token = torch.tensor([[0, 2, 3, 5, 7, 8], [0, 1, 4, 6, 7, 8]])
-    store.fill(cls, 0, prompt, token)
+    compact(store, Stored(layout, [16], 16, torch.float32, torch.device("cpu"), 1), layout, 0, prompt, prompt, [token])
     expected = prompt.gather(1, token[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(store.read(cls, 6, torch.float32)[0], expected, atol=0.02, rtol=0)
     assert torch.equal(store.read(cls, 6, torch.float32)[0, :, 0], prompt[:, 0]), "token 0 is exact"

@@ -1,4 +1,8 @@
-"""Ragged attention in torch: every class of equal heads is one dense batch for `scaled_dot_product_attention`."""
+"""Ragged decoding in torch.
+
+Several new tokens go class by class through `scaled_dot_product_attention`. The step of a single token has its own way
+(`columns`): all heads of the layer in a few products, as a call for every head would cost more than what it computes.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,42 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from kvcompile.kernels.layout import HeadClass, LayerLayout
+from kvcompile.kernels.ragged_decode.columns import one_token
 from kvcompile.kernels.stored import Stored
 
 MASK_ELEMENTS = 1 << 24
 """Most elements of one mask; longer runs of new tokens go through in blocks of queries."""
 
 
-def ragged_attention(
+def ragged_decode(
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    layout: LayerLayout,
+    seen: Sequence[int] | torch.Tensor,
+    scaling: float,
+    new_keys: torch.Tensor | None,
+    new_values: torch.Tensor | None,
+    new_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """See `api.ragged_decode`."""
+    seen = seen.tolist() if isinstance(seen, torch.Tensor) else seen
+    if new_keys is not None and new_values is not None:
+        return _several_tokens(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+    return one_token(query.squeeze(2), keys, values, layout, seen, scaling).unsqueeze(2)
+
+
+def _several_tokens(
     query: torch.Tensor,
     keys: Stored,
     values: Stored,
     layout: LayerLayout,
     seen: Sequence[int],
     scaling: float,
-    new_keys: torch.Tensor | None,
-    new_values: torch.Tensor | None,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
     new_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See `api.ragged_attention`."""
     batch, num_heads, length, _ = query.shape
     group = num_heads // layout.num_kv_heads
     grouped = query.unflatten(1, (layout.num_kv_heads, group))
@@ -33,16 +55,9 @@ def ragged_attention(
     for cls in layout.classes:
         heads = cls.heads
         filled = min(max(seen), cls.capacity)
-        k = keys.read(cls, filled, query.dtype)
-        v = values.read(cls, filled, query.dtype)
         q = grouped[:, heads]
-        if new_keys is None or new_values is None:
-            mask = _stored_mask(cls, 0, seen, 1, query.device)
-            attended = scaled_dot_product_attention(q[:, :, :, 0], k, v, attn_mask=mask, scale=scaling)
-            out[:, heads] = attended.unsqueeze(3)
-            continue
-        k = torch.cat([k, new_keys[:, heads]], dim=2)
-        v = torch.cat([v, new_values[:, heads]], dim=2)
+        k = torch.cat([keys.read(cls, filled, query.dtype), new_keys[:, heads]], dim=2)
+        v = torch.cat([values.read(cls, filled, query.dtype), new_values[:, heads]], dim=2)
         block = max(1, MASK_ELEMENTS // (batch * group * k.shape[2]))
         for t in range(0, length, block):
             rows = q[:, :, :, t : t + block]

@@ -7,16 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.ragged_attention import dense
+from kvcompile.kernels.ragged_decode import dense
 from kvcompile.kernels.stored import Stored
 
 
-def ragged_attention(
+def ragged_decode(
     query: torch.Tensor,
     keys: Stored,
     values: Stored,
     layout: LayerLayout,
-    seen: Sequence[int],
+    seen: Sequence[int] | torch.Tensor,
     *,
     scaling: float,
     new_keys: torch.Tensor | None = None,
@@ -54,4 +54,4 @@ def ragged_attention(
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:
         raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
-    return dense.ragged_attention(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+    return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

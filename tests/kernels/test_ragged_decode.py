@@ -1,12 +1,12 @@
-"""Ragged attention against its float64 reference, over odd shapes."""
+"""Ragged decoding against its float64 reference, over odd shapes."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from kvcompile.kernels import HeadSpec, LayerLayout, Stored, ragged_attention
-from kvcompile.kernels.ragged_attention import dense, reference
+from kvcompile.kernels import HeadSpec, LayerLayout, Stored, ragged_decode
+from kvcompile.kernels.ragged_decode import dense, reference
 
 SMALL = HeadSpec("recent", 5, 4, 1)
 LAYOUTS = {
@@ -26,10 +26,10 @@ def stored(layout: LayerLayout, bits: str, batch: int, head_dim: int, dtype: tor
     generator = torch.Generator().manual_seed(seed)
     store = Stored(layout, [getattr(c, bits) for c in layout.classes], head_dim, dtype, torch.device("cpu"), batch)
     for cls in layout.classes:
-        every = torch.arange(cls.capacity).expand(cls.count, -1)
-        for b in range(batch):
-            prompt = torch.randn(cls.count, cls.capacity, head_dim, generator=generator).to(dtype)
-            store.fill(cls, b, prompt, every)
+        slot = torch.arange(cls.capacity).expand(batch, cls.count, -1)
+        new = torch.randn(batch, cls.count, cls.capacity, head_dim, generator=generator).to(dtype)
+        store.write(cls, new, slot, slot[:, :, :0], slot[:, :, :0])
+        store.write_anchor(cls, new, slot)
     return store
 
 
@@ -56,9 +56,9 @@ def inputs(layout: LayerLayout, batch: int, group: int, length: int, dtype: torc
 def test_one_token(layout: LayerLayout, seen: list[int], group: int, dtype: torch.dtype) -> None:
     data = inputs(layout, len(seen), group, 1, dtype)
     args = (data["query"], data["keys"], data["values"], layout, seen)
-    out = ragged_attention(*args, scaling=0.3)
+    out = ragged_decode(*args, scaling=0.3)
     assert out.dtype == dtype
-    expected = reference.ragged_attention(*args, scaling=0.3)
+    expected = reference.ragged_decode(*args, scaling=0.3)
     torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
@@ -69,10 +69,8 @@ def test_one_token(layout: LayerLayout, seen: list[int], group: int, dtype: torc
 def test_several_tokens(layout: LayerLayout, seen: list[int], group: int, length: int) -> None:
     data = inputs(layout, len(seen), group, length, torch.float32)
     args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
-    out = ragged_attention(*args, scaling=0.3, **data)
-    torch.testing.assert_close(
-        out.double(), reference.ragged_attention(*args, scaling=0.3, **data), atol=1e-5, rtol=1e-5
-    )
+    out = ragged_decode(*args, scaling=0.3, **data)
+    torch.testing.assert_close(out.double(), reference.ragged_decode(*args, scaling=0.3, **data), atol=1e-5, rtol=1e-5)
 
 
 def test_padding_among_new_tokens_is_not_seen() -> None:
@@ -81,8 +79,8 @@ def test_padding_among_new_tokens_is_not_seen() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
     mask[0, :, :, :2] = False
     args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
-    out = ragged_attention(*args, scaling=1.0, new_mask=mask, **data)
-    expected = reference.ragged_attention(*args, scaling=1.0, new_mask=mask, **data)
+    out = ragged_decode(*args, scaling=1.0, new_mask=mask, **data)
+    expected = reference.ragged_decode(*args, scaling=1.0, new_mask=mask, **data)
     torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -90,20 +88,20 @@ def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     layout, seen = LAYOUTS["window"], [20]
     data = inputs(layout, 1, 3, 11, torch.float32)
     args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
-    whole = ragged_attention(*args, scaling=1.0, **data)
+    whole = ragged_decode(*args, scaling=1.0, **data)
     monkeypatch.setattr(dense, "MASK_ELEMENTS", 2 * 3 * 18)
-    torch.testing.assert_close(ragged_attention(*args, scaling=1.0, **data), whole, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(ragged_decode(*args, scaling=1.0, **data), whole, atol=1e-6, rtol=1e-6)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     layout = LAYOUTS["uniform"]
     data = inputs(layout, 1, 2, 2, torch.float32)
     with pytest.raises(ValueError, match="only one token"):
-        ragged_attention(data["query"], data["keys"], data["values"], layout, [5], scaling=1.0)
+        ragged_decode(data["query"], data["keys"], data["values"], layout, [5], scaling=1.0)
     with pytest.raises(ValueError, match="no multiple"):
-        ragged_attention(data["query"][:, :4], data["keys"], data["values"], layout, [5], scaling=1.0)
+        ragged_decode(data["query"][:, :4], data["keys"], data["values"], layout, [5], scaling=1.0)
     with pytest.raises(ValueError, match="a store of"):
-        ragged_attention(
+        ragged_decode(
             data["query"][:, :, :1],
             stored(layout, "k_bits", 2, 16, torch.float32, 1),
             data["values"],
@@ -112,4 +110,4 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             scaling=1.0,
         )
     with pytest.raises(ValueError, match="lengths"):
-        ragged_attention(data["query"][:, :, :1], data["keys"], data["values"], layout, [5, 5], scaling=1.0)
+        ragged_decode(data["query"][:, :, :1], data["keys"], data["values"], layout, [5, 5], scaling=1.0)

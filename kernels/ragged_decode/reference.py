@@ -10,7 +10,7 @@ from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.stored import Stored
 
 
-def ragged_attention(
+def ragged_decode(
     query: torch.Tensor,
     keys: Stored,
     values: Stored,
@@ -22,7 +22,7 @@ def ragged_attention(
     new_values: torch.Tensor | None = None,
     new_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `api.ragged_attention`; float64 [B, num_heads, T, D]."""
+    """See `api.ragged_decode`; float64 [B, num_heads, T, D]."""
     batch, num_heads, length, _ = query.shape
     group = num_heads // layout.num_kv_heads
     out = torch.zeros(query.shape, dtype=torch.float64)

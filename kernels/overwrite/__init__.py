@@ -1,0 +1,1 @@
+"""Writing new tokens into the slots of the evicted ones."""
