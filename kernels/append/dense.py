@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kvcompile.kernels.layout import OTHER, QUANTISED, SCORED, HeadRow, LayerLayout
+from kvcompile.kernels.layout import KINDS, OTHER, QUANTISED, SCORED, HeadRow, LayerLayout
 from kvcompile.kernels.quantise.api import encode
 from kvcompile.kernels.stored import Stored
 
@@ -92,7 +92,8 @@ def append(
     if not isinstance(seen, torch.Tensor) and 0 in seen:
         for stored, new in ((keys, new_keys), (values, new_values)):
             for cls in layout.classes:
-                stored.write_anchor(cls, new[:, cls.heads, None], slot[:, cls.heads, None])
+                if KINDS.get(cls.policy, OTHER) != OTHER:
+                    stored.write_anchor(cls, new[:, cls.heads, None], slot[:, cls.heads, None])
 
 
 def _rescue(

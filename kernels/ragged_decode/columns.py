@@ -7,7 +7,8 @@ multiplied as the integers that they are, in float32; scale and centre are appli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from kvcompile.kernels.stored import Stored
 
 WIDTHS = (0, *QUANTISED)
 INF = float("inf")
+BLOCK = 1 << 19
+"""Most numbers that are turned into float32 at a time, so that they are still in the cache when they are multiplied."""
 
 
 class Side(NamedTuple):
@@ -95,28 +98,32 @@ def one_token(
 
 def _logits(query: torch.Tensor, keys: Stored, side: Side) -> torch.Tensor:
     """Products [B, num_heads, columns] of `query` f32 [B, num_heads, D] with all keys."""
-    parts = [query @ keys.exact.float().mT] if keys.exact.shape[1] else []
+    logits = query.new_empty(*query.shape[:2], sum(side.capacity))
+    first = 0
+    for start, stop, block in _blocks(keys.exact):
+        torch.bmm(query, block.mT, out=logits[:, :, start:stop])
+    first += keys.exact.shape[1]
     for width in QUANTISED:
         codes, scales = keys.codes[width], keys.scales[width].float()
         if not codes.shape[1]:
             continue
-        total = None
-        for g, asked in enumerate(query.chunk(scales.shape[2], 2)):
-            centre = (2 ** (width - 1) - 0.5) * asked.sum(2, keepdim=True)
-            part = codes.chunk(scales.shape[2], 2)[g]
+        mine = logits[:, :, first : first + codes.shape[1]]
+        first += codes.shape[1]
+        groups = scales.shape[2]
+        for g, asked in enumerate(query.chunk(groups, 2)):
+            part, into = codes.chunk(groups, 2)[g], mine if groups == 1 else torch.empty_like(mine)
             if width == 8:
-                products = asked @ part.float().mT
+                for start, stop, block in _blocks(part):
+                    torch.bmm(asked, block.mT, out=into[:, :, start:stop])
             else:
-                # low + 16 high is the byte itself, so one mask or shift is enough.
-                even, odd = asked[:, :, 0::2], asked[:, :, 1::2]
-                products = even @ (part & 15).float().mT
-                products += odd @ (part >> 4).float().mT
-            products -= centre
-            products *= scales[:, None, :, g]
-            total = products if total is None else total.add_(products)
-        assert total is not None
-        parts.append(total)
-    logits = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+                low, high = _nibble_factors(asked)
+                for start, stop, byte, upper in _nibbles(part):
+                    torch.bmm(low, byte.mT, out=into[:, :, start:stop])
+                    into[:, :, start:stop].baddbmm_(high, upper.mT)
+            into -= (2 ** (width - 1) - 0.5) * asked.sum(2, keepdim=True)
+            into *= scales[:, None, :, g]
+            if groups > 1:
+                mine.copy_(into) if g == 0 else mine.add_(into)
     if len(side.anchored):
         logits.index_copy_(2, side.anchored, query @ keys.anchors.float().mT)
     return logits
@@ -124,33 +131,80 @@ def _logits(query: torch.Tensor, keys: Stored, side: Side) -> torch.Tensor:
 
 def _mixed(weights: torch.Tensor, values: Stored, side: Side) -> torch.Tensor:
     """Values [B, num_heads, D] weighted with f32 [B, num_heads, columns], a row of which has only its own head's."""
-    out = None
+    out = weights.new_zeros(*weights.shape[:2], values.head_dim)
     if len(side.anchored):
-        out = weights.index_select(2, side.anchored) @ values.anchors.float()
-        weights = weights.index_fill(2, side.anchored, 0.0)
+        out.baddbmm_(weights.index_select(2, side.anchored), values.anchors.float())
+        weights.index_fill_(2, side.anchored, 0.0)
+    for start, stop, block in _blocks(values.exact):
+        out.baddbmm_(weights[:, :, start:stop], block)
     first = values.exact.shape[1]
-    if first:
-        exact = weights[:, :, :first] @ values.exact.float()
-        out = exact if out is None else out.add_(exact)
     for width in QUANTISED:
         codes, scales = values.codes[width], values.scales[width].float()
         if not codes.shape[1]:
             continue
         mine = weights[:, :, first : first + codes.shape[1]]
         first += codes.shape[1]
-        parts = []
-        for g, part in enumerate(codes.chunk(scales.shape[2], 2)):
+        groups = scales.shape[2]
+        for g, into in enumerate(out.chunk(groups, 2)):
+            part = codes.chunk(groups, 2)[g]
             scaled = mine * scales[:, None, :, g]
-            centre = (2 ** (width - 1) - 0.5) * scaled.sum(2, keepdim=True)
+            into -= (2 ** (width - 1) - 0.5) * scaled.sum(2, keepdim=True)
             if width == 8:
-                parts.append((scaled @ part.float()).sub_(centre))
-            else:
-                low, high = scaled @ (part & 15).float(), scaled @ (part >> 4).float()
-                parts.append(torch.stack([low, high], 3).flatten(2).sub_(centre))
-        rounded = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-        out = rounded if out is None else out.add_(rounded)
-    assert out is not None
+                for start, stop, block in _blocks(part):
+                    into += scaled[:, :, start:stop] @ block
+                continue
+            for start, stop, byte, upper in _nibbles(part):
+                high = scaled[:, :, start:stop] @ upper
+                into[:, :, 0::2] += (scaled[:, :, start:stop] @ byte).sub_(high, alpha=16)
+                into[:, :, 1::2] += high
     return out
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for numbers that are needed at once and never again."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def get(self, name: str, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of the shape of `like`, of any contents."""
+        key = (name, dtype, like.device)
+        held = self.held.get(key)
+        if held is None or held.numel() < like.numel():
+            held = self.held[key] = torch.empty(max(like.numel(), BLOCK), dtype=dtype, device=like.device)
+        return held[: like.numel()].view(like.shape)
+
+
+_scratch = _Scratch()
+
+
+def _blocks(rows: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """Rows [B, n, X] as float32, some at a time: first, after the last, and the rows."""
+    step = max(1, BLOCK // (rows.shape[0] * rows.shape[2]))
+    for start in range(0, rows.shape[1], step):
+        block = rows[:, start : start + step]
+        yield start, start + block.shape[1], _scratch.get("rows", block, torch.float32).copy_(block)
+
+
+def _nibbles(codes: torch.Tensor) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Bytes [B, n, X] and their upper halves as float32, some at a time."""
+    step = max(1, BLOCK // (codes.shape[0] * codes.shape[2]))
+    for start in range(0, codes.shape[1], step):
+        block = codes[:, start : start + step]
+        upper = torch.bitwise_right_shift(block, 4, out=_scratch.get("upper", block, torch.uint8))
+        yield (
+            start,
+            start + block.shape[1],
+            _scratch.get("rows", block, torch.float32).copy_(block),
+            _scratch.get("halves", block, torch.float32).copy_(upper),
+        )
+
+
+def _nibble_factors(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What to multiply bytes and upper halves with: as low = byte - 16 high, even low + odd high is the same as
+    even byte + (odd - 16 even) high."""
+    even, odd = query[:, :, 0::2], query[:, :, 1::2]
+    return even.contiguous(), odd - 16 * even
 
 
 def _visible(columns: Columns, layout: LayerLayout, seen: Sequence[int], device: torch.device) -> torch.Tensor:

@@ -1,0 +1,133 @@
+"""What writes the store, against the references, over odd shapes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcompile.kernels import HeadSpec, LayerLayout, Stored, Turn, append, compact
+from kvcompile.kernels.append import reference as append_reference
+from kvcompile.kernels.compact import reference as compact_reference
+
+POLICIES = ["full", "recent", "snapkv", "scored", "scored", "h2o"]
+WIDTHS = [4, 8, 16]
+CPU = torch.device("cpu")
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> HeadSpec:
+    capacity = draw(st.integers(1, 12))
+    sink = draw(st.integers(0, min(4, capacity - 1)))
+    return HeadSpec(
+        draw(st.sampled_from(POLICIES)), capacity, sink, draw(st.integers(1, capacity - sink)),
+        draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS)),
+    )  # fmt: skip
+
+
+def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int) -> list[Stored]:
+    return [
+        Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, CPU, batch)
+        for name in ("k_bits", "v_bits")
+    ]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.lists(specs(), min_size=1, max_size=4),
+    head_dim=st.sampled_from([2, 16, 96, 128]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    steps=st.integers(1, 8),
+    seed=st.integers(0, 1000),
+)
+def test_append(
+    heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, lengths: list[int], steps: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layout, batch = LayerLayout.from_heads(heads), len(lengths)
+    ours = sides(layout, head_dim, dtype, batch)
+    scores = torch.randint(-3, 3, (batch, layout.scored_slots), generator=generator).half()  # with ties
+    theirs, other_scores = copy.deepcopy(ours), scores.clone()
+    for step in range(steps):
+        seen = [n + step for n in lengths]
+        shape = (batch, layout.num_kv_heads, head_dim)
+        k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        score = torch.randint(-3, 3, shape[:2], generator=generator).float() if layout.scored_slots else None
+        append(*ours, scores, layout, k, v, score, seen)
+        append_reference.append(*theirs, other_scores, layout, k, v, score, seen)
+    assert torch.equal(scores, other_scores)
+    for one, two in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+
+def test_append_refuses_shapes_that_do_not_fit() -> None:
+    layout = LayerLayout.from_heads([HeadSpec("scored", 5, 1, 2)] * 2)
+    stores, scores = sides(layout, 8, torch.float32, 2), torch.zeros(2, 10, dtype=torch.float16)
+    new, score = torch.zeros(2, 2, 8), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="for a store of"):
+        append(*stores, scores, layout, new[:1], new, score, [0, 0])
+    with pytest.raises(ValueError, match="lengths for a store of"):
+        append(*stores, scores, layout, new, new, score, [0])
+    with pytest.raises(ValueError, match="and the new ones"):
+        append(*stores, scores, layout, new, new, None, [0, 0])
+
+
+def turn_of(layout: LayerLayout, head_dim: int, generator: torch.Generator) -> Turn:
+    """Well-conditioned matrices that are no rotations."""
+    parts = []
+    for _ in range(2):
+        matrix = torch.eye(head_dim) + torch.randn(layout.num_kv_heads, head_dim, head_dim, generator=generator) * 0.1
+        mean = torch.randn(layout.num_kv_heads, head_dim, generator=generator)
+        parts += [matrix, torch.linalg.inv(matrix), mean]
+    return Turn(*parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.lists(specs(), min_size=1, max_size=4),
+    head_dim=st.sampled_from([2, 16, 96]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    count=st.integers(1, 20),
+    turned=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_compact(heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, count: int, turned: bool, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    layout = LayerLayout.from_heads(heads)
+    turn = turn_of(layout, head_dim, generator) if turned else None
+    ours = sides(layout, head_dim, dtype, 2)
+    theirs = copy.deepcopy(ours)
+    k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
+    tokens = [
+        torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
+        for c in layout.classes
+    ]
+    compact(*ours, layout, 1, k, v, tokens, turn)
+    compact_reference.compact(*theirs, layout, 1, k, v, tokens, turn)
+    for one, two in zip(ours, theirs, strict=True):
+        for cls in layout.classes:
+            # A product of matrices may round to the other side of a code's edge: then the code differs by one.
+            for a, b in zip(one.views(cls), two.views(cls), strict=True):
+                if a.dtype == torch.uint8:
+                    bits = one.places[cls.start].width
+                    low = torch.tensor(15, dtype=torch.uint8) if bits == 4 else torch.tensor(255, dtype=torch.uint8)
+                    parts = [(a & low, b & low), (a >> 4, b >> 4)] if bits == 4 else [(a, b)]
+                    assert all((x.int() - y.int()).abs().max() <= 1 for x, y in parts)
+                    assert (a != b).float().mean() < 0.05
+                else:
+                    torch.testing.assert_close(a, b, atol=0, rtol=2e-3 if a.dtype == torch.float16 else 0)
+            if one.anchor(cls) is not None:
+                torch.testing.assert_close(one.anchor(cls), two.anchor(cls), atol=1e-5, rtol=1e-2)
+
+
+def test_compact_refuses_shapes_that_do_not_fit() -> None:
+    layout = LayerLayout.from_heads([HeadSpec("recent", 3, 1, 2)] * 2)
+    stores, prompt = sides(layout, 8, torch.float32, 1), torch.zeros(2, 9, 8)
+    with pytest.raises(ValueError, match="do not fit a layer"):
+        compact(*stores, layout, 0, prompt[:1], prompt[:1], [torch.zeros(2, 3, dtype=torch.int64)])
+    with pytest.raises(ValueError, match="for 2 heads of 3 slots"):
+        compact(*stores, layout, 0, prompt, prompt, [torch.zeros(2, 4, dtype=torch.int64)])
