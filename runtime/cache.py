@@ -88,6 +88,11 @@ class RaggedLayer(CacheLayerMixin):
         if batch != self.store.batch:  # an empty cache follows its first prompt: beam search multiplies the batch
             self.store = self.make_store(batch=batch)
 
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a recorded step has stored."""
+        self.columns += tokens
+        self.store.advance(tokens)
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover the new tokens alone: of the stored ones, the runtime knows itself which can be seen."""
         return int(query_length), self.columns
@@ -101,9 +106,7 @@ class RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.18
 
     def reset(self) -> None:
-        for tensor in self.store.tensors():
-            tensor.zero_()
-        self.store.seen = [0] * self.store.batch
+        self.store.restart()
         self.columns = 0
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -37,6 +37,7 @@ class LayerStore:
         self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
         self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
+        self._counts: torch.Tensor | None = None
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the store holds."""
@@ -86,6 +87,7 @@ class LayerStore:
                 tokens.append(token)
             compact(self.keys, self.values, self.layout, b, k, v, tokens, self.turn)
             self.seen[b] = k.shape[1]
+        self._counts = None
 
     @torch.no_grad()
     def step(
@@ -99,12 +101,15 @@ class LayerStore:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
         query, keys, values = self._turned(query, keys, values)
         flat = None if score is None else score[:, 0]
-        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.seen)
+        counts = self._on_device()
+        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, counts)
         for cls, state in self._observing():
             placed = Placement.at(POLICIES[cls.policy].place(state, cls, self.seen))
             self._write(cls, keys, values, placed)
-        self.seen = [n + 1 for n in self.seen]
-        out = ragged_decode(query, self.keys, self.values, self.layout, self.seen, scaling=scaling)
+        self.advance(1)
+        if isinstance(counts, torch.Tensor):
+            self._counts = counts.add_(1)
+        out = ragged_decode(query, self.keys, self.values, self.layout, self._on_device(), scaling=scaling)
         for cls, state in self._observing():
             grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
             stored = self.keys.read(cls, cls.capacity, query.dtype)
@@ -141,7 +146,29 @@ class LayerStore:
             )  # fmt: skip
             self._write(cls, keys, values, policy.extend(state, cls, news, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
+        self._counts = None
         return out if self.turn is None else self.turn.outputs(out)
+
+    def restart(self) -> None:
+        """Forget what has been stored."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        self.seen, self._counts = [0] * self.batch, None
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that every sequence has got; on a GPU those of the host alone, as a recorded step counts on the
+        device."""
+        self.seen = [n + tokens for n in self.seen]
+        if not self.keys.exact.is_cuda:
+            self._counts = None
+
+    def _on_device(self) -> Sequence[int] | torch.Tensor:
+        """`seen` where the kernels want it: on a GPU a tensor that steps keep up, so that none waits for the host."""
+        if not self.keys.exact.is_cuda:
+            return self.seen
+        if self._counts is None:
+            self._counts = torch.tensor(self.seen, dtype=torch.int32, device=self.keys.exact.device)
+        return self._counts
 
     def _observing(self) -> list[tuple[HeadClass, list[torch.Tensor]]]:
         """Classes whose policy learns from every step, with what it remembers."""
@@ -170,6 +197,7 @@ class LayerStore:
         self.scores = self.scores.index_select(0, index)
         self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
         self.seen = [self.seen[i] for i in index.tolist()]
+        self._counts = None
         self.batch = len(self.seen)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels.append import dense
+from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.stored import Stored
 
@@ -47,4 +48,9 @@ def append(
         )
     if scores.shape != (shape[0], layout.scored_slots) or (layout.scored_slots and score is None):
         raise ValueError(f"scores {tuple(scores.shape)}, expected {(shape[0], layout.scored_slots)} and the new ones")
+    if takes_kernels(new_keys):
+        from kvcompile.kernels.append import triton
+
+        triton.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+        return
     dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)

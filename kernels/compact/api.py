@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels.compact import dense
+from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.stored import Stored
 from kvcompile.kernels.turn import Turn
@@ -45,4 +46,9 @@ def compact(
     for cls, token in zip(layout.classes, tokens, strict=True):
         if len(token) != cls.count or token.shape[1] > cls.capacity:
             raise ValueError(f"tokens {tuple(token.shape)} for {cls.count} heads of {cls.capacity} slots")
+    if takes_kernels(new_keys):
+        from kvcompile.kernels.compact import triton
+
+        triton.compact(keys, values, layout, sequence, new_keys, new_values, tokens, turn)
+        return
     dense.compact(keys, values, layout, sequence, new_keys, new_values, tokens, turn)

@@ -6,9 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
 from kvcompile.kernels.stored import Stored
+
+MOST_ROWS = 64
+"""Queries of a group times new tokens that the GPU kernel takes; more of them go through torch."""
 
 
 def ragged_decode(
@@ -54,4 +58,8 @@ def ragged_decode(
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:
         raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
+    if takes_kernels(query) and length * num_heads // layout.num_kv_heads <= MOST_ROWS:
+        from kvcompile.kernels.ragged_decode import triton
+
+        return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.layout import HeadRow, LayerLayout
-from kvcompile.kernels.ragged_decode.tuning import Tuning, tuning
+from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
 from kvcompile.kernels.ragged_decode.work import work_list
 from kvcompile.kernels.stored import Stored
 
@@ -392,8 +392,9 @@ def ragged_decode(
     device, heads = query.device, layout.num_kv_heads
     used = num_heads // heads * length
     exact = keys.exact.dtype
-    chosen = chosen or tuning(device, head_dim, exact, batch)
-    tables = _tables(layout, head_dim, exact.itemsize * 8, chosen.programs(batch), chosen.block, device)
+    chosen = chosen or entry(head_dim, exact)
+    programs = items_of(chosen, device, batch)
+    tables = _tables(layout, head_dim, exact.itemsize * 8, programs, chosen.block, device)
     items = len(tables.items)
     rows = max(16, triton.next_power_of_2(used))
     partial = torch.empty(batch, items, rows, head_dim, dtype=torch.float32, device=device)

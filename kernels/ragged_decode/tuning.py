@@ -9,25 +9,31 @@ import torch
 
 @dataclass(frozen=True)
 class Tuning:
-    """`block` slots a step of a program, its warps and stages, and programs on the whole device at a time."""
+    """`block` slots a step of a program, its warps and stages, and how many programs a processor has at a time."""
 
     block: int
     num_warps: int
     num_stages: int
-    slots: int
-
-    def programs(self, batch: int) -> int:
-        """Items of one sequence, so that all sequences together fill the device once."""
-        return max(1, self.slots // batch)
+    programs: int
 
 
-BLOCKS = {16: 64, 32: 64, 64: 128, 128: 64, 256: 32}
-"""Slots a step by padded head size, so that a tile of keys is 16 KiB in 16 bits."""
+TABLE = {
+    64: Tuning(128, 4, 3, 4),
+    128: Tuning(64, 4, 3, 4),
+    256: Tuning(32, 4, 3, 4),
+}
+"""By head size, the next larger one for those between. A tile of keys is 16 KiB in 16 bits."""
 
 
-def tuning(device: torch.device, head_dim: int, dtype: torch.dtype, batch: int) -> Tuning:
-    """The entry for a device and a shape."""
-    padded = next(size for size in BLOCKS if size >= head_dim)
-    block = BLOCKS[padded] // (2 if dtype == torch.float32 else 1)
+def entry(head_dim: int, dtype: torch.dtype) -> Tuning:
+    """The line for a shape; float32 takes half the slots a step."""
+    chosen = TABLE[min(size for size in TABLE if size >= head_dim)]
+    if dtype == torch.float32:
+        return Tuning(chosen.block // 2, chosen.num_warps, 2, chosen.programs)
+    return chosen
+
+
+def items_of(chosen: Tuning, device: torch.device, batch: int) -> int:
+    """Work items of one sequence, so that all sequences together fill the device once."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return Tuning(block, 4, 3, 4 * processors)
+    return max(1, chosen.programs * processors // batch)

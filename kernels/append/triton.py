@@ -1,0 +1,192 @@
+"""`append` on a GPU: one program a head and sequence finds the victim, rounds and writes; the host is not asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from kvcompile.kernels.layout import OTHER as OTHER_KIND
+from kvcompile.kernels.layout import SCORED as SCORED_KIND
+from kvcompile.kernels.layout import HeadRow, LayerLayout
+from kvcompile.kernels.stored import Stored
+
+ROW = tl.constexpr(len(HeadRow._fields))
+CAPACITY, SINK, RECENT, KIND, SCORE, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR = (
+    tl.constexpr(HeadRow._fields.index(name))
+    for name in (
+        "capacity", "sink", "recent", "kind", "score", "k_width", "k_row", "k_anchor", "v_width", "v_row", "v_anchor",
+    )
+)  # fmt: skip
+OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
+TINY = tl.constexpr(torch.finfo(torch.float16).tiny)
+HUGE = tl.constexpr(torch.finfo(torch.float16).max)
+
+
+@triton.jit
+def _scale(largest, HALF: tl.constexpr):
+    """A group's scale by its largest element, as float16 holds it."""
+    return tl.minimum(tl.maximum(largest / HALF, TINY), HUGE).to(tl.float16)
+
+
+@triton.jit
+def _code(x, scale, HALF: tl.constexpr):
+    code = tl.floor(tl.div_rn(x, scale.to(tl.float32) + x * 0.0))
+    return (tl.minimum(tl.maximum(code, -HALF), HALF - 1) + HALF).to(tl.uint8)
+
+
+@triton.jit
+def _put8(x, codes, scales, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
+    """Round the vector at `x` to 8 bits, into a row of codes and one of scales."""
+    SIZE: tl.constexpr = D // G
+    e = tl.arange(0, P)
+    for g in tl.static_range(G):
+        part = tl.load(x + g * SIZE + e, mask=e < SIZE, other=0.0).to(tl.float32)
+        scale = _scale(tl.max(tl.abs(part), 0), 128.0)
+        tl.store(scales + g, scale)
+        tl.store(codes + g * SIZE + e, _code(part, scale, 128.0), mask=e < SIZE)
+
+
+@triton.jit
+def _put4(x, codes, scales, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
+    """The same to 4 bits, two codes a byte."""
+    SIZE: tl.constexpr = D // G
+    e = tl.arange(0, P)
+    inside = e < SIZE // 2
+    for g in tl.static_range(G):
+        even = tl.load(x + g * SIZE + 2 * e, mask=inside, other=0.0).to(tl.float32)
+        odd = tl.load(x + g * SIZE + 2 * e + 1, mask=inside, other=0.0).to(tl.float32)
+        scale = _scale(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 0), 8.0)
+        tl.store(scales + g, scale)
+        packed = _code(even, scale, 8.0) | (_code(odd, scale, 8.0) << 4)
+        tl.store(codes + g * (SIZE // 2) + e, packed, mask=inside)
+
+
+@triton.jit
+def _put(x, exact, codes8, scales8, codes4, scales4, anchor, width, row0, row8, row4, anchored, D: tl.constexpr,
+         DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
+    """Store the vector at `x` in its row, rounded to the head's width; and exactly where it is `anchored`."""
+    d = tl.arange(0, DP)
+    if anchored:
+        tl.store(anchor + d, tl.load(x + d, mask=d < D).to(anchor.dtype.element_ty), mask=d < D)
+    if width == 0:
+        tl.store(exact + row0 * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
+    elif width == 8:
+        _put8(x, codes8 + row8 * D, scales8 + row8 * G, D, G, P8)
+    else:
+        _put4(x, codes4 + row4 * (D // 2), scales4 + row4 * G, D, G, P4)
+
+
+@triton.jit
+def _copy(at, step, COUNT: tl.constexpr, PADDED: tl.constexpr):
+    """What is at `at` to the same place `step` further on."""
+    i = tl.arange(0, PADDED)
+    tl.store(at + step + i, tl.load(at + i, mask=i < COUNT), mask=i < COUNT)
+
+
+@triton.jit
+def _move(exact, codes8, scales8, codes4, scales4, width, row0, row8, row4, step, D: tl.constexpr, DP: tl.constexpr,
+          G: tl.constexpr, GP: tl.constexpr):  # fmt: skip
+    """Copy a row to the one `step` rows on."""
+    if width == 0:
+        _copy(exact + row0 * D, step * D, D, DP)
+    elif width == 8:
+        _copy(codes8 + row8 * D, step * D, D, DP)
+        _copy(scales8 + row8 * G, step * G, G, GP)
+    else:
+        _copy(codes4 + row4 * (D // 2), step * (D // 2), D // 2, DP)
+        _copy(scales4 + row4 * G, step * G, G, GP)
+
+
+@triton.jit
+def _append(
+    heads, seen_by, new_keys, new_values, score, scores,
+    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
+    SCORES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program (head, sequence). `SCORES`: the layer has heads that keep them."""
+    h = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = heads + h * ROW
+    kind = tl.load(row + KIND)
+    if kind == OTHER:
+        return
+    n = tl.load(seen_by + b)
+    capacity = tl.load(row + CAPACITY)
+    sink = tl.load(row + SINK)
+    recent = tl.load(row + RECENT)
+    slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
+    k_width, k_row = tl.load(row + K_WIDTH), tl.load(row + K_ROW)
+    v_width, v_row = tl.load(row + V_WIDTH), tl.load(row + V_ROW)
+    k0, k8, k4 = b * k_rows0 + k_row + slot, b * k_rows8 + k_row + slot, b * k_rows4 + k_row + slot
+    v0, v8, v4 = b * v_rows0 + v_row + slot, b * v_rows8 + v_row + slot, b * v_rows4 + v_row + slot
+    if SCORES:
+        if kind == SCORED:
+            held = scores + b * scored_slots + tl.load(row + SCORE)
+            leaving = tl.load(held + slot).to(tl.float32)
+            worst = float("inf")
+            victim = slot
+            last = tl.where(n < capacity, sink, capacity - recent)  # a head that is not full loses nothing
+            for first in range(sink, last, BLOCK):
+                i = first + tl.arange(0, BLOCK)
+                s = tl.load(held + i, mask=i < last, other=float("inf")).to(tl.float32)
+                lowest = tl.min(s, 0)
+                at = tl.min(tl.where(s == lowest, i, capacity), 0)
+                victim = tl.where(lowest < worst, at, victim)
+                worst = tl.minimum(worst, lowest)
+            tl.debug_barrier()  # all have read before anything is written
+            if leaving > worst:
+                step = victim - slot
+                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_width, k0, k8, k4, step, D, DP, G, GP)
+                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_width, v0, v8, v4, step, D, DP, G, GP)
+                tl.store(held + victim, leaving.to(tl.float16))
+            tl.debug_barrier()  # the row has been copied before it is overwritten
+            tl.store(held + slot, tl.load(score + b * tl.num_programs(0) + h).to(tl.float16))
+    k_anchor = tl.load(row + K_ANCHOR)
+    v_anchor = tl.load(row + V_ANCHOR)
+    new = (b * tl.num_programs(0) + h) * D
+    first = slot == 0  # token 0, where the head has sinks
+    _put(
+        new_keys + new, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + (b * k_anchored + k_anchor) * D,
+        k_width, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
+    )  # fmt: skip
+    _put(
+        new_values + new, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
+        v_anchors + (b * v_anchored + v_anchor) * D, v_width, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
+    )  # fmt: skip
+
+
+def append(
+    keys: Stored,
+    values: Stored,
+    scores: torch.Tensor,
+    layout: LayerLayout,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    score: torch.Tensor | None,
+    seen: Sequence[int] | torch.Tensor,
+) -> None:
+    """See `api.append`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
+    batch, heads, head_dim = new_keys.shape
+    device = new_keys.device
+    key = ("append rows", device)
+    if key not in layout.memo:
+        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
+    if not isinstance(seen, torch.Tensor):
+        seen = torch.tensor(seen, dtype=torch.int32, device=device)
+    groups = keys.scales[8].shape[2]
+    buffers = [(s.exact, s.codes[8], s.scales[8], s.codes[4], s.scales[4], s.anchors) for s in (keys, values)]
+    counts = [(s.exact.shape[1], s.codes[8].shape[1], s.codes[4].shape[1], s.anchors.shape[1]) for s in (keys, values)]
+    _append[(heads, batch)](
+        layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
+        new_keys if score is None else score.contiguous(), scores, *buffers[0], *buffers[1], *counts[0], *counts[1],
+        layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=groups,
+        GP=triton.next_power_of_2(groups), P8=triton.next_power_of_2(head_dim // groups),
+        P4=triton.next_power_of_2(max(head_dim // groups // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip

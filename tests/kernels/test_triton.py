@@ -1,0 +1,193 @@
+"""The GPU kernels against the references, over odd shapes: compiled where there is a GPU, else in the interpreter."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kvcompile.kernels import HeadSpec, LayerLayout, Stored, Turn
+from kvcompile.kernels.append import reference as append_reference
+from kvcompile.kernels.compact import reference as compact_reference
+from kvcompile.kernels.ragged_decode import reference as decode_reference
+from kvcompile.kernels.ragged_decode.work import work_list
+
+pytest.importorskip("triton")
+from kvcompile.kernels.append import triton as append_kernel
+from kvcompile.kernels.compact import triton as compact_kernel
+from kvcompile.kernels.ragged_decode import triton as decode_kernel
+from kvcompile.kernels.ragged_decode.tuning import Tuning
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+# The interpreter's products of bfloat16 are wrong.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3} | ({torch.bfloat16: 2e-2} if GPU else {})
+ONE = LayerLayout.from_heads([HeadSpec("recent", 1, 0, 1)])
+RAGGED = LayerLayout.from_heads(
+    [HeadSpec("full", 130, 4, 27), HeadSpec("recent", 5, 4, 1), HeadSpec("snapkv", 71, 4, 6)]
+)
+ROUNDED = LayerLayout.from_heads(
+    [
+        HeadSpec("full", 131, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 0, 8, 16, 8),
+        HeadSpec("scored", 40, 1, 8, 8, 8), HeadSpec("scored", 67, 2, 8, 4, 16),
+    ]
+)  # fmt: skip
+WINDOW = LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7)
+LAYOUTS = {"one": ONE, "ragged": RAGGED, "rounded": ROUNDED, "window": WINDOW}
+LENGTHS = [[400], [2], [150, 3, 61]]
+
+
+def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, seed: int = 0) -> list[Stored]:
+    """Keys and values, full of random vectors."""
+    generator = torch.Generator().manual_seed(seed)
+    stores = []
+    for name in ("k_bits", "v_bits"):
+        stored = Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, DEVICE, batch)
+        for cls in layout.classes:
+            slot = torch.arange(cls.capacity).expand(batch, cls.count, -1).to(DEVICE)
+            new = torch.randn(batch, cls.count, cls.capacity, head_dim, generator=generator).to(DEVICE, dtype)
+            stored.write(cls, new, slot, slot[:, :, :0], slot[:, :, :0])
+            stored.write_anchor(cls, new, slot)
+        stores.append(stored)
+    return stores
+
+
+def on_cpu(stored: Stored) -> Stored:
+    """A copy for the reference."""
+    copied = copy.deepcopy(stored)
+    copied.exact, copied.anchors = copied.exact.cpu(), copied.anchors.cpu()
+    copied.codes = {width: t.cpu() for width, t in copied.codes.items()}
+    copied.scales = {width: t.cpu() for width, t in copied.scales.items()}
+    return copied
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize(("group", "length"), [(1, 1), (5, 1), (7, 1), (4, 3), (8, 2)])
+@pytest.mark.parametrize(("head_dim", "seen"), [(64, LENGTHS[0]), (96, LENGTHS[2]), (128, LENGTHS[1])], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_ragged_decode(
+    layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator().manual_seed(group)
+    batch, heads = len(seen), layout.num_kv_heads
+    keys, values = sides(layout, head_dim, dtype, batch)
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(batch, count, length, head_dim, generator=generator).to(DEVICE, dtype)
+
+    query, new = draw(heads * group), (draw(heads), draw(heads)) if length > 1 else (None, None)
+    counts = torch.tensor(seen, dtype=torch.int32, device=DEVICE)
+    # Little items, so that a head has several and the last is shorter.
+    chosen = Tuning(32, 4, 2, 8)
+    out = decode_kernel.ragged_decode(query, keys, values, layout, counts, 0.1, *new, None, chosen)
+    assert out.dtype == dtype
+    expected = decode_reference.ragged_decode(
+        query.cpu(), on_cpu(keys), on_cpu(values), layout, seen, scaling=0.1,
+        **({"new_keys": new[0].cpu(), "new_values": new[1].cpu()} if length > 1 else {}),
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_padding_among_new_tokens_is_not_seen() -> None:
+    seen, length, head_dim = [9, 140], 3, 64
+    keys, values = sides(ROUNDED, head_dim, torch.float32, 2)
+    shape = (2, ROUNDED.num_kv_heads, length, head_dim)
+    query, new_keys, new_values = (torch.randn(shape, device=DEVICE) for _ in range(3))
+    mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril().repeat(2, 1, 1, 1)
+    mask[0, :, :, :2] = False
+    out = decode_kernel.ragged_decode(query, keys, values, ROUNDED, seen, 0.1, new_keys, new_values, mask)
+    expected = decode_reference.ragged_decode(
+        query.cpu(), on_cpu(keys), on_cpu(values), ROUNDED, seen, scaling=0.1, new_keys=new_keys.cpu(),
+        new_values=new_values.cpu(), new_mask=mask.cpu(),
+    )  # fmt: skip
+    torch.testing.assert_close(out.cpu().double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 8, 50, 1000])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_work_list_covers_every_slot_once(layout: LayerLayout, programs: int) -> None:
+    work = work_list(layout, 64, 16, programs, 32)
+    assert len(work.items) <= max(programs, layout.num_kv_heads)
+    for h, (row, (first, count)) in enumerate(zip(layout.rows, work.heads, strict=True)):
+        mine = work.items[first : first + count]
+        assert [item[0] for item in mine] == [h] * count
+        assert [slot for _, start, stop in mine for slot in range(start, stop)] == list(range(row.capacity))
+
+
+def test_items_have_nearly_equal_bytes() -> None:
+    layout = LayerLayout.from_heads(
+        [HeadSpec("scored", n, 4, 64, b, b) for n, b in ((20_000, 16), (9_000, 8), (3_000, 4))]
+    )
+    work = work_list(layout, 128, 16, 64, 64)
+    sizes = [(stop - start) * (layout.rows[h].k_width or 16) for h, start, stop in work.items]
+    assert max(sizes) < 1.15 * sum(sizes) / len(sizes)
+
+
+@pytest.mark.parametrize("trial", range(16))
+def test_append_and_compact(trial: int) -> None:
+    rng, generator = random.Random(trial), torch.Generator().manual_seed(trial)
+    heads = []
+    for _ in range(rng.randint(1, 4)):
+        capacity = rng.randint(1, 12)
+        sink = rng.randint(0, min(4, capacity - 1))
+        policy = rng.choice(["full", "recent", "snapkv", "scored", "scored", "h2o"])
+        widths = rng.choice([4, 8, 16]), rng.choice([4, 8, 16])
+        heads.append(HeadSpec(policy, capacity, sink, rng.randint(1, capacity - sink), *widths))
+    layout = LayerLayout.from_heads(heads)
+    head_dim, dtype = rng.choice([16, 64, 96, 128]), rng.choice(list(TOLERANCE))
+    lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 3))]
+    ours = sides(layout, head_dim, dtype, len(lengths))
+    scores = torch.randint(-3, 3, (len(lengths), layout.scored_slots), generator=generator).half()  # with ties
+    theirs, other_scores, scores = [on_cpu(side) for side in ours], scores.clone(), scores.to(DEVICE)
+    for step in range(4):
+        seen = [n + step for n in lengths]
+        shape = (len(lengths), layout.num_kv_heads, head_dim)
+        k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+        score = torch.randint(-3, 3, shape[:2], generator=generator).float() if layout.scored_slots else None
+        on_device = None if score is None else score.to(DEVICE)
+        append_kernel.append(*ours, scores, layout, k.to(DEVICE), v.to(DEVICE), on_device, seen)
+        append_reference.append(*theirs, other_scores, layout, k, v, score, seen)
+    assert torch.equal(scores.cpu(), other_scores)
+    for one, two in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+    count, parts = rng.randint(1, 20), []
+    for _ in range(2):
+        shape = (layout.num_kv_heads, head_dim, head_dim)
+        matrix = torch.eye(head_dim) + torch.randn(shape, generator=generator) * 0.1
+        mean = torch.randn(layout.num_kv_heads, head_dim, generator=generator)
+        parts += [matrix, torch.linalg.inv(matrix), mean]
+    turn = rng.choice([None, Turn(*parts)])
+    moved = None if turn is None else Turn(*(part.to(DEVICE) for part in parts))
+    k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
+    tokens = [
+        torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
+        for c in layout.classes
+    ]
+    last = len(lengths) - 1
+    compact_kernel.compact(*ours, layout, last, k.to(DEVICE), v.to(DEVICE), [t.to(DEVICE) for t in tokens], moved)
+    compact_reference.compact(*theirs, layout, last, k, v, tokens, turn)
+    for one, two in zip(ours, theirs, strict=True):
+        # A product of matrices may round to the other side of a code's edge.
+        for a, b in zip(one.tensors(), two.tensors(), strict=True):
+            close = (a.cpu().float() - b.float()).abs() <= 1e-5 + 1e-2 * b.float().abs()
+            assert (a.cpu() == b if a.dtype == torch.uint8 else close).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_no_kernel_spills_and_shared_memory_is_enough(arch: str) -> None:
+    """Compiled ahead of time, in a process of its own, as the interpreter and the compiler exclude each other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kvcompile.kernels.ahead", arch]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 4 * 8
+    limit = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}[arch]
+    assert [one for one in found if one["stack"] or one["local"] or one["shared"] > limit] == []
