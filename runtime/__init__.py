@@ -4,5 +4,7 @@ from __future__ import annotations
 
 from kvcompile.runtime.attach import Attachment, attach
 from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.decode import Decoder, generate
+from kvcompile.runtime.sampling import Sampling
 
-__all__ = ["Attachment", "RaggedCache", "attach"]
+__all__ = ["Attachment", "Decoder", "RaggedCache", "Sampling", "attach", "generate"]

@@ -146,3 +146,17 @@ class RaggedCache(Cache):
     def nbytes(self) -> int:
         """Bytes resident now: the sizes of all storages."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a recorded step has stored."""
+        for layer in self.layers:
+            layer.advance(tokens)
+
+    def counts(self) -> list[tuple[int, list[int]]]:
+        """How much every layer counts: columns of the mask, and tokens of every sequence."""
+        return [(layer.columns, layer.store.seen) for layer in self.layers]
+
+    def set_counts(self, counts: list[tuple[int, list[int]]]) -> None:
+        """Go back to what `counts` said, where nothing has been stored since."""
+        for layer, (columns, seen) in zip(self.layers, counts, strict=True):
+            layer.columns, layer.store.seen = columns, seen

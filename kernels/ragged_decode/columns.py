@@ -84,11 +84,20 @@ def one_token(
         grouped = query.unflatten(1, (cls.count, -1))
         attended = scaled_dot_product_attention(grouped, k.to(query.dtype), v.to(query.dtype), scale=scaling)
         return attended.flatten(1, 2)
+    size = sum(columns.keys.capacity)
+    penalty = columns.owner.repeat_interleave(columns.counts, 1, output_size=size)
+    unseen = None if every else ~_visible(columns, layout, seen, query.device)[:, None]
+    if columns.keys.plain and columns.values.plain:
+        mask = penalty if unseen is None else penalty.masked_fill(unseen, -INF)
+        mask = mask.to(query.dtype).repeat_interleave(query.shape[1] // layout.num_kv_heads, -2)
+        stored = (t[:, None].to(query.dtype) for t in (keys.exact, values.exact))
+        mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
+        return scaled_dot_product_attention(query[:, None], *stored, attn_mask=mask, scale=scaling)[:, 0]
     logits = _logits(query.float() * scaling, keys, columns.keys)
     by_head = logits.unflatten(1, (layout.num_kv_heads, -1))
-    by_head += columns.owner.repeat_interleave(columns.counts, 1, output_size=logits.shape[2])[:, None]
-    if not every:
-        by_head.masked_fill_(~_visible(columns, layout, seen, query.device)[:, None, None], -INF)
+    by_head += penalty[:, None]
+    if unseen is not None:
+        by_head.masked_fill_(unseen[:, :, None], -INF)
     weights = logits.softmax(-1)
     if columns.values.order != columns.keys.order:
         parts = dict(zip(columns.keys.order, weights.split(columns.keys.capacity, 2), strict=True))

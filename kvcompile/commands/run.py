@@ -20,12 +20,13 @@ from kvcompile.artifacts import Artifact, CacheError, read
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: all.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
 @click.option("--json", "as_json", is_flag=True, help="The answer and its figures as JSON on stdout.")
 def command(
-    artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, seed: int,
-    raw: bool, as_json: bool,
+    artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
+    seed: int, raw: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr."""
     plan = read(Path(artifact))
@@ -39,10 +40,9 @@ def command(
         with display.stderr.status("loading the model"):
             loaded = load(model or plan.model.name, dtype=getattr(torch, plan.model.dtype))
         torch.manual_seed(seed)
-        sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-        result = answer(loaded, plan, text, raw, as_json, {"max_new_tokens": max_new_tokens, **sampling})
+        from kvcompile.runtime import Sampling
+
+        result = answer(loaded, plan, text, raw, as_json, max_new_tokens, Sampling(temperature, top_p, top_k))
     if as_json:
         display.print_json(result)
     else:
@@ -67,12 +67,10 @@ def read_prompt(path: str) -> str:
 
 
 def answer(
-    loaded: Any, plan: Artifact, text: str, raw: bool, silent: bool, generation: dict[str, Any]
+    loaded: Any, plan: Artifact, text: str, raw: bool, silent: bool, max_new_tokens: int, sampling: Any
 ) -> dict[str, Any]:
     """Generate inside the budget, streaming to stdout unless `silent`; the text and its figures."""
-    import torch
-
-    from kvcompile.runtime import attach
+    from kvcompile.runtime import attach, generate
     from kvcompile.streamer import TimedStreamer
 
     tokenizer, model = loaded.tokenizer, loaded.model
@@ -90,13 +88,15 @@ def answer(
             err=True,
         )
     streamer = TimedStreamer(tokenizer, silent)
-    with torch.inference_mode():
-        ids = ids.to(model.device)
-        output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, streamer=streamer, **generation
-        )
+    streamer.put(ids)
+    ids = ids.to(model.device)
+    output = generate(
+        model, cache, ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=ending_tokens(model, tokenizer),
+        on_token=streamer.put,
+    )  # fmt: skip
+    streamer.end()
     end = time.perf_counter()
-    new = output[0, ids.shape[1] :]
+    new = output[0]
     decoding = max(end - streamer.first_token, 1e-9)
     return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
@@ -109,6 +109,13 @@ def answer(
         "target_bytes": plan.target.bytes // plan.target.batch,
         "full_bytes": plan.bytes.full // plan.target.batch,
     }
+
+
+def ending_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: those of the model's generation settings and the tokenizer's."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    several = listed if isinstance(listed, list) else [listed]
+    return {int(token) for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
 def _print(result: dict[str, Any]) -> None:
