@@ -41,7 +41,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # A plain install, as a user's: tests and mypy then see what is really shipped.
-SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py' -o -name '*.txt' -o -name '*.html' -o -name '*.md') \
+SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py' -o -name '*.txt' -o -name '*.html' -o -name '*.md' -o -name '*.c') \
 	pyproject.toml constraints.txt README.md
 
 $(VENV)/.installed: $(SOURCES)

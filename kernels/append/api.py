@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels import native
 from kvcompile.kernels.append import dense
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
@@ -52,5 +53,8 @@ def append(
         from kvcompile.kernels.append import triton
 
         triton.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+        return
+    if native.usable(keys.exact, keys.head_dim):
+        native.append(keys, values, scores, layout, new_keys, new_values, score, seen)
         return
     dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels import native
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
@@ -62,4 +63,6 @@ def ragged_decode(
         from kvcompile.kernels.ragged_decode import triton
 
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+    if new_keys is None and native.usable(query, head_dim):
+        return native.one_token(query, keys, values, layout, seen, scaling)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

@@ -129,4 +129,5 @@ def _host_syncs(step: Callable[[], Any], device: torch.device) -> int | None:
     names = [event.name for event in found.events()]
     waits = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "Memcpy DtoH")
     # The profiler itself waits once at its end.
-    return max(sum(name.startswith(waits) for name in names) - names.count("cudaDeviceSynchronize"), 0)
+    counted: int = sum(name.startswith(waits) for name in names) - names.count("cudaDeviceSynchronize")
+    return max(counted, 0)

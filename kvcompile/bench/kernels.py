@@ -35,19 +35,19 @@ def measure_kernels(
     heads, group = model.num_kv_heads, model.num_attention_heads // model.num_kv_heads
     kind = getattr(torch, dtype)
     query = torch.randn(batch, heads * group, 1, model.head_dim, dtype=kind, device=device)
-    full = [torch.randn(batch, heads, context, model.head_dim, dtype=kind, device=device) for _ in range(2)]
-    whole = sum(t.numel() * t.element_size() for t in full)
+    keys, values = (torch.randn(batch, heads, context, model.head_dim, dtype=kind, device=device) for _ in range(2))
+    whole = 2 * keys.numel() * keys.element_size()
     calls: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
 
     rows = query.view(batch, heads, group, model.head_dim)
-    calls["full: torch SDPA, groups as rows"] = lambda: scaled_dot_product_attention(rows, *full)
-    calls["full: torch SDPA, enable_gqa"] = lambda: scaled_dot_product_attention(query, *full, enable_gqa=True)
+    calls["full: torch SDPA, groups as rows"] = lambda: scaled_dot_product_attention(rows, keys, values)
+    calls["full: torch SDPA, enable_gqa"] = lambda: scaled_dot_product_attention(query, keys, values, enable_gqa=True)
     if device.type == "cuda":
         from torch.nn.attention.flex_attention import flex_attention
 
         flex = torch.compile(flex_attention)
-        calls["full: flex attention"] = lambda: flex(query, *full, enable_gqa=True)
+        calls["full: flex attention"] = lambda: flex(query, keys, values, enable_gqa=True)
     sizes |= dict.fromkeys(calls, whole)
     for name, widths, uniform in (
         ("ragged", "16", False), ("uniform", "16", True), ("ragged int8", "8", False), ("ragged int4", "4", False),
@@ -79,13 +79,13 @@ def _ours(
 
     plan = ragged_plan(model, context, batch, share, dtype, widths, uniform=uniform)
     layout = layer_layouts(plan)[model.num_layers // 2]
-    sides = [
+    keys, values = (
         Stored(layout, [getattr(c, name) for c in layout.classes], model.head_dim, query.dtype, query.device, batch)
         for name in ("k_bits", "v_bits")
-    ]
-    for stored in sides:
+    )
+    for stored in (keys, values):
         for tensor in stored.tensors():
             tensor.random_(0, 256) if tensor.dtype == torch.uint8 else tensor.normal_()
     seen = torch.full((batch,), context, dtype=torch.int32, device=query.device)
-    size = sum(t.numel() * t.element_size() for stored in sides for t in stored.tensors())
-    return lambda: ragged_decode(query, *sides, layout, seen, scaling=model.head_dim**-0.5), size
+    size = sum(t.numel() * t.element_size() for stored in (keys, values) for t in stored.tensors())
+    return lambda: ragged_decode(query, keys, values, layout, seen, scaling=model.head_dim**-0.5), size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -20,17 +21,13 @@ def measure_prefill(model: Any, plan: Artifact, batch: int, tokens: int, rounds:
 
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
-    score = LayerScorer.__call__
 
     def read(cache: Any) -> None:
         model(ids, past_key_values=cache, logits_to_keep=1)
 
     def unscored() -> None:
-        LayerScorer.__call__ = _nothing  # type: ignore[method-assign]
-        try:
+        with patch.object(LayerScorer, "__call__", _nothing):
             read(kv.new_cache(batch))
-        finally:
-            LayerScorer.__call__ = score  # type: ignore[method-assign]
 
     with attach(model, plan) as kv, torch.inference_mode():
         calls = {

@@ -41,12 +41,13 @@ def _cpu_seconds(call: Callable[[], Any]) -> float:
 
 def _gpu_seconds(call: Callable[[], Any]) -> float:
     torch.empty(FLUSH, dtype=torch.uint8, device="cuda").zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    return float(start.elapsed_time(end)) / 1000
 
 
 def wait(device: torch.device) -> None:

@@ -1,0 +1,160 @@
+"""The decode step in C, for CPUs: made with the machine's own compiler when it is first needed.
+
+Where there is no C compiler, everything goes through torch. The library is kept in the cache folder under a name made
+of the source, the compiler and the processor; `KVCOMPILE_KERNELS=torch` leaves it alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.quantise.api import groups
+from kvcompile.kernels.stored import Stored
+
+SOURCE = Path(__file__).with_name("ragged.c")
+FLAGS = (
+    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
+    "-fassociative-math", "-fno-signed-zeros",
+)  # fmt: skip
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_DIM = 512
+
+
+class _Side(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("exact", "codes8", "scales8", "codes4", "scales4", "anchors")]
+
+
+def usable(tensor: torch.Tensor, head_dim: int) -> bool:
+    """Whether an operation on this tensor can be done here."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in TYPES
+        and head_dim <= MOST_DIM
+        and os.environ.get("KVCOMPILE_KERNELS", "") == ""
+        and _library() is not None
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled source, or None where it cannot be made."""
+    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
+    for threads in (["-fopenmp"], []):
+        key = repr((SOURCE.read_bytes(), FLAGS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor()))
+        file = Path(root) / "native" / f"ragged-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        try:
+            if not file.is_file():
+                _compile(compiler, threads, file)
+            return ctypes.CDLL(str(file), mode=os.RTLD_NOW)
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = error
+    warnings.warn(f"the decode step goes through torch, as its C source cannot be compiled ({reason})", stacklevel=2)
+    return None
+
+
+def _compile(compiler: str, threads: list[str], file: Path) -> None:
+    """Make the library. OpenMP is not linked: its symbols are found in the runtime that torch has loaded, so that there
+    is one pool of threads."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        compiled, linked = Path(folder) / "ragged.o", Path(folder) / "ragged.so"
+        for command in (
+            [compiler, *FLAGS, *threads, "-c", "-o", compiled, SOURCE],
+            [compiler, "-shared", "-o", linked, compiled, "-lm"],
+        ):
+            subprocess.run(command, check=True, capture_output=True)
+        linked.replace(file)
+
+
+def _processor() -> str:
+    """What the compiler's `native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def _side(stored: Stored, sequence: int) -> _Side:
+    buffers = (stored.exact, stored.codes[8], stored.scales[8], stored.codes[4], stored.scales[4], stored.anchors)
+    return _Side(*(t.data_ptr() + sequence * t.stride(0) * t.element_size() if t.numel() else None for t in buffers))
+
+
+def _rows(layout: LayerLayout) -> torch.Tensor:
+    if "native" not in layout.memo:
+        layout.memo["native"] = torch.tensor(layout.rows, dtype=torch.int32)
+    rows: torch.Tensor = layout.memo["native"]
+    return rows
+
+
+def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def one_token(
+    query: torch.Tensor,
+    keys: Stored,
+    values: Stored,
+    layout: LayerLayout,
+    seen: Sequence[int] | torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention [B, num_heads, 1, D] of one stored token a sequence; see `ragged_decode.api`."""
+    library, head_dim, heads = _library(), query.shape[3], layout.num_kv_heads
+    assert library is not None
+    group = query.shape[1] // heads
+    asked = (query.float() * scaling).contiguous()
+    out = torch.empty_like(asked)
+    threads = torch.get_num_threads()
+    scratch = torch.empty(group * (max(row.capacity for row in layout.rows) + (threads + 1) * head_dim))
+    rows = _rows(layout)
+    for b, count in enumerate(seen):
+        sides = _side(keys, b), _side(values, b)
+        library.kvc_decode(
+            _at(asked[b]), ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(rows), heads, TYPES[keys.exact.dtype],
+            group, ctypes.c_int64(int(count)), ctypes.c_int64(layout.window), _at(out[b]),
+            _at(scratch), threads, head_dim, groups(head_dim),
+        )  # fmt: skip
+    return out.to(query.dtype)
+
+
+def append(
+    keys: Stored,
+    values: Stored,
+    scores: torch.Tensor,
+    layout: LayerLayout,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    score: torch.Tensor | None,
+    seen: Sequence[int] | torch.Tensor,
+) -> None:
+    """See `append.api`."""
+    library, (_, heads, head_dim) = _library(), new_keys.shape
+    assert library is not None
+    k, v = new_keys.float().contiguous(), new_values.float().contiguous()
+    by_head = None if score is None else score.float().contiguous()
+    rows = _rows(layout)
+    for b, count in enumerate(seen):
+        sides = _side(keys, b), _side(values, b)
+        library.kvc_append(
+            ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(rows), heads, TYPES[keys.exact.dtype], _at(k[b]),
+            _at(v[b]), _at(None if by_head is None else by_head[b]), _at(scores[b]), ctypes.c_int64(int(count)),
+            head_dim, groups(head_dim),
+        )  # fmt: skip
