@@ -52,7 +52,7 @@ def usable(tensor: torch.Tensor, head_dim: int) -> bool:
 @cache
 def _library() -> ctypes.CDLL | None:
     """The compiled source, or None where it cannot be made."""
-    compiler = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         return None
     root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
@@ -67,6 +67,10 @@ def _library() -> ctypes.CDLL | None:
             reason = error
     warnings.warn(f"the decode step goes through torch, as its C source cannot be compiled ({reason})", stacklevel=2)
     return None
+
+
+def _compiler() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
 
 
 def _compile(compiler: str, threads: list[str], file: Path) -> None:

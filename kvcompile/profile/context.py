@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from kvcompile.profile.anatomy import Tick, Trace, forward, layers
 from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
 from kvcompile.profile.scores import Cosines, watching
+
+Watched = TypeVar("Watched")
 
 
 class FollowUp(Protocol):
@@ -71,8 +73,19 @@ def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
     return Packed(np.concatenate([one.ids for one in follow_ups]), positions, tuple(blocks))
 
 
-def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> tuple[Context, Cosines]:
+def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Context:
+    """Read a context [n] once."""
+    return _read(model, ids, tick, attending)[0]
+
+
+def read_and_compare(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> tuple[Context, Cosines]:
     """Read a context [n] once; also the cosines of BaKlaVa and SqueezeAttention over it."""
+    return _read(model, ids, tick, watching)
+
+
+def _read(
+    model: Any, ids: NDArray[np.int64], tick: Tick, within: Callable[[Any, Handler], AbstractContextManager[Watched]]
+) -> tuple[Context, Watched]:
     context = Context([], [], [])
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -86,9 +99,9 @@ def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None
     with ExitStack() as hooks:
         for layer in layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
-        cosines = hooks.enter_context(watching(model, attend))
+        watched = hooks.enter_context(within(model, attend))
         forward(model, ids, tick)
-    return context, cosines
+    return context, watched
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
@@ -155,9 +168,14 @@ def judged_rows(
         own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
         for places in torch.split(every.to(stored.device), at_once):
             query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
-            hidden = ~visible(places - block.start + length, torch.arange(own.shape[1], device=own.device), call.window)
             weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)
-            yield Rows(block.kind, places, query, weights.masked_fill_(hidden, -torch.inf).softmax(-1))
+            # All of the context is seen, but for a sliding window.
+            first = length if call.window is None else 0
+            hidden = ~visible(
+                places - block.start + length, torch.arange(first, own.shape[1], device=own.device), call.window
+            )
+            weights[..., first:].masked_fill_(hidden, -torch.inf)
+            yield Rows(block.kind, places, query, weights.softmax(-1))
 
 
 def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:

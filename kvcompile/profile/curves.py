@@ -97,6 +97,7 @@ def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, 
     values = context.values[call.layer].float()
     num_kv_heads, length, head_dim = values.shape
     tables = kept.flatten(2)
+    whole = tables.bool().all(1)[:, None]
     evicted: dict[str, list[Tensor]] = {}
     narrow_keys: dict[str, list[Tensor]] = {}
     narrow_values: dict[str, list[Tensor]] = {}
@@ -104,21 +105,20 @@ def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, 
     for block, rows, *others in zip(packed.blocks, judged_rows(call, context, packed, ROWS), *changed, strict=True):
         own = call.value[:, block.start : block.stop].float()
         u = gradient[:, rows.places].float().reshape(num_kv_heads, -1, len(rows.places), head_dim)
-        worth = _worth(u, values, own)
+        worth = _worth(u, torch.cat([values, own], dim=1))
         p = rows.probability
         effect = p * worth
         total = effect.sum(-1).sum(1)
-
         past, rest = slice(0, length), slice(length, None)
         mass = _times(p[..., past], tables) + p[..., rest].sum(-1, keepdim=True)
         gain = _times(effect[..., past], tables) + effect[..., rest].sum(-1, keepdim=True)
         error = (gain / mass.clamp_min(torch.finfo(torch.float32).tiny)).sum(1) - total[..., None]
         # Nothing is lost where all is kept, whatever the order of summation says.
-        evicted.setdefault(block.kind, []).append(_loss(error.masked_fill(tables.bool().all(1)[:, None], 0.0)))
+        evicted.setdefault(block.kind, []).append(_loss(error.masked_fill(whole, 0.0)))
 
         by_keys = [(other.probability * worth).sum(-1).sum(1) - total for other in others]
         narrow_keys.setdefault(block.kind, []).append(_loss(torch.stack(by_keys, dim=-1)))
-        by_values = [(p[..., past] * (_worth(u, v - values, None))).sum(-1).sum(1) for v in stored.values]
+        by_values = [(_times(p[..., past], v - values) * u).sum(-1).sum(1) for v in stored.values]
         narrow_values.setdefault(block.kind, []).append(_loss(torch.stack(by_values, dim=-1)))
     shape = kept.shape[2:]
     return Losses(
@@ -128,12 +128,9 @@ def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, 
     )
 
 
-def _worth(u: Tensor, values: Tensor, own: Tensor | None) -> Tensor:
-    """u_t . v_j, [H, G, T, n] or, with the follow-up's own values, [H, G, T, n + m]."""
-    past = u.flatten(1, 2) @ values.mT
-    if own is not None:
-        past = torch.cat([past, u.flatten(1, 2) @ own.mT], dim=-1)
-    return past.view(*u.shape[:3], -1)
+def _worth(u: Tensor, values: Tensor) -> Tensor:
+    """u_t . v_j, [H, G, T, n]."""
+    return (u.flatten(1, 2) @ values.mT).view(*u.shape[:3], -1)
 
 
 def _times(rows: Tensor, tables: Tensor) -> Tensor:

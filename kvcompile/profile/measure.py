@@ -23,7 +23,7 @@ from kvcompile.problem import DEFAULT_SINK, Profile
 from kvcompile.profile.anatomy import frozen, heads, layers
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.check import CHECKS, agreement, sample_plan
-from kvcompile.profile.context import Context, FollowUp, follow, over_context, pack, read_context
+from kvcompile.profile.context import Context, FollowUp, follow, over_context, pack, read_and_compare, read_context
 from kvcompile.profile.curves import BITS, SHARES, Stored, budget_grid, keep_table, losses
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.probes import Probe, scaled, score
@@ -130,19 +130,20 @@ class _Job:
     ) -> None:
         self.model, self.material, self.seed, self.sink, self.budgets = model, material, seed, sink, budgets
         self.progress = progress
-        self.families = (*dict.fromkeys(episode.family for episode in material.measure), RETRIEVAL)
+        texts = dict.fromkeys(episode.family for episode in material.measure)
+        self.families = (*texts, RETRIEVAL)
+        # An episode of each family, and the numbers of the plans that are run for real on it.
+        self.checked = [
+            (episode, range(i, CHECKS, len(texts))) for i, episode in enumerate(_one_each(material.measure))
+        ]
         read = [(_tokens(e), BACKWARD_TICKS * _asked(e)) for e in material.measure]
         work = [_tokens(e) for e in material.fit]
         work += [len(p.prompt_ids) + len(p.answer_ids) - 1 for p in material.probes]
         work += [tokens + extra for tokens, extra in read]
-        work += [_tokens(e) + _asked(e) for e in self.checked()]
+        work += [_tokens(e) + len(plans) * _asked(e) for e, plans in self.checked]
         self.work = [tokens * len(layers(model)) for tokens in work]
         self.done = 0
         self.fitted: tuple[Scorer, Quantiser] | None = None
-
-    def checked(self) -> list[Episode]:
-        """The episode of each plan that is run for real."""
-        return [self.material.measure[i % len(self.material.measure)] for i in range(CHECKS)]
 
     def fresh(self) -> Sums:
         """Sums over finished items; `infsc` is over all probes, `infsc_answered` over those answered rightly; `weight`
@@ -183,7 +184,7 @@ class _Job:
             (self.material.fit, self.add_fit),
             (self.material.probes, self.add_probe),
             (self.material.measure, self.add_curves),
-            (self.checked(), self.add_check),
+            (self.checked, self.add_check),
         )
         for things, add in stages:
             if item < len(things):
@@ -193,7 +194,7 @@ class _Job:
 
     def add_fit(self, sums: Sums, number: int) -> None:
         episode = self.material.fit[number]
-        context, cosines = read_context(self.model, episode.context, self.tick)
+        context, cosines = read_and_compare(self.model, episode.context, self.tick)
         sums["value_cosine"] += cosines.value
         sums["residual_cosine"] += cosines.residual
         packed = pack(len(context), episode.follow_ups)
@@ -221,7 +222,7 @@ class _Job:
     def add_curves(self, sums: Sums, number: int) -> None:
         episode = self.material.measure[number]
         scorer, narrow = self.compiled(sums)
-        context, _ = read_context(self.model, episode.context, self.tick)
+        context = read_context(self.model, episode.context, self.tick)
         packed = pack(len(context), episode.follow_ups)
         attend = over_context(context, packed)
         trace = follow(self.model, packed, attend, self.tick)
@@ -246,16 +247,17 @@ class _Job:
         sums["weight"][[text, questions]] += 1
 
     def add_check(self, sums: Sums, number: int) -> None:
-        episode = self.checked()[number]
+        episode, plans = self.checked[number]
         scorer, narrow = self.compiled(sums)
         profile = self.profile(sums)
-        plan = sample_plan(profile, number, self.seed, self.sink)
         families = [self.families.index(episode.family), len(self.families) - 1]
-        context, _ = read_context(self.model, episode.context, self.tick)
+        context = read_context(self.model, episode.context, self.tick)
         known = reference(self.model, context, pack(len(context), episode.follow_ups), self.tick)
-        found = divergence(self.model, known, plan.plan, scorer, narrow, profile.window, self.tick)
-        text = (found["continuation"] + found["quote"]) / 2
-        sums["checks"][number] = plan.losses[families].mean(), (text + found["question"]) / 2
+        for i in plans:
+            plan = sample_plan(profile, i, self.seed, self.sink)
+            found = divergence(self.model, known, plan.plan, scorer, narrow, profile.window, self.tick)
+            text = (found["continuation"] + found["quote"]) / 2
+            sums["checks"][i] = plan.losses[families].mean(), (text + found["question"]) / 2
 
     def compiled(self, sums: Sums) -> tuple[Scorer, Quantiser]:
         """The scorer and the quantiser, once all episodes to fit on are in the sums."""
@@ -305,6 +307,14 @@ def _stored(context: Context, narrow: Quantiser, layer: int, kind: str) -> tuple
     stored = (context.keys if kind == "key" else context.values)[layer]
     transform, mean = matrices(narrow, layer, kind, stored.device)
     return tuple(rounded(stored, transform, mean, bits) for bits in BITS)
+
+
+def _one_each(episodes: Sequence[Episode]) -> list[Episode]:
+    """The first episode of every family."""
+    first: dict[str, Episode] = {}
+    for episode in episodes:
+        first.setdefault(episode.family, episode)
+    return list(first.values())
 
 
 def _asked(episode: Episode) -> int:

@@ -24,12 +24,13 @@ ROWS = 64
 
 @dataclass(frozen=True)
 class Reference:
-    """A context, its follow-ups, and what the model says at the rows compared with its full cache: log-probabilities,
-    a list over follow-ups of (kind, rows, [T, vocab])."""
+    """A context, its follow-ups, and the model's final states with its full cache at the rows compared: a list over
+    follow-ups of (kind, rows, [T, hidden_size]). Log-probabilities are made anew for every plan, as they would take
+    more memory than everything else."""
 
     context: Context
     packed: Packed
-    said: list[tuple[str, Tensor, Tensor]]
+    final: list[tuple[str, Tensor, Tensor]]
 
 
 def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda _: None) -> Reference:
@@ -39,7 +40,7 @@ def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda 
         for b in packed.blocks
     ]
     final = follow(model, packed, over_context(context, packed), tick).final
-    return Reference(context, packed, [(kind, rows, _say(model, final[rows])) for kind, rows in places])
+    return Reference(context, packed, [(kind, rows, final[rows]) for kind, rows in places])
 
 
 def divergence(
@@ -56,8 +57,8 @@ def divergence(
     cut = apply_plan(known.context, plan, scorer, quantiser, tokens)
     final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
     found: dict[str, list[float]] = {}
-    for kind, rows, before in known.said:
-        after = _say(model, final[rows])
+    for kind, rows, states in known.final:
+        before, after = _say(model, states), _say(model, final[rows])
         found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
     return {kind: float(np.mean(values)) for kind, values in found.items()}
 
@@ -115,7 +116,7 @@ def plan_divergence(model: Any, episodes: Sequence[Any], plan: Plan, profiled: A
     found = []
     with frozen(model):
         for episode in episodes:
-            context, _ = read_context(model, episode.context)
+            context = read_context(model, episode.context)
             known = reference(model, context, pack(len(context), episode.follow_ups))
             kinds = divergence(model, known, plan, profiled.scorer, profiled.quantiser, tokens)
             found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)

@@ -74,13 +74,11 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
         p = rows.probability[..., :length]
         mixed = p.flatten(1, 2) @ values
         mixed = mixed.view(*p.shape[:3], head_dim)
-        apart = (
-            energy[:, :, None]
-            - 2 * mixed @ moved.mT
-            + torch.einsum("hgti,hgij,hgtj->hgt", mixed, metric, mixed)[..., None]
-        )
+        # The squared distance of every value's effect from that of the head's output.
+        apart = torch.einsum("hgti,hgij,hgtj->hgt", mixed, metric, mixed)[..., None] + energy[:, :, None]
+        apart.flatten(0, 1).baddbmm_(mixed.flatten(0, 1), moved.mT.flatten(0, 1), alpha=-2)
         squared = p.square()
-        weight = squared * apart.clamp_min_(0)
+        weight = apart.clamp_min_(0).mul_(squared)
         weight[..., 0], squared[..., 0] = 0, 0
         count = p.shape[2]
         key_weight += weight.sum((1, 2)) / count

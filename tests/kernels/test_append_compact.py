@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompile.kernels import HeadSpec, LayerLayout, Stored, Turn, append, compact
+from kvcompile.kernels.append import dense as append_dense
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.compact import reference as compact_reference
 
@@ -47,21 +48,25 @@ def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int) ->
 def test_append(
     heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, lengths: list[int], steps: int, seed: int
 ) -> None:
+    """In C where there is a compiler, and through torch."""
     generator = torch.Generator().manual_seed(seed)
     layout, batch = LayerLayout.from_heads(heads), len(lengths)
-    ours = sides(layout, head_dim, dtype, batch)
-    scores = torch.randint(-3, 3, (batch, layout.scored_slots), generator=generator).half()  # with ties
-    theirs, other_scores = copy.deepcopy(ours), scores.clone()
+    empty = sides(layout, head_dim, dtype, batch)
+    before = torch.randint(-3, 3, (batch, layout.scored_slots), generator=generator).half()  # with ties
+    operations = (append_reference.append, append, append_dense.append)
+    states = [(*copy.deepcopy(empty), before.clone()) for _ in operations]
     for step in range(steps):
         seen = [n + step for n in lengths]
         shape = (batch, layout.num_kv_heads, head_dim)
         k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
         score = torch.randint(-3, 3, shape[:2], generator=generator).float() if layout.scored_slots else None
-        append(*ours, scores, layout, k, v, score, seen)
-        append_reference.append(*theirs, other_scores, layout, k, v, score, seen)
-    assert torch.equal(scores, other_scores)
-    for one, two in zip(ours, theirs, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+        for operation, state in zip(operations, states, strict=True):
+            operation(*state, layout, k, v, score, seen)
+    (*expected, expected_scores), *found = states
+    for *ours, scores in found:
+        assert torch.equal(scores, expected_scores)
+        for one, two in zip(ours, expected, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
 
 
 def test_append_refuses_shapes_that_do_not_fit() -> None:

@@ -18,7 +18,7 @@ LAYOUTS = {
     ),
     "window": LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7),
 }
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
 def stored(layout: LayerLayout, bits: str, batch: int, head_dim: int, dtype: torch.dtype, seed: int) -> Stored:
@@ -54,12 +54,13 @@ def inputs(layout: LayerLayout, batch: int, group: int, length: int, dtype: torc
 @pytest.mark.parametrize("seen", [[40], [2], [50, 3, 11]], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_one_token(layout: LayerLayout, seen: list[int], group: int, dtype: torch.dtype) -> None:
+    """In C where there is a compiler, and through torch."""
     data = inputs(layout, len(seen), group, 1, dtype)
     args = (data["query"], data["keys"], data["values"], layout, seen)
-    out = ragged_decode(*args, scaling=0.3)
-    assert out.dtype == dtype
     expected = reference.ragged_decode(*args, scaling=0.3)
-    torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    for out in (ragged_decode(*args, scaling=0.3), dense.ragged_decode(*args, 0.3, None, None, None)):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("length", [1, 2, 6])
@@ -70,7 +71,7 @@ def test_several_tokens(layout: LayerLayout, seen: list[int], group: int, length
     data = inputs(layout, len(seen), group, length, torch.float32)
     args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
     out = ragged_decode(*args, scaling=0.3, **data)
-    torch.testing.assert_close(out.double(), reference.ragged_decode(*args, scaling=0.3, **data), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), reference.ragged_decode(*args, scaling=0.3, **data), atol=3e-5, rtol=3e-5)
 
 
 def test_padding_among_new_tokens_is_not_seen() -> None:
@@ -81,7 +82,7 @@ def test_padding_among_new_tokens_is_not_seen() -> None:
     args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
     out = ragged_decode(*args, scaling=1.0, new_mask=mask, **data)
     expected = reference.ragged_decode(*args, scaling=1.0, new_mask=mask, **data)
-    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.double(), expected, atol=3e-5, rtol=3e-5)
 
 
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
