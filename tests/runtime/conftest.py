@@ -73,6 +73,11 @@ def llama() -> PreTrainedModel:
 
 
 @pytest.fixture
+def one_layer() -> PreTrainedModel:
+    return tiny_model(LlamaConfig(**SHAPE | {"num_hidden_layers": 1}))
+
+
+@pytest.fixture
 def gemma3() -> PreTrainedModel:
     return tiny_model(CONFIGS["gemma3"])
 

@@ -1,0 +1,37 @@
+"""`compact` of one layer: a prompt is cut to a quarter of its bytes; rows that are kept are read and written once.
+
+python benchmarks/compact.py [--context 32768]
+"""
+
+from __future__ import annotations
+
+from layer import Layer, layer, options, report
+
+from kvcompile.kernels import compact
+from kvcompile.runtime.store import kept_tokens
+from kvcompile.runtime.turn import layer_turn
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.set_defaults(batch=1)
+    args = parser.parse_args()
+    subjects = {f"{widths} bits": layer(args, widths) for widths in ("16", "8", "4", "mixed")}
+
+    def call(one: Layer):
+        heads, dim = one.layout.num_kv_heads, one.keys.head_dim
+        prompt = one.random(heads, one.context, dim), one.random(heads, one.context, dim)
+        worth = one.random(heads, one.context).float()
+        tokens = [kept_tokens(c, one.context, worth[c.heads], one.device) for c in one.layout.classes]
+        order = one.plan.budgets.head_order[0].tolist()
+        turn = layer_turn(one.plan.quantiser, 0, order, one.layout, one.device)
+        read = sum(t.numel() for t in tokens) * 2 * dim * prompt[0].element_size()
+        moved = read + one.stored_bytes / one.batch
+        return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, turn), moved
+
+    made = {name: call(one) for name, one in subjects.items()}
+    report("compact", args, {n: c for n, (c, _) in made.items()}, {n: moved for n, (_, moved) in made.items()})
+
+
+if __name__ == "__main__":
+    main()
