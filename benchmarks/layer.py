@@ -62,16 +62,9 @@ def layer(args: argparse.Namespace, widths: str) -> Layer:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = CONFIGS["qwen2.5-7b"]
     heads, head_dim = shape["num_key_value_heads"], shape["hidden_size"] // shape["num_attention_heads"]
-    changed = {
-        "num_hidden_layers": 1,
-        "vocab_size": 97,
-        "head_dim": head_dim,
-        "num_attention_heads": args.group * heads,
-    }
-    config = AutoConfig.for_model(**shape | changed)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model = identify(model, "one layer of qwen2.5-7b")
+    changed = {"num_hidden_layers": 1, "num_attention_heads": args.group * heads, "head_dim": head_dim}
+    config = AutoConfig.for_model(**shape | changed | {"vocab_size": 97, "intermediate_size": 64})
+    model = identify(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), "one layer of qwen2.5-7b")
     plan = ragged_plan(model, args.context, args.batch, 0.25, "bfloat16", widths)
     layout = layer_layouts(plan)[0]
     keys, values = (
