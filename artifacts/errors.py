@@ -23,3 +23,7 @@ class CalibrationError(KvcompileError):
 
 class CacheError(KvcompileError):
     """A cache used in a way that its artifact does not provide for."""
+
+
+class ExchangeError(KvcompileError):
+    """A file of another system that cannot be read, or that an artifact cannot be turned into."""

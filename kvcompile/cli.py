@@ -1,4 +1,4 @@
-"""The command line: `kvcompile build | run | eval | inspect | verify | bench`."""
+"""The command line: `kvcompile build | run | eval | inspect | verify | export | bench`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ COMMANDS = {
     "eval": "measure quality at several budgets, beside other methods",
     "inspect": "show what is in an artifact",
     "verify": "check an artifact, and its byte account against a model",
+    "export": "write an artifact's plan for another system",
     "bench": "measure the speed of kernels, decoding and prefill",
 }
 

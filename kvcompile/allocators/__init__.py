@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from pathlib import Path
 from typing import Any
 
 from kvcompile.allocators.baklava import BaKlaVa
@@ -28,18 +29,31 @@ ALLOCATORS: dict[str, Any] = {
     "duo": DuoAttention,
 }
 
-__all__ = ["ALLOCATORS", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes"]
+FILE = "file:"
+"""Before the path of another system's file, in place of an allocator's name; see `kvcompile.exchange`."""
+
+__all__ = ["ALLOCATORS", "FILE", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes"]
 
 
-def default_policy(name: str) -> str:
-    """The token policy that the allocator was published with.
+def named(name: str) -> Any:
+    """The allocator of a name, or of `file:PATH`.
 
     Raises:
         TargetError: an unknown allocator.
+        ExchangeError: a file that cannot be used.
     """
+    if name.startswith(FILE):
+        from kvcompile.exchange import read  # which needs what is here
+
+        return read(Path(name.removeprefix(FILE)))
     if name not in ALLOCATORS:
-        raise TargetError(f"there is no allocator {name!r}: expected one of {', '.join(ALLOCATORS)}")
-    policy: str = ALLOCATORS[name].policies[0]
+        raise TargetError(f"there is no allocator {name!r}: expected one of {', '.join(ALLOCATORS)}, or {FILE}PATH")
+    return ALLOCATORS[name]()
+
+
+def default_policy(name: str) -> str:
+    """The token policy that the allocator was published with. Raises as `named` does."""
+    policy: str = named(name).policies[0]
     return policy
 
 
@@ -47,10 +61,9 @@ def check_policy(name: str, policy: str) -> None:
     """Refuse a token policy that the allocator cannot work with.
 
     Raises:
-        TargetError: such a policy, or an unknown allocator.
+        TargetError: such a policy; and as `named` does.
     """
-    default_policy(name)
-    policies = ALLOCATORS[name].policies
+    policies = named(name).policies
     if policy not in policies:
         raise TargetError(
             f"the allocator {name} cannot work with the policy {policy!r}: expected one of {', '.join(policies)}"
@@ -64,7 +77,7 @@ def allocate(name: str, problem: Problem) -> Plan:
         TargetError: an unknown allocator, a policy it cannot work with, or a target below `least_bytes`.
     """
     check_policy(name, problem.policy)
-    allocator = ALLOCATORS[name]()
+    allocator = named(name)
     least = least_bytes(problem)
     if problem.target < least:
         raise TargetError(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvcompile.allocators.curves import evicted, predicted_loss
 from kvcompile.allocators.rows import floors, free_tokens, limits, rows
@@ -26,28 +27,41 @@ class DuoAttention:
     policies: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __call__(self, problem: Problem) -> Plan:
-        active = ~problem.fixed
-        tokens, total = limits(problem), free_tokens(problem)
-        heads = np.argwhere(np.broadcast_to(active[:, None], tokens.shape))
-        limit = int(problem.limit[active].max(initial=1))
-        streaming = int(
-            np.clip(total // max(1, len(heads)), floors(problem)[active].max(initial=1), self.sink + self.recent)
-        )
-        streaming = min(streaming, limit)
         # The first curve is that of the policy `recent`.
-        damage = evicted(problem, np.array([streaming])).mean(0)[heads[:, 0], heads[:, 1], 0, 0]
-        spare = total - streaming * len(heads)
-        count = min(len(heads), spare // (limit - streaming)) if limit > streaming else len(heads)
-        tokens[active] = streaming
-        for i, h in heads[np.argsort(-damage, kind="stable")[:count]]:
-            tokens[i, h] = limit
+        streaming = np.array([streaming_tokens(problem, self.sink, self.recent)])
+        damage = evicted(problem, streaming).mean(0)[..., 0, 0]
+        return streaming_and_full(problem, damage, np.ones_like(damage, dtype=bool), self.sink, self.recent)
 
-        plan = rows(problem, tokens, report={"full_heads": int(count), "streaming_tokens": streaming})
-        sink = min(self.sink, max(1, streaming * self.sink // (self.sink + self.recent)), streaming - 1)
-        narrow = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
-        plan = dataclasses.replace(
-            plan,
-            sink=np.where(narrow, sink, plan.sink).astype(np.int32),
-            recent=np.where(narrow, streaming - sink, plan.recent).astype(np.int32),
-        )
-        return dataclasses.replace(plan, loss=predicted_loss(problem, plan))
+
+def streaming_tokens(problem: Problem, sink: int, recent: int) -> int:
+    """What a streaming head holds: fewer where the target is too small for streaming heads alone."""
+    active = ~problem.fixed
+    limit = int(problem.limit[active].max(initial=1))
+    fair = free_tokens(problem) // max(1, int(active.sum()) * problem.num_kv_heads)
+    return min(int(np.clip(fair, floors(problem)[active].max(initial=1), sink + recent)), limit)
+
+
+def streaming_and_full(
+    problem: Problem, worth: NDArray[np.float64], eligible: NDArray[np.bool_], sink: int, recent: int
+) -> Plan:
+    """Of the `eligible` heads [L, H] as many full ones as the target holds, those of the largest `worth` [L, H] first;
+    the others stream."""
+    active = ~problem.fixed
+    tokens = limits(problem)
+    limit, streaming = int(problem.limit[active].max(initial=1)), streaming_tokens(problem, sink, recent)
+    heads = np.argwhere(eligible & active[:, None])
+    spare = free_tokens(problem) - streaming * int(active.sum()) * problem.num_kv_heads
+    count = min(len(heads), spare // (limit - streaming)) if limit > streaming else len(heads)
+    tokens[active] = streaming
+    for i, h in heads[np.argsort(-worth[tuple(heads.T)], kind="stable")[:count]]:
+        tokens[i, h] = limit
+
+    plan = rows(problem, tokens, report={"full_heads": int(count), "streaming_tokens": streaming})
+    first = min(sink, max(1, streaming * sink // (sink + recent)), streaming - 1)
+    narrow = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
+    plan = dataclasses.replace(
+        plan,
+        sink=np.where(narrow, first, plan.sink).astype(np.int32),
+        recent=np.where(narrow, streaming - first, plan.recent).astype(np.int32),
+    )
+    return dataclasses.replace(plan, loss=predicted_loss(problem, plan))

@@ -43,9 +43,10 @@ class Optimal:
     better, so that its bound holds for all choices. It mixes choices in a few heads only; the best combination of those
     that fits, with the bytes left given to where the curves fall fastest, is a plan. Where that is further than GAP
     from the bound, HiGHS searches an integer answer among each head's choices of least reduced cost (the core of Balas
-    and Zemel, Operations Research 28, 1980), and the better of the two is taken.
+    and Zemel, Operations Research 28, 1980), and the better of the two is taken; without `integer_search`, the first.
     """
 
+    integer_search: bool = True
     policies: ClassVar[tuple[str, ...]] = ("recent",)
 
     def __call__(self, problem: Problem) -> Plan:
@@ -60,7 +61,8 @@ class Optimal:
             answers = [rounded(table, relaxed, budget)]
         plans = [finished(problem, base, table, answer, budget) for answer in answers]
         searched = False
-        if problem.classes is None and gap(objective(family_losses(problem, plans[0])), relaxed.bound) > GAP:
+        wide = gap(objective(family_losses(problem, plans[0])), relaxed.bound) > GAP
+        if self.integer_search and problem.classes is None and wide:
             integer = search(table, relaxed, budget)
             if integer is not None:
                 searched = True

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from kvcompile import compiler, display
-from kvcompile.allocators import ALLOCATORS
+from kvcompile.allocators import ALLOCATORS, FILE
 from kvcompile.artifacts import Artifact, TargetError, read
 from kvcompile.compiler import Options
 from kvcompile.memory import parse_memory
+
+
+class AllocatorName(click.Choice[str]):
+    """A name, or `file:PATH` for a file of another system."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if str(value).startswith(FILE) else super().convert(value, param, ctx)
+
 
 POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 
@@ -25,7 +34,10 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 )  # fmt: skip
 @click.option("--context", type=click.IntRange(1), help="Tokens a sequence.  [default: the model's]")
 @click.option("--batch", type=click.IntRange(1), help="Sequences.  [default: 1]")
-@click.option("--allocator", type=click.Choice(list(ALLOCATORS)), default="optimal", show_default=True)
+@click.option(
+    "--allocator", type=AllocatorName(list(ALLOCATORS)), default="optimal", show_default=True,
+    help="Or file:PATH, a file of another system (see `kvcompile export`), as importance or as the plan.",
+)  # fmt: skip
 @click.option("--policy", type=click.Choice(POLICIES), help="Token policy.  [default: the allocator's own]")
 @click.option(
     "--kv-dtype", type=click.Choice(["auto", *compiler.KV_DTYPES, *compiler.WIDTHS]), default="auto",
