@@ -118,7 +118,7 @@ def assemble(
     )
 
 
-def head_bytes(plan: Plan, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
+def head_bytes(plan: Plan | Budgets, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
     """Bytes of every head's cache, [L, H], for one sequence."""
     size = np.zeros(plan.capacity.shape, np.int64)
     for at in np.ndindex(size.shape):

@@ -118,4 +118,5 @@ def by_kv_head(table: NDArray[np.float64], problem: Problem, source: str) -> NDA
             f"{source} is for {' x '.join(map(str, table.shape))} layers and heads: expected {layers} x {heads}, or a "
             "multiple of the heads"
         )
-    return table.reshape(layers, heads, -1).mean(-1)
+    averaged: NDArray[np.float64] = table.reshape(layers, heads, -1).mean(-1)
+    return averaged
