@@ -9,6 +9,7 @@ from kvcompile.artifacts.errors import (
     ModelError,
     TargetError,
 )
+from kvcompile.artifacts.hub import fetch, push
 from kvcompile.artifacts.identity import check_identity, identify
 from kvcompile.artifacts.parse import from_bytes, read
 from kvcompile.artifacts.schema import (
@@ -60,11 +61,13 @@ __all__ = [
     "TargetError",
     "anchor_bytes",
     "check_identity",
+    "fetch",
     "from_bytes",
     "full_bytes",
     "groups",
     "identify",
     "loaded_bytes",
+    "push",
     "read",
     "resident_bytes",
     "slot_bytes",

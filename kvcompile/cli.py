@@ -1,4 +1,4 @@
-"""The command line: `kvcompile build | run | eval | inspect | verify | export | bench`."""
+"""The command line: `kvcompile build | run | eval | inspect | verify | export | push | bench`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": "show what is in an artifact",
     "verify": "check an artifact, and its byte account against a model",
     "export": "write an artifact's plan for another system",
+    "push": "put an artifact into a repository on the Hugging Face hub",
     "bench": "measure the speed of kernels, decoding and prefill",
 }
 

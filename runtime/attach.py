@@ -11,7 +11,7 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, identify, read
+from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
@@ -186,11 +186,14 @@ class Attachment:
 def attach(model: PreTrainedModel, artifact: str | Path | Artifact) -> Attachment:
     """Bind an artifact to a transformers causal LM, in place; usable as a context manager that detaches.
 
+    `artifact` is a file, a repository on the hub (`owner/name`, `owner/name@revision`, `owner/name:file.kvb`), or what
+    `read` gave.
+
     Raises:
-        ArtifactError: a file that cannot be read or fails a check.
+        ArtifactError: a file or repository that cannot be read or fails a check.
         ModelError: another model than the artifact's, an unsupported one, or one that is attached already.
     """
-    return Attachment(model, artifact if isinstance(artifact, Artifact) else read(Path(artifact)))
+    return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact))
 
 
 SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")

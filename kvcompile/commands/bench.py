@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcompile import display
-from kvcompile.artifacts import TargetError, identify, read
+from kvcompile.artifacts import TargetError, fetch, identify
 from kvcompile.compiler import check_out
 from kvcompile.memory import parse_memory
 
@@ -53,7 +53,7 @@ def command(
     share = parse_memory(mem)
     if not share.is_share or not 0 < share.amount <= 100:
         raise TargetError(f"--mem {mem}: expected a share of the full cache such as 25%")
-    plan = None if artifact is None else read(Path(artifact))
+    plan = None if artifact is None else fetch(artifact)
 
     import torch
 

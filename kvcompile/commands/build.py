@@ -10,7 +10,7 @@ import click
 
 from kvcompile import compiler, display
 from kvcompile.allocators import ALLOCATORS, FILE
-from kvcompile.artifacts import Artifact, TargetError, read
+from kvcompile.artifacts import Artifact, TargetError, fetch
 from kvcompile.compiler import Options
 from kvcompile.memory import parse_memory
 
@@ -78,7 +78,7 @@ def command(
     options = Options(context, batch, allocator, policy, kv_dtype, classes_per_layer, tp)
     start = time.perf_counter()
     if old is not None:
-        artifact = read(Path(old))
+        artifact = fetch(old)
         built = [compiler.resolve(artifact, mem=text, out=file, **vars(options)) for text, file in wanted.items()]
     else:
         built = _from_model(str(model), wanted, options, calib, refine, seed)

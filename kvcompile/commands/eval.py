@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvcompile import display
-from kvcompile.artifacts import Artifact, check_identity, identify, read
+from kvcompile.artifacts import Artifact, check_identity, fetch, identify
 from kvcompile.assemble import RECORDED
 from kvcompile.compiler import check_out
 from kvcompile.evaluation.methods import METHODS, contenders
@@ -45,7 +45,7 @@ def command(
     """Measure what is left of a model's quality inside a budget: the loss of text that goes on, of quotes from the
     context and of answers to questions about it, all asked only after the context was compressed; beside the full cache
     and other methods with the same bytes, solved from the artifact's curves."""
-    plan = read(Path(artifact))
+    plan = fetch(artifact)
     length = context or min(plan.target.context, 4096)
     plans = contenders(plan, _names(allocators), _names(mem), length)
     for out in (json_out, plot_out):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvcompile import display
-from kvcompile.artifacts import read
+from kvcompile.artifacts import fetch
 
 
 @click.command("export", short_help="write an artifact's plan for another system")
@@ -23,7 +23,7 @@ def command(artifact: str, target: str, out: str, as_json: bool) -> None:
     of what that system will run in the same bytes."""
     from kvcompile import exchange
 
-    plan = read(Path(artifact))
+    plan = fetch(artifact)
     with display.stderr.status(f"writing {out}"):
         made = exchange.export(plan, target)
         exchange.write(made.files, exchange.FORMATS[target], Path(out))

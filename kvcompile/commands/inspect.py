@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcompile import compiler, display
-from kvcompile.artifacts import POLICIES, Artifact, read, token_limits
+from kvcompile.artifacts import POLICIES, Artifact, fetch, token_limits
 from kvcompile.display import write_text
 from kvcompile.report import page, report_data
 
@@ -25,7 +25,7 @@ LETTERS = {"full": "F", "recent": "R", "h2o": "H", "snapkv": "K", "scored": "S"}
 @click.option("--html", metavar="FILE", help="Write a page with budgets, loss curves and loss over memory.")
 def command(artifact: str, as_json: bool, html: str | None) -> None:
     """Show an artifact's model, byte account, solver report and budgets."""
-    plan = read(Path(artifact))
+    plan = fetch(artifact)
     if html is not None:
         compiler.check_out(html)
         write_text(Path(html), page(report_data(plan)))

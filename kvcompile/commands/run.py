@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from kvcompile import display
-from kvcompile.artifacts import Artifact, CacheError, read
+from kvcompile.artifacts import Artifact, CacheError, fetch
 
 
 @click.command("run", short_help="answer a prompt inside an artifact's budget")
@@ -29,7 +29,7 @@ def command(
     seed: int, raw: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr."""
-    plan = read(Path(artifact))
+    plan = fetch(artifact)
     text = read_prompt(prompt)
 
     import torch

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from kvcompile import display
-from kvcompile.artifacts import Artifact, ArtifactError, read
+from kvcompile.artifacts import Artifact, ArtifactError, fetch
 
 
 @click.command("verify", short_help="check an artifact, and its byte account against a model")
@@ -17,7 +16,7 @@ from kvcompile.artifacts import Artifact, ArtifactError, read
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(artifact: str, model: str | None, as_json: bool) -> None:
     """Check a file field by field; with a model, check its fingerprint and measure the bytes that a cache takes."""
-    plan = read(Path(artifact))
+    plan = fetch(artifact)
     report: dict[str, Any] = {"artifact": artifact, "valid": True, "resident_bytes": plan.bytes.resident}
     if model is not None:
         report |= {"model": model, "measured_bytes": measured_bytes(plan, artifact, model)}
