@@ -1,6 +1,7 @@
 """Artifacts on the Hugging Face hub: `owner/name`, `owner/name@revision`, `owner/name:file.kvb`.
 
-The hub's client library does the work, so its cache, its settings (HF_HOME, HF_HUB_OFFLINE) and its login hold here.
+The hub's client library does the work, so its cache, its settings (HF_HOME, HF_HUB_OFFLINE) and its login hold here. It
+is imported on use alone: what reads and writes files needs numpy and safetensors, no more.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     data = to_bytes(artifact)
     require_size(printable(str(path)), len(data))
     try:
-        _replace(Path(os.path.realpath(path)), data)
+        replace_file(Path(os.path.realpath(path)), data)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{printable(str(path))}: the file cannot be written: {printable(str(reason))}") from error
@@ -83,7 +83,8 @@ def _encode(artifact: Artifact, checksum: str) -> bytes:
     return save({name: np.asarray(values, order="C") for name, values in tensors.items()}, {"kvcompile": text})
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Put a whole file in place, or none. Raises OSError."""
     if path.exists() and not path.is_file():
         raise OSError(None, "it is not a regular file")
     temporary = path.parent / f".kvb-{secrets.token_hex(8)}.tmp"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvcompile.artifacts import POLICIES, Artifact, KvcompileError
+from kvcompile.artifacts.serialize import replace_file
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
@@ -93,11 +93,7 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         KvcompileError: a path that cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        replace_file(path, text.encode())
     except OSError as error:
         raise KvcompileError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        partial.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.quantise.api import groups
 from kvcompile.kernels.stored import Stored
@@ -44,7 +45,7 @@ def usable(tensor: torch.Tensor, head_dim: int) -> bool:
         tensor.device.type == "cpu"
         and tensor.dtype in TYPES
         and head_dim <= MOST_DIM
-        and os.environ.get("KVCOMPILE_KERNELS", "") == ""
+        and os.environ.get(CHOICE, "") == ""
         and _library() is not None
     )
 
@@ -55,6 +56,7 @@ def _library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         return None
+    # The folder of `kvcompile.cache_dir`, which kernels do not import.
     root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
     for threads in (["-fopenmp"], []):
         key = repr((SOURCE.read_bytes(), FLAGS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor()))

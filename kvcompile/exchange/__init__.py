@@ -13,6 +13,7 @@ import numpy as np
 
 from kvcompile.allocators.foreign import Foreign
 from kvcompile.artifacts import Artifact, ExchangeError
+from kvcompile.artifacts.serialize import replace_file
 from kvcompile.assemble import Parts, stored_profile
 from kvcompile.compiler import Options, pose_with, unmeasured
 from kvcompile.exchange import common, duoattention, headkv, lukv, tangram, windows
@@ -96,9 +97,7 @@ def _problem(artifact: Artifact, policy: str, measured: bool) -> Problem:
     target = dataclasses.replace(artifact.target, bytes=artifact.bytes.resident)
     profile = stored_profile(artifact) if measured else unmeasured(artifact.model, target.context)
     scored = policy == "scored" and artifact.scorer is not None and bool((profile.shares < 1).any())
-    options = Options(
-        target.context, target.batch, "uniform", "scored" if scored else "recent", lukv.EXACT[target.dtype]
-    )
+    options = Options(target.context, target.batch, "uniform", "scored" if scored else "recent", target.dtype)
     return pose_with(artifact.model, Parts(profile, artifact.scorer, artifact.quantiser), target, options)
 
 
@@ -131,12 +130,6 @@ def write(files: dict[str, bytes], format: Format, out: Path) -> None:
         if format.folder:
             out.mkdir(exist_ok=True)
         for name, data in files.items():
-            place = out / name if format.folder else out
-            partial = place.with_name(f".{place.name}.partial")
-            try:
-                partial.write_bytes(data)
-                partial.replace(place)
-            finally:
-                partial.unlink(missing_ok=True)
+            replace_file(out / name if format.folder else out, data)
     except OSError as error:
         raise ExchangeError(f"{out} cannot be written: {error.strerror or error}") from None

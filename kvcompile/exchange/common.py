@@ -15,6 +15,9 @@ from kvcompile.artifacts import Artifact, ExchangeError, token_limits
 MOST = 1 << 28
 """Bytes of a file that is looked at."""
 
+MOST_TOKENS = 2**31 - 1
+"""Of a context, as an artifact has them."""
+
 Parsed = TypeVar("Parsed")
 
 
@@ -65,6 +68,18 @@ def numbers(
         bound = "" if least == -np.inf else f" of at least {least:g}"
         raise ExchangeError(f"{path} has no usable {name!r}: expected {kind}{bound}")
     return array.astype(np.float64)
+
+
+def count(path: Path, found: Mapping[str, Any], name: str, least: int) -> int:
+    """The one whole number under a name.
+
+    Raises:
+        ExchangeError: none there, or one that is below `least` or above any context.
+    """
+    number = numbers(path, found, name, least, integers=True)
+    if number.ndim or number > MOST_TOKENS:
+        raise ExchangeError(f"{path} has no usable {name!r}: expected one whole number up to {MOST_TOKENS}")
+    return int(number)
 
 
 def json_object(value: Mapping[str, Any]) -> bytes:

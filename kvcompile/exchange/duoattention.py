@@ -12,7 +12,7 @@ import numpy as np
 
 from kvcompile.allocators.foreign import Gates
 from kvcompile.artifacts import POLICIES, Artifact
-from kvcompile.exchange.common import json_object, kept_shares, numbers, parsed, whole
+from kvcompile.exchange.common import count, json_object, kept_shares, numbers, parsed, whole
 
 TABLE, CONFIG = "full_attention_heads.tsv", "config.json"
 SINK, RECENT = 128, 256
@@ -35,10 +35,11 @@ def contents(artifact: Artifact) -> dict[str, bytes]:
 
 
 def read(path: Path) -> Gates:
+    """From the folder, or the table beside its configuration. Raises ExchangeError."""
     folder = path if path.is_dir() else path.parent
     table = folder / TABLE if path.is_dir() else path
     gates = parsed(table, lambda data: np.loadtxt(io.BytesIO(data), dtype=np.float64, delimiter="\t", ndmin=2))
     config = folder / CONFIG
     sizes = parsed(config, whole)
-    sink, recent = (numbers(config, sizes, name, least) for name, least in (("sink_size", 0), ("recent_size", 1)))
-    return Gates(str(path), np.clip(numbers(table, {"gates": gates}, "gates"), 0, 1), int(sink), int(recent))
+    sink, recent = count(config, sizes, "sink_size", 0), count(config, sizes, "recent_size", 1)
+    return Gates(str(path), np.clip(numbers(table, {"gates": gates}, "gates"), 0, 1), sink, recent)

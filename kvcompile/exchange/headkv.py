@@ -26,10 +26,11 @@ def contents(artifact: Artifact) -> dict[str, bytes]:
 
 
 def read(path: Path) -> Importance:
+    """Raises ExchangeError."""
     scores = parsed(path, whole)
     places = [tuple(map(int, key.split("-"))) for key in scores if re.fullmatch(r"[0-9]{1,4}-[0-9]{1,4}", key)]
     shape = tuple(1 + max((place[axis] for place in places), default=-1) for axis in (0, 1))
-    if not scores or len(places) != len(scores) or len(scores) != shape[0] * shape[1]:
+    if not scores or len(set(places)) != len(scores) or len(scores) != shape[0] * shape[1]:
         raise ExchangeError(f'{path} has {len(scores)} heads: expected one "LAYER-HEAD" for every head of every layer')
     table = np.zeros(shape)
     for place, key in zip(places, scores, strict=True):

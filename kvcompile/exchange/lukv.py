@@ -21,14 +21,13 @@ from kvcompile.exchange.common import numbers, parsed
 
 LEVELS = 99
 FILE = "curves.npy"
-EXACT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def contents(artifact: Artifact) -> dict[str, bytes]:
     """Solved anew at every level from the artifact's curves, with elements of the cache's own type."""
     target = artifact.target
     parts = Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
-    options = Options(target.context, target.batch, kv_dtype=EXACT[target.dtype])
+    options = Options(target.context, target.batch, kv_dtype=target.dtype)
     problem = pose_with(artifact.model, parts, target, options)
     full = artifact.bytes.full // target.batch
     pruned = []
@@ -42,6 +41,7 @@ def contents(artifact: Artifact) -> dict[str, bytes]:
 
 
 def read(path: Path) -> Curves:
+    """Raises ExchangeError."""
     found = parsed(path, lambda data: np.load(io.BytesIO(data), allow_pickle=False))
     pruned = numbers(path, {"curves": found}, "curves")
     if pruned.ndim != 3 or len(pruned) != LEVELS or pruned.min() < 0 or pruned.max() > 1:

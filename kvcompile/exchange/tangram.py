@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvcompile.allocators.foreign import Curves, Importance
 from kvcompile.artifacts import Artifact, ExchangeError, token_limits
-from kvcompile.exchange.common import kept_shares, numbers, parsed
+from kvcompile.exchange.common import count, kept_shares, numbers, parsed
 
 FILE = "cluster_map.npz"
 GROUPS = (4, 2, 1)
@@ -50,7 +50,7 @@ def contents(artifact: Artifact) -> dict[str, bytes]:
 
 
 def read(path: Path) -> Importance | Curves:
-    """A cluster map, or the retention profile that one is made from."""
+    """A cluster map, or the retention profile that one is made from. Raises ExchangeError."""
     arrays = parsed(path, _arrays)
     if "ratio_per_head" in arrays:
         kept = numbers(path, arrays, "ratio_per_head", 0)
@@ -58,13 +58,14 @@ def read(path: Path) -> Importance | Curves:
             raise ExchangeError(f"{path} has ratio_per_head {kept.shape}: expected [levels, layers, heads] up to 1")
         return Curves(str(path), kept)
     score, cluster_of = numbers(path, arrays, "rank_score", 0), numbers(path, arrays, "cluster_of", 0)
-    size = int(numbers(path, arrays, "page_group_size", 1))
-    counts = np.unique(cluster_of, return_counts=True)[1]
+    size = count(path, arrays, "page_group_size", 1)
+    _, clusters, counts = np.unique(cluster_of, return_inverse=True, return_counts=True)
     if score.ndim != 2 or cluster_of.shape != score.shape or (counts != size).any():
         raise ExchangeError(f"{path} is no cluster map: expected every head in a cluster of {size} heads")
-    largest = np.zeros(int(cluster_of.max()) + 1)
-    np.maximum.at(largest, cluster_of.astype(int), score)
-    return Importance(str(path), largest[cluster_of.astype(int)])
+    clusters = clusters.reshape(score.shape)
+    largest = np.zeros(len(counts))
+    np.maximum.at(largest, clusters, score)
+    return Importance(str(path), largest[clusters])
 
 
 ARRAYS = ("ratio_per_head", "rank_score", "cluster_of", "page_group_size")

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from kvcompile.allocators.foreign import Windows
-from kvcompile.artifacts import DTYPE_BITS, Artifact, slot_bytes, token_limits
+from kvcompile.artifacts import DTYPE_BITS, Artifact, ExchangeError, slot_bytes, token_limits
 from kvcompile.assemble import head_bytes
-from kvcompile.exchange.common import json_object, numbers, parsed, whole
+from kvcompile.exchange.common import MOST_TOKENS, count, json_object, numbers, parsed, whole
 
 FILE = "windows.json"
 
@@ -28,7 +28,10 @@ def contents(artifact: Artifact) -> dict[str, bytes]:
 
 
 def read(path: Path) -> Windows:
+    """Raises ExchangeError."""
     found = parsed(path, whole)
     windows = numbers(path, found, "max_attention_window", 1, integers=True)
-    sink = numbers(path, found, "sink_token_length", 0, integers=True) if "sink_token_length" in found else None
-    return Windows(str(path), windows.ravel().astype(np.int64), None if sink is None else int(sink))
+    if windows.ndim != 1:
+        raise ExchangeError(f"{path} has max_attention_window {windows.shape}: expected a list of tokens, a layer each")
+    sink = count(path, found, "sink_token_length", 0) if "sink_token_length" in found else None
+    return Windows(str(path), windows.clip(max=MOST_TOKENS).astype(np.int64), sink)

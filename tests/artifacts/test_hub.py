@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_stand_in import TOKEN
 
 from kvcompile.artifacts import read
 from kvcompile.artifacts.hub import Place, parse_place
 
 REFERENCES = sorted((Path(__file__).parents[2] / "artifacts" / "reference").glob("*.kvb"))
-TOKEN = "hf_standin"
 SCRIPT = """
 import json, sys
 from kvcompile.artifacts import KvcompileError, fetch, push

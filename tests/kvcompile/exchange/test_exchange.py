@@ -52,7 +52,7 @@ def test_full_and_streaming_heads_come_back(reference: Artifact, tmp_path: Path)
     assert same(again, plan)
 
 
-def test_budgets_come_back_from_scores_to_a_token(reference: Artifact, tmp_path: Path) -> None:
+def test_budgets_come_back_from_scores_but_for_rounding(reference: Artifact, tmp_path: Path) -> None:
     plan = resolve(reference, mem="25%", allocator="surfacelogic", policy="scored")
     out = put(export(plan, "headkv"), "headkv", tmp_path)
     again = resolve(plan, mem="25%", policy="scored", allocator=f"file:{out}")
@@ -189,6 +189,13 @@ MALFORMED = {
     "words.json": (json.dumps(HEADS_OF | {"3-2": ["much"]}).encode(), "no usable '3-2'"),
     "layers.json": (json.dumps({"max_attention_window": [64] * 32}).encode(), "is for 32 layers: expected 30"),
     "zero.json": (json.dumps({"max_attention_window": [0] * 30}).encode(), "at least 1"),
+    "nested.json": (json.dumps({"max_attention_window": [[64] * 30]}).encode(), "expected a list of tokens"),
+    "sinks.json": (json.dumps({"max_attention_window": [64] * 30, "sink_token_length": [4, 4]}).encode(), "one whole"),
+    "twice.json": (json.dumps({k: v for k, v in HEADS_OF.items() if k != "3-2"} | {"03-1": [1]}).encode(), "270 heads"),
+    "sizes.npz": (
+        npz(rank_score=np.ones((2, 2)), cluster_of=np.zeros((2, 2), int), page_group_size=[4, 4]),
+        "one whole number",
+    ),
     "half.json": (json.dumps({"max_attention_window": [1.5] * 30}).encode(), "whole numbers"),
     "table.tsv": (b"0.1\t0.2\n0.3\n", "is not such a file"),
     "alone.tsv": (b"0.1\t0.2\t0.3\n" * 30, "config.json cannot be read"),
