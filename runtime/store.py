@@ -204,7 +204,8 @@ class LayerStore:
 def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: torch.device) -> torch.Tensor:
     """Which of `count` prompt tokens each head keeps, by slot: int64 [cls.count, min(count, capacity)].
 
-    First the sinks, then the best by `score` f32 [cls.count, `count`] (None: the latest), then the ring of recent ones.
+    First the sinks, then the best by `score` f32 [cls.count, `count`] (None: the latest; of equal ones the earliest),
+    then the ring of recent ones.
     """
     every = torch.arange(count, device=device)
     if count <= cls.capacity:
@@ -212,7 +213,9 @@ def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: 
     if score is None:
         score = every.float().expand(cls.count, -1)
     first_recent = count - cls.recent
-    heavy = score[:, cls.sink : first_recent].topk(cls.capacity - cls.sink - cls.recent, dim=1).indices
+    # Sorted and not `topk`, whose choice between equal scores is anyone's guess: in float16 many are equal.
+    ranked = score[:, cls.sink : first_recent].sort(dim=1, descending=True, stable=True).indices
+    heavy = ranked[:, : cls.capacity - cls.sink - cls.recent]
     ring = first_recent + (torch.arange(cls.recent, device=device) - (first_recent - cls.capacity)) % cls.recent
     return torch.cat(
         [

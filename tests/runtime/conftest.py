@@ -2,63 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import numpy as np
 import pytest
-import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+import tiny_models
+from tiny_models import CONFIGS, SHAPE, tiny_model
+from transformers import LlamaConfig, PreTrainedModel
 
-from kvcompile.artifacts import (
-    DTYPE_BITS,
-    POLICIES,
-    Artifact,
-    Budgets,
-    ByteAccount,
-    Quantiser,
-    Scorer,
-    Target,
-    full_bytes,
-    identify,
-    loaded_bytes,
-    resident_bytes,
-    token_limits,
-)
-
-SHAPE = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 3, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": None,
-    "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE, attention_bias=True),
-    "mistral": MistralConfig(**SHAPE, sliding_window=None),
-    "mistral, sliding": MistralConfig(**SHAPE, sliding_window=24),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
-    "phi3": Phi3Config(**SHAPE, sliding_window=None),
-    "gemma3": Gemma3TextConfig(
-        **SHAPE, head_dim=16, sliding_window=24, query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    ),
-    "multi-head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 6}),
-    "multi-query": LlamaConfig(**{**SHAPE, "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56}),
-}  # fmt: skip
+from kvcompile.artifacts import Artifact
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
@@ -82,80 +33,6 @@ def gemma3() -> PreTrainedModel:
     return tiny_model(CONFIGS["gemma3"])
 
 
-def tiny_model(config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
 @pytest.fixture(scope="session")
 def make_artifact() -> Callable[..., Artifact]:
-    return _make_artifact
-
-
-def _make_artifact(
-    model: PreTrainedModel,
-    capacity: int | Sequence[Sequence[int]] | None = None,
-    *,
-    policy: str = "recent",
-    sink: int = 2,
-    recent: int | None = None,
-    context: int = 128,
-    batch: int = 1,
-    dtype: str = "float32",
-    shuffle: bool = True,
-    bits: Sequence[tuple[int, int]] = (),
-) -> Artifact:
-    """An artifact for `model`: `capacity` tokens a head (one number, rows of [L][H], or None for the full cache) under
-    `policy`, of which the last `recent` are a ring; sliding layers keep their window; heads shuffled in storage. The
-    widths of keys and values are `bits` in turn over the heads, by default the cache's own; the scorer and the
-    transforms are random."""
-    identity = identify(model, "tiny")
-    shape = (identity.num_layers, identity.num_kv_heads)
-    limit = np.array(token_limits(identity.windows, context), np.int32)[:, None]
-    tokens = np.minimum(np.broadcast_to(limit if capacity is None else np.asarray(capacity, np.int32), shape), limit)
-    sliding = np.broadcast_to((limit < context), shape)
-    tokens = np.where(sliding, limit, tokens).astype(np.int32)
-    codes = np.where(tokens == limit, POLICIES.index("full"), POLICIES.index(policy))
-    codes = np.where(sliding, POLICIES.index("recent"), codes).astype(np.uint8)
-    sinks = np.where(sliding, 0, np.minimum(sink, tokens - 1)).astype(np.int32)
-    ring = tokens - sinks
-    if recent is not None:
-        ring = np.where(codes == POLICIES.index(policy), np.minimum(recent, ring), ring)
-    rng = np.random.default_rng(0)
-    orders = []
-    for row in range(shape[0]):
-        heads = rng.permutation(shape[1]) if shuffle else np.arange(shape[1])
-        orders.append(sorted(heads.tolist(), key=lambda h, row=row: (codes[row, h], -tokens[row, h])))
-    widths = np.array([bits[i % len(bits)] if bits else [DTYPE_BITS[dtype]] * 2 for i in range(tokens.size)])
-    k_bits, v_bits = widths.astype(np.uint8).reshape(*shape, 2).transpose(2, 0, 1)
-    budgets = Budgets(
-        policy=codes, capacity=tokens, sink=sinks, recent=ring.astype(np.int32), k_bits=k_bits.copy(),
-        v_bits=v_bits.copy(), head_order=np.array(orders, np.int32),
-    )  # fmt: skip
-    scorer = None
-    if policy == "scored":
-        weight = rng.standard_normal((*shape, identity.hidden_size)).astype(np.float16)
-        scorer = Scorer(weight, rng.standard_normal(shape).astype(np.float32))
-    quantiser = None
-    if bits:
-        turn = np.linalg.qr(rng.standard_normal((2, *shape, identity.head_dim, identity.head_dim)))[0]
-        turn = (turn * rng.uniform(0.5, 2, turn.shape[-1])).astype(np.float16)
-        mean = rng.standard_normal((2, *shape, identity.head_dim)).astype(np.float16)
-        quantiser = Quantiser(turn[0], mean[0], turn[1], mean[1])
-    resident = batch * resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
-    transient = 2 * context * identity.num_kv_heads * identity.head_dim * DTYPE_BITS[dtype] // 8 * batch
-    return Artifact(
-        model=identity,
-        target=Target(bytes=resident, context=context, batch=batch, dtype=dtype),
-        bytes=ByteAccount(
-            resident, loaded_bytes(scorer, quantiser), transient, batch * full_bytes(identity, context, dtype)
-        ),
-        budgets=budgets,
-        predicted_loss=0.0,
-        solver={},
-        calibration={},
-        versions={},
-        profile={},
-        scorer=scorer,
-        quantiser=quantiser,
-    )
+    return tiny_models.make_artifact
