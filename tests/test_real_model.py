@@ -117,8 +117,7 @@ def test_onnx_says_what_the_runtime_says(smollm2: Loaded, quarter: Path, prompt:
                 own = {name: array.copy() for name, array in session.arrays.items()}
                 session.fill(cache, artifact)
                 scores = [(np.sort(own[name]), np.sort(session.arrays[name])) for name in own if "scores" in name]
-                alike = np.mean([np.mean(mine == theirs) for mine, theirs in scores])
-                assert alike > 0.98
+                assert np.mean([np.mean(np.abs(mine - other) < 0.05) for mine, other in scores]) > 0.98
 
 
 @torch.inference_mode()
