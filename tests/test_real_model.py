@@ -116,8 +116,10 @@ def test_onnx_says_what_the_runtime_says(smollm2: Loaded, quarter: Path, prompt:
             if step == 0:
                 own = {name: array.copy() for name, array in session.arrays.items()}
                 session.fill(cache, artifact)
-                scores = [(np.sort(own[name]), np.sort(session.arrays[name])) for name in own if "scores" in name]
-                assert np.mean([np.mean(np.abs(mine - other) < 0.05) for mine, other in scores]) > 0.98
+                filled = [(own[name][..., :1000], session.arrays[name][..., :1000]) for name in own if "scores" in name]
+                assert (
+                    np.mean([np.mean(np.abs(np.sort(mine) - np.sort(given)) < 0.05) for mine, given in filled]) > 0.98
+                )
 
 
 @torch.inference_mode()
