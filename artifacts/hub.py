@@ -6,9 +6,11 @@ is imported on use alone: what reads and writes files needs numpy and safetensor
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +100,14 @@ def snapshot(
     from huggingface_hub.errors import HTTPError as TransferError  # type: ignore[attr-defined]
 
     try:
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            allow_patterns=list(wanted),
-            ignore_patterns=list(unwanted),
-            local_files_only=not _answers(repo_id),
-        )
+        with _progress_bars_on_terminals_only():
+            folder = snapshot_download(
+                repo_id,
+                revision=revision,
+                allow_patterns=list(wanted),
+                ignore_patterns=list(unwanted),
+                local_files_only=not _answers(repo_id),
+            )
     except HFValidationError:
         raise refusal(
             f"{repo_id!r} is not a valid hub id: expected owner/name, as in Qwen/Qwen2.5-7B-Instruct"
@@ -127,6 +130,20 @@ def snapshot(
     except (HfHubHTTPError, TransferError, OSError) as error:
         raise refusal(f"downloading {repo_id} failed ({first_line(error)}): run the command again") from None
     return Path(folder)
+
+
+@contextlib.contextmanager
+def _progress_bars_on_terminals_only() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if sys.stderr.isatty() or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _answers(repo_id: str) -> bool:

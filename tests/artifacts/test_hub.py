@@ -39,6 +39,7 @@ def say(folder: Path, endpoint: str, *calls: str, **environment: str) -> list[An
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert "Fetching" not in done.stderr  # progress is for terminals
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
