@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from kvcompile.artifacts import CacheError, KvcompileError, fetch
-from kvcompile.models import load
+from kvcompile.models import ending_tokens, load
 from kvcompile.runtime import Decoder, Sampling, attach
 
 Score = tuple[float, bool]
@@ -33,7 +33,7 @@ class KvcompileLM(TemplateLM):
     * `loglikelihood`: all of the context but its last token is read and cut to the budget; the last token and the
       continuation then see what was stored, and each other.
     * `loglikelihood_rolling`: the text is read in chunks, each of which sees what the cache has kept of those before.
-    * `generate_until`: as `kvcompile run`.
+    * `generate_until`: token by token, as `kvcompile run --raw` does, up to a stop or a token that ends an answer.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class KvcompileLM(TemplateLM):
         loaded = load(model or plan.model.name, dtype=getattr(torch, dtype or plan.model.dtype), device=device)
         self.attachment = attach(loaded.model, plan)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.ends = ending_tokens(loaded.model, loaded.tokenizer)
         self.max_length, self.chunk, self.max_gen_toks = plan.target.context, int(chunk), int(max_gen_toks)
 
     @property
@@ -115,8 +116,7 @@ class KvcompileLM(TemplateLM):
                 known = context, cache
             logits = self._read(copy.deepcopy(known[1]), [context[-1], *continuation[:-1]], every=True)
             found[i] = _score(logits, continuation)
-            if request is not None:
-                self.cache_hook.add_partial("loglikelihood", request, found[i])
+            self.cache_hook.add_partial("loglikelihood", request, found[i])
         return [found[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -158,7 +158,7 @@ class KvcompileLM(TemplateLM):
         """The answer so far, one token longer each time."""
         new: list[int] = []
         token = decoder.prefill(torch.tensor([ids], device=self.model.device))
-        while len(new) < longest and int(token) != self.eot_token_id:
+        while len(new) < longest and int(token) not in self.ends:
             new.append(int(token))
             yield str(self.tokenizer.decode(new, skip_special_tokens=True))
             if len(new) < longest:

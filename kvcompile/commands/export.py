@@ -33,6 +33,8 @@ def command(artifact: str, target: str, out: str, model: str | None, as_json: bo
         raise ExchangeError(f"--model is for onnx alone: {target} is written from the artifact")
     from kvcompile import exchange
 
+    if target not in exchange.FORMATS:
+        raise ExchangeError(f"there is no format {target!r}: expected one of onnx, {', '.join(exchange.FORMATS)}")
     with display.stderr.status(f"writing {out}"):
         made = exchange.export(plan, target)
         exchange.write(made.files, exchange.FORMATS[target], Path(out))

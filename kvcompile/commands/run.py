@@ -70,6 +70,7 @@ def answer(
     loaded: Any, plan: Artifact, text: str, raw: bool, silent: bool, max_new_tokens: int, sampling: Any
 ) -> dict[str, Any]:
     """Generate inside the budget, streaming to stdout unless `silent`; the text and its figures."""
+    from kvcompile.models import ending_tokens
     from kvcompile.runtime import attach, generate
     from kvcompile.streamer import TimedStreamer
 
@@ -109,13 +110,6 @@ def answer(
         "target_bytes": plan.target.bytes // plan.target.batch,
         "full_bytes": plan.bytes.full // plan.target.batch,
     }
-
-
-def ending_tokens(model: Any, tokenizer: Any) -> set[int]:
-    """Tokens that end an answer: those of the model's generation settings and the tokenizer's."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    several = listed if isinstance(listed, list) else [listed]
-    return {int(token) for token in (*several, tokenizer.eos_token_id) if token is not None}
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -130,6 +130,13 @@ def _unknown(name: str) -> str:
     )
 
 
+def ending_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: those of the model's generation settings and the tokenizer's."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    several = listed if isinstance(listed, list) else [listed]
+    return {int(token) for token in (*several, tokenizer.eos_token_id) if token is not None}
+
+
 @contextlib.contextmanager
 def _progress_bars_on_terminals_only() -> Iterator[None]:
     if sys.stderr.isatty() or not logging.is_progress_bar_enabled():

@@ -14,7 +14,7 @@ OPSET = 24
 """The first with `TensorScatter` and with `Attention` over a cache that is written outside of it."""
 
 IR_VERSION = 11
-"""Of ONNX 1.19, which has this opset."""
+"""An older one than this opset came with, as nothing newer is used and ONNX Runtime 1.24 takes it."""
 
 DTYPES = {
     "float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16,
@@ -85,9 +85,7 @@ class Builder:
         return self.array(np.array(values, np.int64))
 
     def scalar(self, number: int | float, dtype: str = "float32") -> str:
-        """A constant without dimensions."""
-        if dtype == "bfloat16":
-            raise ValueError("constants are not of this type")
+        """A constant without dimensions, of a type that numpy has."""
         return self.array(np.array(number, dtype))
 
     def array(self, array: NDArray[Any]) -> str:

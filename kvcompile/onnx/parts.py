@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kvcompile.artifacts import Artifact, ModelError
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-"""Names in a configuration -> what `blocks.activation` knows."""
+"""Names in a configuration -> what `blocks.activated` knows."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
+    """A whole model: `embedding` [vocabulary, hidden_size], whose rows are multiplied by `embedding_factor`; the last
+    `norm`; `head` [vocabulary, hidden_size]; logits are bent to within `softcap`, if there is one."""
+
     embedding: Tensor
     embedding_factor: float
     layers: tuple[Layer, ...]
@@ -120,45 +123,18 @@ def decoder(model: Any, artifact: Artifact) -> Decoder:
 def _llama(layer: nn.Module, rotary: Rotary) -> Layer:
     """Llama, Mistral, Qwen2, Qwen3, and the mixtures of their kind."""
     attention: Any = layer.self_attn
-    return Layer(
-        before_attention=_norm(layer.input_layernorm),
-        query=_linear(attention.q_proj),
-        key=_linear(attention.k_proj),
-        value=_linear(attention.v_proj),
-        output=_linear(attention.o_proj),
-        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
-        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
-        scale=attention.scaling,
-        rotary=rotary,
-        after_attention=None,
-        before_mlp=_norm(layer.post_attention_layernorm),
-        mlp=_mlp(layer.mlp),
-        after_mlp=None,
-    )
+    projections = [_linear(part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    return _layer(layer, rotary, projections, _mlp(layer.mlp))
 
 
 def _phi3(layer: nn.Module, rotary: Rotary) -> Layer:
     """Phi-3: queries, keys and values in one projection, gate and up in another."""
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
-    sizes = [attention.config.num_attention_heads * attention.head_dim]
-    sizes += [attention.config.num_key_value_heads * attention.head_dim] * 2
-    query, key, value = (Linear(part) for part in attention.qkv_proj.weight.split(sizes))
-    return Layer(
-        before_attention=_norm(layer.input_layernorm),
-        query=query,
-        key=key,
-        value=value,
-        output=_linear(attention.o_proj),
-        query_norm=None,
-        key_norm=None,
-        scale=attention.scaling,
-        rotary=rotary,
-        after_attention=None,
-        before_mlp=_norm(layer.post_attention_layernorm),
-        mlp=Mlp((_linear(mlp.gate_up_proj),), _linear(mlp.down_proj)),
-        after_mlp=None,
-    )
+    config = attention.config
+    sizes = [n * attention.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+    projections = [Linear(part) for part in attention.qkv_proj.weight.split(sizes)]
+    return _layer(layer, rotary, projections, Mlp((_linear(mlp.gate_up_proj),), _linear(mlp.down_proj)))
 
 
 def _gemma3(layer: nn.Module, rotary: Rotary) -> Layer:
@@ -168,6 +144,27 @@ def _gemma3(layer: nn.Module, rotary: Rotary) -> Layer:
         after_attention=_norm(layer.post_attention_layernorm),
         before_mlp=_norm(layer.pre_feedforward_layernorm),
         after_mlp=_norm(layer.post_feedforward_layernorm),
+    )
+
+
+def _layer(layer: nn.Module, rotary: Rotary, projections: Sequence[Linear], mlp: Mlp | Experts) -> Layer:
+    """A layer with norms before attention and MLP alone; `projections` are those of queries, keys and values."""
+    attention: Any = layer.self_attn
+    query, key, value = projections
+    return Layer(
+        before_attention=_norm(layer.input_layernorm),
+        query=query,
+        key=key,
+        value=value,
+        output=_linear(attention.o_proj),
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+        scale=attention.scaling,
+        rotary=rotary,
+        after_attention=None,
+        before_mlp=_norm(layer.post_attention_layernorm),
+        mlp=mlp,
+        after_mlp=None,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from onnx import TensorProto
 
 from kvcompile.artifacts import Artifact, ExchangeError, check_identity, identify
+from kvcompile.models import ending_tokens
 from kvcompile.onnx.builder import DTYPES, Builder, Root
 from kvcompile.onnx.groups import Group, layer_groups
 from kvcompile.onnx.model import LOGITS, NEW, SEEN, TOKENS, decoder_graph
@@ -92,13 +93,13 @@ def _write_weights(root: Root, model: onnx.ModelProto, file: BinaryIO) -> None:
 
 def description(artifact: Artifact, model: Any, tokenizer: Any) -> dict[str, Any]:
     """What a program has to know to run the graph, as JSON."""
-    target, orders = artifact.target, artifact.budgets.head_order.tolist()
+    target, orders, layers = artifact.target, artifact.budgets.head_order.tolist(), layer_groups(artifact)
     buffers = [
         {
             "past": buffer.past, "present": buffer.present, "dtype": buffer.dtype,
             "element_type": int(DTYPES[buffer.dtype]), "shape": list(buffer.shape), "layer": layer, "group": i,
         }
-        for layer, groups in enumerate(layer_groups(artifact)) for i, group in enumerate(groups)
+        for layer, groups in enumerate(layers) for i, group in enumerate(groups)
         for buffer in group.buffers()
     ]  # fmt: skip
     return {
@@ -115,11 +116,9 @@ def description(artifact: Artifact, model: Any, tokenizer: Any) -> dict[str, Any
             LOGITS: "float32 [batch, vocabulary]: after the last real token of every sequence",
             "present.*": "the cache after this call; may be bound to the memory of past.*",
         },
-        "layers": [
-            [_group(group, orders[layer]) for group in groups] for layer, groups in enumerate(layer_groups(artifact))
-        ],
+        "layers": [[_group(group, orders[layer]) for group in groups] for layer, groups in enumerate(layers)],
         "buffers": buffers,
-        "ends": _ends(model, tokenizer),
+        "ends": sorted(ending_tokens(model, tokenizer)),
         "chat": _chat(tokenizer),
     }  # fmt: skip
 
@@ -130,13 +129,6 @@ def _group(group: Group, order: list[int]) -> dict[str, Any]:
         "heads": order[group.start : group.start + group.count], **{name: getattr(group, name) for name in names},
         "key_bits": group.keys.bits, "value_bits": group.values.bits,
     }  # fmt: skip
-
-
-def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """Tokens that end an answer."""
-    listed = getattr(model.generation_config, "eos_token_id", None)
-    several = listed if isinstance(listed, list) else [listed]
-    return sorted({int(token) for token in (*several, tokenizer.eos_token_id) if token is not None})
 
 
 def _chat(tokenizer: Any) -> dict[str, str] | None:

@@ -93,6 +93,7 @@ def test_mistakes_are_one_sentence(
     cases = [
         ([*onnx, "--model", "no-such-model"], "there is no model 'no-such-model'"),
         (["export", artifact, "--to", "headkv", "--model", model_folder, "-o", out], "--model is for onnx alone"),
+        (["export", artifact, "--to", "gguf", "-o", out], "expected one of onnx, duoattention"),
     ]
     for arguments, words in cases:
         status, stdout, err = kvcompile(*arguments)
