@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from kvcompile.artifacts import (
 )
 from kvcompile.placement import place
 from kvcompile.problem import Plan, Problem, Profile
+from kvcompile.quantiser import KeyMoments, Moment, Positions, Rotary, fit_keys, key_growth, layer_positions
 
 RECORDED = ("kvcompile", "numpy", "scipy", "torch", "transformers")
 """Packages whose versions the artifact names."""
@@ -48,6 +49,10 @@ def pose(
     """One sequence's share of a target, as a problem for an allocator; `widths` default to the target's own alone."""
     limit = np.array(token_limits(model.windows, target.context), np.int32)
     bits = DTYPE_BITS[target.dtype]
+    growth: NDArray[np.float64] | float = 1.0
+    if profile.keys is not None and set(widths or ()) - {bits}:
+        measured = (Positions(0, profile.window),) * model.num_layers
+        growth = key_growth(profile.keys, measured, layer_positions(limit.tolist(), target.context))
     return Problem(
         profile=profile,
         limit=limit,
@@ -58,6 +63,7 @@ def pose(
         widths=widths or (bits,),
         target=target.bytes // target.batch,
         context=target.context,
+        key_growth=growth,
         policy=policy,
         sink=sink,
         classes=classes,
@@ -71,6 +77,15 @@ class Parts:
     profile: Profile
     scorer: Scorer | None
     quantiser: Quantiser | None
+
+    def at_context(self, model: ModelIdentity, context: int) -> Parts:
+        """These parts with keys quantised for the positions of `context` tokens; as they are where the profile does not
+        say what that takes, as in artifacts from before it did."""
+        if self.quantiser is None or self.profile.keys is None:
+            return self
+        positions = layer_positions(token_limits(model.windows, context), context)
+        transform, mean = fit_keys(self.profile.keys, positions)
+        return replace(self, quantiser=replace(self.quantiser, key_transform=transform, key_mean=mean))
 
 
 def assemble(
@@ -148,11 +163,18 @@ def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
     }
     if np.isfinite(profile.correlation):
         arrays["correlation"] = np.array([profile.correlation], np.float32)
+    if profile.keys is not None:
+        arrays |= key_arrays(profile.keys)
     return arrays
 
 
 TABLES = ("tokens", "shares", "loss", "bits", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
 """Fields of a profile that are stored as they are."""
+
+
+def stored_parts(artifact: Artifact) -> Parts:
+    """The parts inside an artifact, to solve other targets from. Raises ArtifactError as `stored_profile` does."""
+    return Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
 
 
 def stored_profile(artifact: Artifact) -> Profile:
@@ -194,8 +216,47 @@ def stored_profile(artifact: Artifact) -> Profile:
         window=window,
         factor=float(arrays["factor"][0]),
         correlation=float(arrays["correlation"][0]) if arrays.get("correlation", NONE).size else math.nan,
+        keys=stored_keys(arrays, (*heads, model.head_dim)) if "rotary_frequency" in arrays else None,
         **{name: arrays[name] for name in TABLES},
     )
+
+
+def key_arrays(keys: KeyMoments) -> dict[str, NDArray[Any]]:
+    """Moments of keys as the artifact stores them."""
+    return {
+        "key_mean": keys.plain.mean, "key_factor": keys.plain.factor,
+        "attended_mean": keys.attended.mean, "attended_factor": keys.attended.factor,
+        "query_factor": keys.query.factor,
+        "rotary_frequency": keys.rotary.frequency, "rotary_partner": keys.rotary.partner,
+        "rotary_context": np.array([keys.rotary.context], np.int32),
+    }  # fmt: skip
+
+
+def stored_keys(arrays: Mapping[str, NDArray[Any]], shape: tuple[int, int, int]) -> KeyMoments:
+    """The moments of keys inside an artifact; `shape` is [L, H, D].
+
+    Raises:
+        ArtifactError: arrays that are missing, or do not fit the model.
+    """
+    size = shape[-1]
+    factor = (*shape[:2], size * (size + 1) // 2)
+    shapes = {
+        "key_mean": shape, "key_factor": factor, "attended_mean": shape, "attended_factor": factor,
+        "query_factor": factor, "rotary_frequency": (shape[0], size), "rotary_partner": (size,), "rotary_context": (1,),
+    }  # fmt: skip
+    for name, expected in shapes.items():
+        if name not in arrays or arrays[name].shape != expected:
+            raise ArtifactError(f"the artifact carries no usable profile.{name}: expected an array of shape {expected}")
+    partner, context = arrays["rotary_partner"], int(arrays["rotary_context"][0])
+    paired = partner.dtype == np.int32 and ((partner >= 0) & (partner < size)).all()
+    if not paired or (partner[partner] != np.arange(size)).any():
+        raise ArtifactError("the artifact carries no usable profile.rotary_partner: expected pairs of components")
+    if context < 0:
+        raise ArtifactError("the artifact carries no usable profile.rotary_context: expected 0 or more tokens")
+    query = Moment(np.zeros(shape, np.float32), arrays["query_factor"])
+    rotary = Rotary(arrays["rotary_frequency"], partner, context)
+    plain, attended = (Moment(arrays[f"{kind}_mean"], arrays[f"{kind}_factor"]) for kind in ("key", "attended"))
+    return KeyMoments(plain, attended, query, rotary)
 
 
 NONE: NDArray[Any] = np.zeros(0, np.uint8)

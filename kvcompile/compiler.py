@@ -25,7 +25,7 @@ from kvcompile.artifacts import (
     validate,
     write,
 )
-from kvcompile.assemble import Parts, assemble, pose, stored_profile
+from kvcompile.assemble import Parts, assemble, pose, stored_parts
 from kvcompile.memory import Memory, parse_memory
 from kvcompile.problem import DEFAULT_SINK, Plan, Problem, Profile
 
@@ -36,7 +36,7 @@ WIDTHS = {"int8": 8, "int4": 4}
 """Names of `--kv-dtype` under which every key and value is quantised."""
 
 PROFILE_TOKENS = 2048
-"""Longest calibration context; a longer one is profiled at this length and its curves are stretched."""
+"""Longest calibration context by default; a longer one is profiled at this length and its curves are stretched."""
 FIT_EPISODES = 2
 """Episodes of each family that the scorer and the quantiser are fitted on."""
 MEASURE_EPISODES = 2
@@ -91,6 +91,7 @@ def build(
     ranks: int | None = None,
     refine: int = 0,
     seed: int = 0,
+    profile_tokens: int = PROFILE_TOKENS,
     name: str | None = None,
     report: Report | None = None,
 ) -> Artifact:
@@ -101,6 +102,7 @@ def build(
         context, batch, allocator, policy, kv_dtype, classes, ranks: see `Options`.
         calib: a file or folder with text to calibrate on, beside what the package and the Python installation carry.
         refine: rounds in which the plan is measured and solved anew; a plan is kept only if it measures better.
+        profile_tokens: the longest context that is profiled, in tokens; a longer `context` stretches its curves.
         name: under which `kvcompile run` finds the model again; default: the model's own.
 
     An interrupted profile resumes where it stopped, and a finished one serves the next target too (`KVCOMPILE_CACHE`).
@@ -111,8 +113,9 @@ def build(
     options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
     wanted = {mem: None if out is None else Path(out)}
     return build_many(
-        model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, name=name, report=report
-    )[0]
+        model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, profile_tokens=profile_tokens,
+        name=name, report=report,
+    )[0]  # fmt: skip
 
 
 def build_many(
@@ -124,23 +127,29 @@ def build_many(
     calib: str | os.PathLike[str] | None = None,
     refine: int = 0,
     seed: int = 0,
+    profile_tokens: int = PROFILE_TOKENS,
     name: str | None = None,
     report: Report | None = None,
 ) -> list[Artifact]:
     """One artifact for every memory target in `wanted` (and the file to write it to), from one profile."""
     # Here and not above: `resolve` needs neither torch nor transformers.
+    from kvcompile.models import fast_arithmetic
     from kvcompile.profiling import profile_model
 
     identity = identify(model, name or str(model.config.name_or_path or model.config.model_type))
     longest = int(model.config.get_text_config().max_position_embeddings)
     options = options.with_defaults(longest, 1)
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
-    length = min(options.context or longest, PROFILE_TOKENS)
-    profiled = profile_model(model, tokenizer, identity, length=length, calib=calib, seed=seed, report=report)
-    return [
-        finish(identity, profiled.parts, target, options, profiled.calibration, out, profiled.tools(refine, report))
-        for target, out in zip(targets, wanted.values(), strict=True)
-    ]
+    context = options.context or longest
+    length = min(context, profile_tokens)
+    with fast_arithmetic(model):
+        profiled = profile_model(
+            model, tokenizer, identity, length=length, context=context, calib=calib, seed=seed, report=report
+        )
+        return [
+            finish(identity, profiled.parts, target, options, profiled.calibration, out, profiled.tools(refine, report))
+            for target, out in zip(targets, wanted.values(), strict=True)
+        ]
 
 
 def resolve(
@@ -155,9 +164,10 @@ def resolve(
     kv_dtype: str = "auto",
     classes: int | None = None,
     ranks: int | None = None,
+    parts: Parts | None = None,
 ) -> Artifact:
     """Solve another target from the curves inside an artifact, without the model. Arguments as for `build`, with the
-    artifact's own context and batch as defaults.
+    artifact's own context and batch as defaults; `parts` are its `stored_parts`, for who solves several targets.
 
     Raises:
         KvcompileError: an impossible target, an artifact without curves, or an `out` that cannot be written.
@@ -165,8 +175,9 @@ def resolve(
     options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
     options = options.with_defaults(artifact.target.context, artifact.target.batch)
     path = None if out is None else Path(out)
-    parts = Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
+    parts = parts or stored_parts(artifact)
     target = check(artifact.model, mem, options, path, artifact.target.dtype, parts)
+    check_positions(artifact, parts, target, options)
     return finish(artifact.model, parts, target, options, dict(artifact.calibration), path)
 
 
@@ -199,7 +210,8 @@ def finish(
     solver = {
         "allocator": options.allocator, "policy": "joint" if joint else problem.policy, "sink": problem.sink,
     }  # fmt: skip
-    artifact = assemble(identity, parts, target, plan, solver=solver, calibration=calibration, ranks=options.ranks)
+    made = parts.at_context(identity, target.context)
+    artifact = assemble(identity, made, target, plan, solver=solver, calibration=calibration, ranks=options.ranks)
     if out is None:
         validate(artifact, "the plan")
     else:
@@ -214,13 +226,37 @@ def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Op
     widths: tuple[int, ...] = (own,)
     if options.kv_dtype in WIDTHS:
         widths = (WIDTHS[options.kv_dtype],)
-    elif options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity):
+    elif quantised_widths(identity, options):
         widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
     profile = parts.profile
     if options.allocator == "optimal" and options.policy in ("recent", "window"):
         ring = profile.shares >= 1
         profile = dataclasses.replace(profile, shares=profile.shares[ring], loss=profile.loss[..., ring, :])
     return pose(identity, profile, target, policy, sink, widths, options.classes)
+
+
+def quantised_widths(identity: ModelIdentity, options: Options) -> bool:
+    """Whether a plan under the options may have quantised heads."""
+    joint = options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity)
+    return joint or options.kv_dtype in WIDTHS
+
+
+def check_positions(artifact: Artifact, parts: Parts, target: Target, options: Options) -> None:
+    """Refuse to quantise keys for positions that the artifact says nothing about."""
+    context, keys = target.context, parts.profile.keys
+    if context == artifact.target.context or not quantised_widths(artifact.model, options):
+        return
+    advice = "build anew with --model, or give --kv-dtype bf16 for a plan without quantised heads"
+    if keys is None and context > parts.profile.window and parts.quantiser is not None:
+        raise TargetError(
+            f"the artifact is of a revision that fitted its quantiser to the first {parts.profile.window} positions "
+            f"alone, which {context} tokens outgrow: {advice}"
+        )
+    if keys is not None and not keys.rotary.serves(context):
+        raise TargetError(
+            f"the model's rotary embedding changes with the length of a sequence, and the artifact holds that of "
+            f"{keys.rotary.context} tokens, not of {context}: {advice}"
+        )
 
 
 def roundable(identity: ModelIdentity) -> bool:

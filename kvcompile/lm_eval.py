@@ -19,7 +19,7 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from kvcompile.artifacts import CacheError, KvcompileError, fetch
-from kvcompile.models import ending_tokens, load
+from kvcompile.models import ending_tokens, fast_dtype, load
 from kvcompile.runtime import Decoder, Sampling, attach
 
 Score = tuple[float, bool]
@@ -62,7 +62,8 @@ class KvcompileLM(TemplateLM):
             raise CacheError(f"a chunk of {chunk} tokens was asked for, expected 1 or more")
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = None  # the harness asks for the first GPU unless it is told otherwise
-        loaded = load(model or plan.model.name, dtype=getattr(torch, dtype or plan.model.dtype), device=device)
+        kind = getattr(torch, dtype) if dtype else fast_dtype(getattr(torch, plan.model.dtype), device)
+        loaded = load(model or plan.model.name, dtype=kind, device=device)
         self.attachment = attach(loaded.model, plan)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.ends = ending_tokens(loaded.model, loaded.tokenizer)

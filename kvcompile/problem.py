@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import anchor_bytes, slot_bytes
+from kvcompile.quantiser import KeyMoments
 
 DEFAULT_SINK = 4
 """First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
@@ -30,7 +31,8 @@ class Profile:
     is a ring of recent tokens: 1 is the policy `recent`, less is `scored` with this part protected.
     `loss` f32 [F, L, H, P, C]: what eviction costs; 0 at `window`, not always monotone.
     `bits` i32 [Q]: widths other than the cache's own type; `key_loss`, `value_loss` f32 [F, L, H, Q]: what it costs to
-    store all of the head's keys, or values, in that width; it adds to the loss of eviction.
+    store all of the head's keys, or values, in that width at the window's positions; it adds to the loss of eviction.
+    `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
     `factor`: measured over predicted KL, by which the losses are to be multiplied, and `correlation`, their rank
     correlation (Spearman) over the plans or heads that were measured; 1 and NaN where nothing was.
     `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
@@ -50,6 +52,7 @@ class Profile:
     baklava: NDArray[np.float32]
     squeeze: NDArray[np.float32]
     surfacelogic: NDArray[np.float32]
+    keys: KeyMoments | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Problem:
     those rows alone. `target` is bytes for one sequence. `dtype_bits` is the width of the cache's own element type and
     `widths` are those that an allocator may choose for keys and for values apart; one that does not choose takes the
     first. `policy` is the token policy the allocator should use and `sink` its protected first tokens.
+    `key_growth` [L, H] multiplies the profile's `key_loss`: what the context's positions make of it.
     `classes` is the most distinct choices (policy, capacity, sink, recent, bits) in a layer, None for any number.
     `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on real text.
     """
@@ -74,6 +78,7 @@ class Problem:
     widths: tuple[int, ...]
     target: int
     context: int
+    key_growth: NDArray[np.float64] | float = 1.0
     policy: str = "recent"
     sink: int = DEFAULT_SINK
     classes: int | None = None

@@ -17,7 +17,7 @@ from kvcompile.cache_dir import cache_dir
 from kvcompile.calibration import Calibration, calibrate
 from kvcompile.compiler import Report, Tools
 from kvcompile.problem import DEFAULT_SINK, Plan, Problem
-from kvcompile.profile import Material, Profiled, measure, perplexity, plan_divergence, profile_key
+from kvcompile.profile import Material, Profiled, measure, perplexity, plan_divergence, profile_key, read_rotary
 from kvcompile.refine import refine_plan
 
 
@@ -76,11 +76,13 @@ def profile_model(
     identity: ModelIdentity,
     *,
     length: int,
+    context: int,
     calib: str | os.PathLike[str] | None,
     seed: int,
     report: Report | None,
 ) -> ProfiledModel:
-    """Profile a model on contexts of `length` tokens, or take up the profile that the cache folder has of it."""
+    """Profile a model on contexts of `length` tokens, or take up the profile that the cache folder has of it, for plans
+    of `context` tokens."""
     text = calibrate(
         tokenizer,
         length=length,
@@ -93,7 +95,7 @@ def profile_model(
     key = profile_key(
         fingerprint=identity.fingerprint,
         calibration=text.sha256,
-        dtype=identity.dtype,
+        dtype=f"{identity.dtype}, computed in {model.dtype}",
         seed=seed,
         sink=DEFAULT_SINK,
     )
@@ -104,4 +106,4 @@ def profile_model(
         progress=report and (lambda done, total: report("profiling", done, total)),
         store=cache_dir("profiles", key),
     )
-    return ProfiledModel(model, text, profiled)
+    return ProfiledModel(model, text, profiled.for_context(read_rotary(model, context)))

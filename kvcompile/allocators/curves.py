@@ -35,6 +35,8 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
 def narrowed(problem: Problem, kind: str) -> NDArray[np.float64]:
     """Predicted loss of storing keys or values (`kind`) in each of the problem's widths: [F, L, H, W]."""
     loss = getattr(problem.profile, f"{kind}_loss").astype(np.float64)
+    if kind == "key":
+        loss = loss * np.asarray(problem.key_growth)[..., None]
     known = problem.profile.bits.tolist()
     columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in problem.widths]
     return problem.profile.factor * np.stack(columns, axis=-1)

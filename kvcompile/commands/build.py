@@ -50,13 +50,17 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
     help="Measure the plan and N others, and keep what measures best.",
 )  # fmt: skip
 @click.option("--calib", metavar="PATH", help="Text to calibrate on beside our own: a file, a folder, jsonl.")
+@click.option(
+    "--profile-tokens", type=click.IntRange(64), metavar="N",
+    help=f"Longest context that is profiled.  [default: {compiler.PROFILE_TOKENS}]",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
     model: str | None, old: str | None, mem: str, context: int | None, batch: int | None, allocator: str,
     policy: str | None, kv_dtype: str, classes_per_layer: int | None, tp: int | None, refine: int, calib: str | None,
-    seed: int, out: str | None, as_json: bool,
+    profile_tokens: int | None, seed: int, out: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Profile a model, solve for per-head budgets under a memory target, and write an artifact.
 
@@ -66,6 +70,8 @@ def command(
         raise click.UsageError("give either --model NAME or --from FILE")
     if old is not None and refine:
         raise click.UsageError("--refine measures with the model: give --model NAME instead of --from FILE")
+    if old is not None and profile_tokens is not None:
+        raise click.UsageError("--profile-tokens profiles the model: give --model NAME instead of --from FILE")
     if refine and allocator != "optimal":
         raise click.UsageError("--refine improves the plans of --allocator optimal alone")
     source = Path(model or old or "")
@@ -81,7 +87,8 @@ def command(
         artifact = fetch(old)
         built = [compiler.resolve(artifact, mem=text, out=file, **vars(options)) for text, file in wanted.items()]
     else:
-        built = _from_model(str(model), wanted, options, calib, refine, seed)
+        tokens = profile_tokens or compiler.PROFILE_TOKENS
+        built = _from_model(str(model), wanted, options, calib, refine, seed, tokens)
     seconds = time.perf_counter() - start
     if as_json:
         reports = [
@@ -113,7 +120,7 @@ def outputs(mem: str, path: Path) -> dict[str, Path]:
 
 
 def _from_model(
-    name: str, wanted: dict[str, Path], options: Options, calib: str | None, refine: int, seed: int
+    name: str, wanted: dict[str, Path], options: Options, calib: str | None, refine: int, seed: int, tokens: int
 ) -> list[Artifact]:
     from kvcompile.models import load
 
@@ -123,7 +130,7 @@ def _from_model(
         with display.progress_bars() as report:
             return compiler.build_many(
                 loaded.model, loaded.tokenizer, dict(wanted), options, calib=calib, refine=refine, seed=seed,
-                name=loaded.name, report=report,
+                profile_tokens=tokens, name=loaded.name, report=report,
             )  # fmt: skip
 
 

@@ -57,11 +57,11 @@ def command(
 
     from kvcompile.calibration import draw_episodes, evaluation_families
     from kvcompile.evaluation.run import evaluate
-    from kvcompile.models import load
+    from kvcompile.models import fast_dtype, load
 
     with display.quiet_transformers():
         with display.stderr.status(f"loading {plan.model.name}"):
-            loaded = load(model or plan.model.name, dtype=getattr(torch, plan.model.dtype))
+            loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
         check_identity(plan.model, identify(loaded.model, plan.model.name))
         families = evaluation_families(loaded.tokenizer, length, None if data is None else Path(data))
         drawn = draw_episodes(loaded.tokenizer, families, length, episodes, seed + SEED, replay=False)

@@ -34,11 +34,11 @@ def command(
 
     import torch
 
-    from kvcompile.models import load
+    from kvcompile.models import fast_dtype, load
 
     with display.quiet_transformers():
         with display.stderr.status("loading the model"):
-            loaded = load(model or plan.model.name, dtype=getattr(torch, plan.model.dtype))
+            loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
         torch.manual_seed(seed)
         from kvcompile.runtime import Sampling
 

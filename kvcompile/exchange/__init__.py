@@ -14,7 +14,7 @@ import numpy as np
 from kvcompile.allocators.foreign import Foreign
 from kvcompile.artifacts import Artifact, ExchangeError
 from kvcompile.artifacts.serialize import replace_file
-from kvcompile.assemble import Parts, stored_profile
+from kvcompile.assemble import Parts, stored_parts
 from kvcompile.compiler import Options, pose_with, unmeasured
 from kvcompile.exchange import common, duoattention, headkv, lukv, tangram, windows
 from kvcompile.problem import Plan, Problem
@@ -95,10 +95,10 @@ def export(artifact: Artifact, name: str) -> Export:
 def _problem(artifact: Artifact, policy: str, measured: bool) -> Problem:
     """The artifact's own bytes, to be divided anew in elements of the cache's own type."""
     target = dataclasses.replace(artifact.target, bytes=artifact.bytes.resident)
-    profile = stored_profile(artifact) if measured else unmeasured(artifact.model, target.context)
-    scored = policy == "scored" and artifact.scorer is not None and bool((profile.shares < 1).any())
+    parts = stored_parts(artifact) if measured else Parts(unmeasured(artifact.model, target.context), None, None)
+    scored = policy == "scored" and artifact.scorer is not None and bool((parts.profile.shares < 1).any())
     options = Options(target.context, target.batch, "uniform", "scored" if scored else "recent", target.dtype)
-    return pose_with(artifact.model, Parts(profile, artifact.scorer, artifact.quantiser), target, options)
+    return pose_with(artifact.model, parts, target, options)
 
 
 def read(path: Path) -> Foreign:

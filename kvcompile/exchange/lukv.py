@@ -15,7 +15,7 @@ from kvcompile.allocators import least_bytes
 from kvcompile.allocators.foreign import Curves
 from kvcompile.allocators.optimal import Optimal
 from kvcompile.artifacts import Artifact, ExchangeError
-from kvcompile.assemble import Parts, stored_profile
+from kvcompile.assemble import stored_parts
 from kvcompile.compiler import Options, pose_with
 from kvcompile.exchange.common import numbers, parsed
 
@@ -26,7 +26,7 @@ FILE = "curves.npy"
 def contents(artifact: Artifact) -> dict[str, bytes]:
     """Solved anew at every level from the artifact's curves, with elements of the cache's own type."""
     target = artifact.target
-    parts = Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
+    parts = stored_parts(artifact)
     options = Options(target.context, target.batch, kv_dtype=target.dtype)
     problem = pose_with(artifact.model, parts, target, options)
     full = artifact.bytes.full // target.batch

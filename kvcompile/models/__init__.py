@@ -1,5 +1,6 @@
-"""Models by name: an alias, a hub id, a folder or a GGUF file."""
+"""Models by name: an alias, a hub id, a folder or a GGUF file; and the element type they are fast in."""
 
+from kvcompile.models.arithmetic import fast_arithmetic, fast_dtype
 from kvcompile.models.load import Loaded, ending_tokens, load
 
-__all__ = ["Loaded", "ending_tokens", "load"]
+__all__ = ["Loaded", "ending_tokens", "fast_arithmetic", "fast_dtype", "load"]

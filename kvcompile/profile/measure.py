@@ -31,8 +31,10 @@ from kvcompile.profile.rounding import matrices, rounded
 from kvcompile.profile.scores import baklava
 from kvcompile.profile.simulate import divergence, reference
 from kvcompile.profile.store import Sums, load, save
-from kvcompile.profile.transform import MOMENTS, Moments, moments, quantiser
+from kvcompile.profile.transform import MOMENTS, Moments, keys_of, moments, quantiser
+from kvcompile.profile.unrotate import read_rotary
 from kvcompile.profile.utility import fit, normal_sums, scores, utilities
+from kvcompile.quantiser import KeyMoments, Positions, Rotary
 
 RETRIEVAL = "retrieval"
 """The family of all episodes' questions; the other families are those of the texts."""
@@ -65,7 +67,8 @@ class Material:
 
 @dataclass(frozen=True)
 class Profiled:
-    """A profile, the scorer and the quantiser it is for, and how it came about: probes asked and answered rightly
+    """A profile, the scorer and the quantiser it is for, keys at the positions of the window, and how it came about:
+    probes asked and answered rightly
     (where none is, the scores of `surfacelogic` come from all), and the predicted and measured KL of plans."""
 
     profile: Profile
@@ -74,6 +77,11 @@ class Profiled:
     probes: int
     answered: int
     checks: list[tuple[float, float]]
+
+    def for_context(self, rotary: Rotary) -> Profiled:
+        """The same, for sequences in which the model has this rotary embedding."""
+        assert self.profile.keys is not None
+        return replace(self, profile=replace(self.profile, keys=replace(self.profile.keys, rotary=rotary)))
 
     def describe(self) -> dict[str, Any]:
         """What an artifact says of its profile, as a JSON object."""
@@ -143,7 +151,8 @@ class _Job:
         work += [_tokens(e) + len(plans) * _asked(e) for e, plans in self.checked]
         self.work = [tokens * len(layers(model)) for tokens in work]
         self.done = 0
-        self.fitted: tuple[Scorer, Quantiser] | None = None
+        self.rotary = read_rotary(model, int(budgets[-1]))
+        self.fitted: tuple[Scorer, Quantiser, KeyMoments] | None = None
 
     def fresh(self) -> Sums:
         """Sums over finished items; `infsc` is over all probes, `infsc_answered` over those answered rightly; `weight`
@@ -206,7 +215,7 @@ class _Job:
             sums["squares"][call.layer] += square
             sums["products"][call.layer] += product
             projection = layers(self.model)[call.layer].get_parameter("self_attn.o_proj.weight")
-            for name, value in vars(moments(call, context, packed, projection)).items():
+            for name, value in vars(moments(call, context, packed, projection, self.rotary)).items():
                 sums[name][call.layer] += value
             return attend(call)
 
@@ -221,7 +230,7 @@ class _Job:
 
     def add_curves(self, sums: Sums, number: int) -> None:
         episode = self.material.measure[number]
-        scorer, narrow = self.compiled(sums)
+        scorer, narrow, _ = self.compiled(sums)
         context = read_context(self.model, episode.context, self.tick)
         packed = pack(len(context), episode.follow_ups)
         attend = over_context(context, packed)
@@ -248,7 +257,7 @@ class _Job:
 
     def add_check(self, sums: Sums, number: int) -> None:
         episode, plans = self.checked[number]
-        scorer, narrow = self.compiled(sums)
+        scorer, narrow, _ = self.compiled(sums)
         profile = self.profile(sums)
         families = [self.families.index(episode.family), len(self.families) - 1]
         context = read_context(self.model, episode.context, self.tick)
@@ -259,11 +268,14 @@ class _Job:
             text = (found["continuation"] + found["quote"]) / 2
             sums["checks"][i] = plan.losses[families].mean(), (text + found["question"]) / 2
 
-    def compiled(self, sums: Sums) -> tuple[Scorer, Quantiser]:
-        """The scorer and the quantiser, once all episodes to fit on are in the sums."""
+    def compiled(self, sums: Sums) -> tuple[Scorer, Quantiser, KeyMoments]:
+        """The scorer, the quantiser for the window's positions and what it is made from, once all episodes to fit on
+        are in the sums."""
         if self.fitted is None:
             by_layer = [Moments(*(sums[name][i] for name in MOMENTS)) for i in range(len(sums["squares"]))]
-            self.fitted = fit(sums["squares"], sums["products"]), quantiser(by_layer)
+            keys = keys_of(by_layer, self.rotary)
+            window = (Positions(0, int(self.budgets[-1])),) * len(by_layer)
+            self.fitted = fit(sums["squares"], sums["products"]), quantiser(by_layer, keys, window), keys
         return self.fitted
 
     def profile(self, sums: Sums) -> Profile:
@@ -293,14 +305,16 @@ class _Job:
         factor, correlation = agreement(sums["checks"])
         # As an artifact holds them, so that solving from one gives the same plan.
         profile = replace(profile, factor=float(np.float32(factor)), correlation=float(np.float32(correlation)))
-        scorer, narrow = self.compiled(sums)
+        scorer, narrow, keys = self.compiled(sums)
         tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
         measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]
         measured += [*vars(scorer).values(), *vars(narrow).values()]
         if not all(np.isfinite(array).all() for array in measured):
             raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")
         checks = [(float(predicted), float(real)) for predicted, real in sums["checks"]]
-        return Profiled(profile, scorer, narrow, len(self.material.probes), int(sums["answered"]), checks)
+        return Profiled(
+            replace(profile, keys=keys), scorer, narrow, len(self.material.probes), int(sums["answered"]), checks
+        )
 
 
 def _stored(context: Context, narrow: Quantiser, layer: int, kind: str) -> tuple[Tensor, ...]:

@@ -18,9 +18,11 @@ FILE = "sums.npz"
 
 def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int) -> str:
     """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
-    calibration text, seed and sinks, and the source of this package, so that no change of ours meets old numbers."""
+    calibration text, seed and sinks, and the sources of this package and of the quantiser's, so that no change of ours
+    meets old numbers."""
     digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink)).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in sorted([*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

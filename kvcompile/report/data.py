@@ -10,7 +10,7 @@ import numpy as np
 from kvcompile import display
 from kvcompile.allocators.curves import evicted, grid, narrowed
 from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact, ArtifactError, TargetError, token_limits
-from kvcompile.assemble import Parts, head_bytes, stored_profile
+from kvcompile.assemble import Parts, head_bytes, stored_parts
 from kvcompile.compiler import Options, pose_with, resolve
 from kvcompile.problem import Plan, Problem
 
@@ -42,13 +42,12 @@ def report_data(artifact: Artifact) -> dict[str, Any]:
         "front": None,
     }
     try:
-        profile = stored_profile(artifact)
+        parts = stored_parts(artifact)
     except ArtifactError:
         return data
-    parts = Parts(profile, artifact.scorer, artifact.quantiser)
     options = Options(artifact.target.context, artifact.target.batch)
     problem = pose_with(model, parts, artifact.target, options)
-    return {**data, "curves": _curves(problem), "front": _front(artifact)}
+    return {**data, "curves": _curves(problem), "front": _front(artifact, parts)}
 
 
 def _curves(problem: Problem) -> dict[str, Any]:
@@ -65,13 +64,13 @@ def _curves(problem: Problem) -> dict[str, Any]:
     }
 
 
-def _front(artifact: Artifact) -> dict[str, list[dict[str, float]]]:
+def _front(artifact: Artifact, parts: Parts) -> dict[str, list[dict[str, float]]]:
     """Predicted loss over bytes, with the default allocator and with equal budgets."""
     front: dict[str, list[dict[str, float]]] = {"optimal": [], "uniform": []}
     for share in SHARES:
         for name, points in front.items():
             try:
-                plan = resolve(artifact, mem=f"{100 * share:g}%", allocator=name)
+                plan = resolve(artifact, mem=f"{100 * share:g}%", allocator=name, parts=parts)
             except TargetError:
                 continue  # below what sinks alone take
             if math.isfinite(plan.predicted_loss):

@@ -1,0 +1,38 @@
+"""The element type in which a processor multiplies fast enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def fast_dtype(dtype: torch.dtype, device: str | torch.device | None = None) -> torch.dtype:
+    """`dtype`, or float32 where it is a 16-bit type that the CPU has no instructions for: torch then multiplies element
+    by element, 80 times as slowly as in float32 on a processor with AVX2 alone. `device` defaults to cuda where there
+    is one. Widening 16-bit weights is exact, and an artifact's cache keeps its own type."""
+    kind = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+    known = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    if kind != "cpu" or dtype not in known:
+        return dtype
+    supported = getattr(torch.ops.mkldnn, known[dtype], None)
+    return dtype if supported is None or supported() else torch.float32
+
+
+@contextmanager
+def fast_arithmetic(model: Any) -> Iterator[None]:
+    """Let a model compute in `fast_dtype` of its weights' type within the block; afterwards it is bit for bit as it
+    was."""
+    widened = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        fast = fast_dtype(tensor.dtype, tensor.device)
+        if fast != tensor.dtype:
+            widened[tensor] = tensor.data
+            tensor.data = tensor.data.to(fast)
+    try:
+        yield
+    finally:
+        for tensor, narrow in widened.items():
+            tensor.data = narrow
