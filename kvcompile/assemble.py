@@ -31,7 +31,7 @@ from kvcompile.artifacts import (
 )
 from kvcompile.placement import place
 from kvcompile.problem import Plan, Problem, Profile
-from kvcompile.quantiser import KeyMoments, Moment, Positions, Rotary, fit_keys, key_growth, layer_positions
+from kvcompile.quantiser import KeyMoments, Moment, Positions, Rotary, for_context, key_growth, layer_positions
 
 RECORDED = ("kvcompile", "numpy", "scipy", "torch", "transformers")
 """Packages whose versions the artifact names."""
@@ -83,9 +83,8 @@ class Parts:
         say what that takes, as in artifacts from before it did."""
         if self.quantiser is None or self.profile.keys is None:
             return self
-        positions = layer_positions(token_limits(model.windows, context), context)
-        transform, mean = fit_keys(self.profile.keys, positions)
-        return replace(self, quantiser=replace(self.quantiser, key_transform=transform, key_mean=mean))
+        limits = token_limits(model.windows, context)
+        return replace(self, quantiser=for_context(self.quantiser, self.profile.keys, limits, context))
 
 
 def assemble(

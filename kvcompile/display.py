@@ -74,12 +74,24 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "scorer_bytes": artifact.bytes.scorer,
         "full_bytes": artifact.bytes.full,
         "share_of_full": artifact.bytes.resident / artifact.bytes.full,
+        "quantised_positions": quantised_positions(artifact),
         "policies": {name: int((budgets.policy == i).sum()) for i, name in enumerate(POLICIES)},
         "predicted_loss": None if loss != loss else loss,
         "solver": dict(artifact.solver),
         "calibration": dict(artifact.calibration),
         "versions": dict(artifact.versions),
     }
+
+
+def quantised_positions(artifact: Artifact) -> int | None:
+    """The number of positions, from 0 on, that the transforms of keys are made for: the context's, or the profile's
+    window in files from before a profile had moments of keys; None without a quantiser, or where the file is silent."""
+    if artifact.quantiser is None:
+        return None
+    if "rotary_frequency" in artifact.profile:
+        return artifact.target.context
+    window = artifact.profile.get("window")
+    return None if window is None else int(window[0])
 
 
 def print_json(value: Any) -> None:

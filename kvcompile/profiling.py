@@ -63,7 +63,7 @@ class ProfiledModel:
         def refine(problem: Problem, plan: Plan) -> Plan:
             def kl(trial: Plan) -> float:
                 tick("refining")
-                return plan_divergence(self.model, self.text.measure, trial, self.profiled, problem.context)
+                return plan_divergence(self.model, self.text.measure, trial, self.profiled, problem)
 
             return refine_plan(problem, plan, kl, rounds) if rounds else plan
 

@@ -58,6 +58,10 @@ def account(plan: Artifact) -> Table:
     table.add_row("target", display.human(target.bytes))
     table.add_row("resident", f"{display.human(size.resident)}, {size.resident / size.full:.1%} of the full cache")
     table.add_row("scorer", f"{display.human(size.scorer)} of scorer and quantiser, loaded once")
+    positions = display.quantised_positions(plan)
+    if positions is not None:
+        sliding = ", in sliding layers at those of the last window" if any(model.windows) else ""
+        table.add_row("quantiser", f"made for keys at positions 0 to {positions - 1}{sliding}")
     table.add_row("full cache", display.human(size.full))
     table.add_row("prefill", f"{display.human(size.transient)} more for one layer at a time")
     if plan.predicted_loss == plan.predicted_loss:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser, groups
+from kvcompile.profile.unrotate import rotated, unrotated
+from kvcompile.quantiser import Rotary
 
 
 def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
@@ -22,6 +26,21 @@ def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tenso
     inverse = torch.linalg.inv(transform.double()).float()
     back: Tensor = decoded @ inverse.mT + mean[..., None, :]
     return back
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Reads keys back as if the context began at position `offset` of a longer one: R(offset) turns all of them alike,
+    which leaves their products with queries as they are, but not what quantising does to them."""
+
+    rotary: Rotary
+    offset: int
+
+    def rounded(self, keys: Tensor, layer: int, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
+        """`keys` [..., n, D] of one layer as read back, float32."""
+        there = torch.full((1,), self.offset, device=keys.device)
+        back = rounded(rotated(keys, there, self.rotary, layer), transform, mean, bits)
+        return unrotated(back, there, self.rotary, layer)
 
 
 def matrices(quantiser: Quantiser, layer: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
-from kvcompile.problem import Plan
+from kvcompile.problem import Plan, Problem
 from kvcompile.profile.anatomy import Tick, frozen, logits
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
 from kvcompile.profile.curves import survivors
-from kvcompile.profile.rounding import matrices, rounded
+from kvcompile.profile.rounding import Shift, matrices, rounded
 from kvcompile.profile.utility import scores
+from kvcompile.quantiser import for_context
 
 ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""
@@ -51,10 +53,11 @@ def divergence(
     quantiser: Quantiser | None,
     tokens: int,
     tick: Tick = lambda _: None,
+    shift: Shift | None = None,
 ) -> dict[str, float]:
     """Mean KL to the full cache by kind of follow-up, in nats a token, under a plan for contexts of `tokens` tokens,
-    whose budgets are scaled to the length of this one."""
-    cut = apply_plan(known.context, plan, scorer, quantiser, tokens)
+    whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
+    cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
     final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
     found: dict[str, list[float]] = {}
     for kind, rows, states in known.final:
@@ -71,12 +74,19 @@ class Cut:
     kept: list[Tensor | None]
 
 
-def apply_plan(context: Context, plan: Plan, scorer: Scorer | None, quantiser: Quantiser | None, tokens: int) -> Cut:
+def apply_plan(
+    context: Context,
+    plan: Plan,
+    scorer: Scorer | None,
+    quantiser: Quantiser | None,
+    tokens: int,
+    shift: Shift | None = None,
+) -> Cut:
     """What a plan leaves of a context; token policies are `full`, `recent` and `scored`."""
     length, scale = len(context), len(context) / tokens
     keys, values, kept = list(context.keys), list(context.values), list[Tensor | None]()
     for layer in range(len(keys)):
-        keys[layer] = _narrow(keys[layer], plan.k_bits[layer], quantiser, layer, "key")
+        keys[layer] = _narrow(keys[layer], plan.k_bits[layer], quantiser, layer, "key", shift)
         values[layer] = _narrow(values[layer], plan.v_bits[layer], quantiser, layer, "value")
         alive: list[Tensor] = []
         by_score = scores(scorer, layer, context.hidden[layer]) if scorer is not None else None
@@ -93,13 +103,18 @@ def apply_plan(context: Context, plan: Plan, scorer: Scorer | None, quantiser: Q
     return Cut(replace(context, keys=keys, values=values), kept)
 
 
-def _narrow(stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str) -> Tensor:
+def _narrow(
+    stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str, shift: Shift | None = None
+) -> Tensor:
     narrow = np.isin(bits, QUANTISED_BITS)
     if quantiser is None or not narrow.any():
         return stored
     transform, mean = matrices(quantiser, layer, kind, stored.device)
+    read = rounded if shift is None else partial(shift.rounded, layer=layer)
     heads = [
-        rounded(stored[h], transform[h], mean[h], int(bits[h])).to(stored.dtype) if narrow[h] else stored[h]
+        read(stored[h], transform=transform[h], mean=mean[h], bits=int(bits[h])).to(stored.dtype)
+        if narrow[h]
+        else stored[h]
         for h in range(len(stored))
     ]
     return torch.stack(heads)
@@ -110,14 +125,18 @@ def _say(model: Any, hidden: Tensor) -> Tensor:
     return logits(model, hidden).float().log_softmax(-1)
 
 
-def plan_divergence(model: Any, episodes: Sequence[Any], plan: Plan, profiled: Any, tokens: int) -> float:
-    """Mean measured KL of a plan for contexts of `tokens` tokens over episodes, text and questions alike, in nats a
-    token; `profiled` has the scorer and the quantiser."""
-    found = []
+def plan_divergence(model: Any, episodes: Sequence[Any], plan: Plan, profiled: Any, problem: Problem) -> float:
+    """Mean measured KL of a plan for the problem's context over episodes, text and questions alike, in nats a token;
+    `profiled` has the profile, the scorer and the quantiser. Episodes are shorter than the context may be: they are
+    taken to stand at places spread evenly over it."""
+    found, tokens, keys = [], problem.context, profiled.profile.keys
+    quantiser = for_context(profiled.quantiser, keys, problem.limit.tolist(), tokens)
     with frozen(model):
-        for episode in episodes:
+        for number, episode in enumerate(episodes):
             context = read_context(model, episode.context)
             known = reference(model, context, pack(len(context), episode.follow_ups))
-            kinds = divergence(model, known, plan, profiled.scorer, profiled.quantiser, tokens)
+            room = max(tokens - len(context), 0)
+            shift = Shift(keys.rotary, round(room * (number + 0.5) / len(episodes)))
+            kinds = divergence(model, known, plan, profiled.scorer, quantiser, tokens, shift=shift)
             found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)
     return float(np.mean(found))

@@ -42,10 +42,10 @@ def read_rotary(model: Any, context: int) -> Rotary:
 
 def unrotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Tensor:
     """Keys or queries [..., n, D] of one layer, at `positions` [n], as they were before the rotation; float32."""
-    return _turned(stored, -positions, rotary, layer)
+    return rotated(stored, -positions, rotary, layer)
 
 
-def _turned(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Tensor:
+def rotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Tensor:
     """R(p) x of `kvcompile.quantiser.rotary`, float32."""
     frequency = torch.from_numpy(rotary.frequency[layer]).to(stored.device)
     partner = torch.from_numpy(rotary.partner).long().to(stored.device)
@@ -70,9 +70,8 @@ def _read(model: Any, context: int) -> Rotary:
     found: list[Way] = []
     for layer, (key, table) in enumerate(zip(keys, tables, strict=True)):
         ways = list(_layouts(table, head_dim))
-        apart = [
-            float((_turned(key[:, :1].expand_as(key), where, Rotary(f[None], p), 0) - key).norm()) for f, p in ways
-        ]
+        still = key[:, :1].expand_as(key)  # as at position 0
+        apart = [float((rotated(still, where, Rotary(f[None], p), 0) - key).norm()) for f, p in ways]
         best = int(np.argmin(apart))
         if apart[best] > TOLERANCE * float(key.norm()):
             raise ModelError(

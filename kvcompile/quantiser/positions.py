@@ -8,12 +8,13 @@ after it follow for any range of positions, as averages over it: E[R(p) M R(p)']
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.artifacts import Quantiser
 from kvcompile.quantiser.balance import balanced, quantisation_error
 from kvcompile.quantiser.moments import KeyMoments, Moment
 from kvcompile.quantiser.rotary import mean_first, mean_second
@@ -66,7 +67,14 @@ def key_growth(moments: KeyMoments, measured: tuple[Positions, ...], wanted: tup
         errors.append(np.array(table))
     before, after = errors
     # A head whose keys or queries are all the same has no error, and none to grow.
-    return np.divide(after, before, out=np.ones_like(after), where=(before > 0) & (after > 0))
+    growth: Array = np.divide(after, before, out=np.ones_like(after), where=(before > 0) & (after > 0))
+    return growth
+
+
+def for_context(quantiser: Quantiser, moments: KeyMoments, limits: Sequence[int], context: int) -> Quantiser:
+    """A quantiser whose keys are transformed for the positions of `context` tokens; values have none."""
+    transform, mean = fit_keys(moments, layer_positions(limits, context))
+    return replace(quantiser, key_transform=transform, key_mean=mean)
 
 
 def _attended(moments: KeyMoments, layer: int, where: Positions) -> tuple[Array, Array, Array]:

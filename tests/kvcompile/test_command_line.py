@@ -133,6 +133,7 @@ def test_inspect(kvcompile, artifact) -> None:
     assert report["heads"]["capacity"] == plan.budgets.capacity.tolist()
     assert report["heads"]["k_bits"] == plan.budgets.k_bits.tolist()
     assert report["resident_bytes"] == plan.bytes.resident
+    assert report["quantised_positions"] == plan.target.context
 
 
 def test_verify(kvcompile, artifact, model_folder) -> None:

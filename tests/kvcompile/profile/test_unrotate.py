@@ -1,4 +1,4 @@
-"""Rotary embedding as it is read from models: every family, scaled, partial, a base a layer, neighbouring components."""
+"""Rotary embedding as it is read from models: every family, scaled, partial, a base a layer, either layout."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kvcompile.artifacts.errors import ModelError
-from kvcompile.profile.anatomy import frozen
+from kvcompile.profile.anatomy import forward, frozen
+from kvcompile.profile.attention import Attention, attending
 from kvcompile.profile.context import read_context
-from kvcompile.profile.unrotate import read_rotary, unrotated
+from kvcompile.profile.rounding import Shift, rounded
+from kvcompile.profile.unrotate import read_rotary, rotated, unrotated
 
 SCALED: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 1e6},
@@ -100,6 +103,30 @@ def test_sixteen_bit_models_have_exact_frequencies(tiny: Callable[..., Any]) -> 
     for weight in model.parameters():
         weight.data = weight.data.bfloat16()  # as a checkpoint is loaded: the tables' own frequencies stay in float32
     assert np.array_equal(read_rotary(model, 1000).frequency, exact)
+
+
+def test_a_shift_is_a_later_place_in_a_longer_context(tiny: Callable[..., Any]) -> None:
+    """Keys of a text read at positions 500 to 539, without reading what would come before."""
+    model, length, offset = tiny("qwen2"), 40, 500
+    rotary = read_rotary(model, 1024)
+    keys: list[Tensor] = []
+
+    def attend(call: Attention) -> Tensor:
+        keys.append(call.key)
+        return torch.zeros_like(call.query)
+
+    ids = np.arange(length) % 90
+    with frozen(model), attending(model, attend):
+        forward(model, ids, positions=np.arange(length))
+        forward(model, ids, positions=np.arange(length) + offset)
+    near, far = keys[0], keys[3]
+    there = torch.full((1,), offset)
+    torch.testing.assert_close(rotated(near, there, rotary, 0), far, rtol=1e-4, atol=1e-4)
+    transform, mean = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), far[0].mean(0)
+    found = Shift(rotary, offset).rounded(near[0], 0, transform, mean, 4)
+    expected = unrotated(rounded(far[0], transform, mean, 4), there, rotary, 0)
+    # On average: a number at the border of two codes may fall either way.
+    assert (found - expected).abs().mean() < 1e-3 < (found - near[0]).abs().mean() / 10
 
 
 def test_keys_that_turn_in_another_way_are_refused(tiny: Callable[..., Any]) -> None:
