@@ -3,9 +3,9 @@
     python benchmarks/long_context.py bits --model NAME --contexts 2048 8192 32768 ARTIFACT.kvb TEXT [TEXT ...]
     python benchmarks/long_context.py past --model NAME --new 4000 ARTIFACT.kvb TEXT [TEXT ...]
 
-`bits` stores all keys in 4 bits and nothing else, in contexts of each length: the KL that the artifact's profile predicts
-and the measured one. `past` fills the artifact's context with a text, goes on with it token by token, and prints KL to the
-full cache by position. KL in nats a token.
+`bits` stores all keys in 4 bits and nothing else, in contexts of each length: the KL that the artifact's profile
+predicts and the measured one. `past` fills the artifact's context with a text, goes on with it token by token, and
+prints KL to the full cache by position. KL in nats a token.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def past(args: argparse.Namespace, loaded: Any) -> Table:
     bins = np.arange(0, args.new, args.step)
     found = np.zeros((len(args.texts), len(bins)))
     for row, path in enumerate(args.texts):
-        ids = torch.from_numpy(token_ids(loaded.tokenizer, path.read_text(errors="replace")))[None, : context + args.new]
+        tokens = token_ids(loaded.tokenizer, path.read_text(errors="replace"))
+        ids = torch.from_numpy(tokens)[None, : context + args.new]
         if ids.shape[1] < context + args.new:
             raise SystemExit(f"{path} is too short: expected {context + args.new} tokens")
         full = DynamicCache(config=model.config)

@@ -1,5 +1,5 @@
-"""Contexts longer than the profile: keys with large biases, as Qwen2's, whose slow components have not turned within the
-profile's tokens and have at the end of the context."""
+"""Contexts longer than the profile: keys with large biases, as Qwen2's, whose slow components have not turned within
+the profile's tokens and have at the end of the context."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def loss(model: Qwen2ForCausalLM, artifact: Artifact, ids: torch.Tensor) -> floa
         return (full.exp() * (full - said(kv.new_cache()))).sum(-1).mean().item()
 
 
-def test_keys_are_quantised_for_the_context(
-    biased: Qwen2ForCausalLM, compiled: Artifact, text: torch.Tensor
-) -> None:
+def test_keys_are_quantised_for_the_context(biased: Qwen2ForCausalLM, compiled: Artifact, text: torch.Tensor) -> None:
     """A profile of 512 tokens serves 8,192; with the quantiser of the profile's own positions KL is 0.05."""
     assert loss(biased, compiled, text) < 0.01
     keys = stored_parts(compiled).profile.keys

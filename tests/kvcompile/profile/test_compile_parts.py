@@ -16,8 +16,8 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.check import agreement
 from kvcompile.profile.context import Context, pack
 from kvcompile.profile.rounding import rounded
-from kvcompile.quantiser import balanced, spread
 from kvcompile.profile.utility import fit, normal_sums, scores, utilities
+from kvcompile.quantiser import balanced, spread
 
 Tiny = Callable[..., Any]
 
