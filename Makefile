@@ -33,7 +33,7 @@ compat: $(VENV)-compat/.installed $(VENV)/.installed
 integrations: $(VENV)-kvpress/.installed $(VENV)/.installed
 	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
 	KVCOMPILE_PYTHON=$(CURDIR)/$(BIN)/python KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 \
-		$(VENV)-kvpress/bin/python -m pytest tests/runtime/test_kvpress_adapter.py
+		$(VENV)-kvpress/bin/python -m pytest tests/kvcompile/integrations/test_kvpress.py
 
 # On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest: the tests of
 # the kernels, memcheck where compute-sanitizer is installed, and the benchmark, as one table.

@@ -162,6 +162,17 @@ def anchor_bytes(sink: int, head_dim: int, k_bits: int, v_bits: int, dtype_bits:
     return min(sink, 1) * quantised * head_dim * dtype_bits // 8
 
 
+def head_bytes(budgets: Any, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
+    """Bytes of every head's cache, i64 [L, H], for one sequence; `budgets` are `Budgets`, or a plan, which has the same
+    tables."""
+    size = np.zeros(budgets.capacity.shape, np.int64)
+    for at in np.ndindex(size.shape):
+        k, v = int(budgets.k_bits[at]), int(budgets.v_bits[at])
+        slots = int(budgets.capacity[at]) * slot_bytes(POLICIES[budgets.policy[at]], head_dim, k, v)
+        size[at] = slots + anchor_bytes(int(budgets.sink[at]), head_dim, k, v, dtype_bits)
+    return size
+
+
 def resident_bytes(budgets: Budgets, head_dim: int, dtype_bits: int) -> int:
     """Bytes of one sequence's cache under these budgets; `dtype_bits` are those of the cache's own element type."""
     tables = (budgets.policy, budgets.capacity, budgets.sink, budgets.k_bits, budgets.v_bits)

@@ -9,7 +9,7 @@ from layer import Layer, layer, options, report
 
 from kvcompile.kernels import compact
 from kvcompile.runtime.store import kept_tokens
-from kvcompile.runtime.turn import layer_turn
+from kvcompile.runtime.transforms import layer_turn
 
 
 def main() -> None:

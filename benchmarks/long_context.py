@@ -21,17 +21,17 @@ from rich.console import Console
 from rich.table import Table
 from transformers import DynamicCache
 
-from kvcompile.allocators.curves import family_losses
+from kvcompile.allocators.predicted import family_losses
 from kvcompile.artifacts import POLICIES, Artifact, read
 from kvcompile.assemble import pose, stored_parts
 from kvcompile.calibration import draw_episodes
 from kvcompile.calibration.family import Family, token_ids
 from kvcompile.models import load
-from kvcompile.problem import Plan
-from kvcompile.profile.anatomy import frozen
 from kvcompile.profile.context import pack, read_context
 from kvcompile.profile.simulate import divergence, reference
+from kvcompile.profile.structure import frozen
 from kvcompile.runtime import attach
+from kvcompile.stages import Plan
 
 SEED = 20_261
 BITS = 4

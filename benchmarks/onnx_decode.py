@@ -23,8 +23,8 @@ import torch
 
 from kvcompile.artifacts import read
 from kvcompile.compiler import resolve
+from kvcompile.export.onnx import export
 from kvcompile.models import load
-from kvcompile.onnx import export
 
 ROUNDS, STEPS = 8, 8
 PLANS = {

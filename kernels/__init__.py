@@ -7,13 +7,13 @@ In each, `reference.py` defines what the operation computes, one head at a time;
 from __future__ import annotations
 
 from kvcompile.kernels.append.api import append
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.compact.api import compact
 from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
 from kvcompile.kernels.overwrite.api import overwrite
 from kvcompile.kernels.quantise.api import decode, encode
 from kvcompile.kernels.ragged_decode.api import ragged_decode
-from kvcompile.kernels.stored import Stored
-from kvcompile.kernels.turn import Turn
+from kvcompile.kernels.transform import Turn
 
 __all__ = [
     "HeadClass", "HeadSpec", "LayerLayout", "Stored", "Turn", "append", "compact", "decode", "encode", "overwrite",

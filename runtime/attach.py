@@ -15,7 +15,7 @@ from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scor
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
-from kvcompile.runtime.turn import layer_turn
+from kvcompile.runtime.transforms import layer_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

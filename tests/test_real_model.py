@@ -98,7 +98,7 @@ def test_onnx_says_what_the_runtime_says(smollm2: Loaded, quarter: Path, prompt:
     """64 greedy tokens after a prompt of 1,000 and logits within 1e-3, from the same stored bytes after the prompt: of
     the half of its tokens that every head lets go, one may fall the other way where scores are a rounding apart."""
     pytest.importorskip("onnxruntime")
-    from kvcompile.onnx import export
+    from kvcompile.export.onnx import export
 
     artifact = resolve(read(quarter), mem="25%", context=2048, kv_dtype="fp32")
     assert POLICIES.index("scored") in artifact.budgets.policy

@@ -8,9 +8,9 @@ import torch
 
 from kvcompile.kernels import native
 from kvcompile.kernels.append import dense
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.stored import Stored
 
 
 def append(

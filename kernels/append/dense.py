@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import KINDS, OTHER, QUANTISED, SCORED, HeadRow, LayerLayout
 from kvcompile.kernels.quantise.api import encode
-from kvcompile.kernels.stored import Stored
 
 
 class Heads(NamedTuple):

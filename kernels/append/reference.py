@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import KINDS, OTHER, SCORED, LayerLayout
 from kvcompile.kernels.quantise import reference as quantise
-from kvcompile.kernels.stored import Stored
 
 
 def append(

@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
 from kvcompile.kernels.layout import HeadRow, LayerLayout
-from kvcompile.kernels.stored import Stored
 
 ROW = tl.constexpr(len(HeadRow._fields))
 CAPACITY, SINK, RECENT, KIND, SCORE, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR = (

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.compact import dense
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.stored import Stored
-from kvcompile.kernels.turn import Turn
+from kvcompile.kernels.transform import Turn
 
 
 def compact(

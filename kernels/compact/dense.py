@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.quantise.api import encode
-from kvcompile.kernels.stored import Stored
-from kvcompile.kernels.turn import Turn
+from kvcompile.kernels.transform import Turn
 
 Turning = Callable[[torch.Tensor, slice], torch.Tensor]
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.quantise import reference as quantise
-from kvcompile.kernels.stored import Stored
-from kvcompile.kernels.turn import Turn
+from kvcompile.kernels.transform import Turn
 
 
 def compact(

@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import HeadRow, LayerLayout
-from kvcompile.kernels.stored import Stored
-from kvcompile.kernels.turn import Turn
+from kvcompile.kernels.transform import Turn
 
 ROW = tl.constexpr(len(HeadRow._fields))
 CAPACITY, SLOT, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR = (

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.quantise.api import groups
-from kvcompile.kernels.stored import Stored
 
 SOURCE = Path(__file__).with_name("ragged.c")
 FLAGS = (
@@ -56,7 +56,7 @@ def _library() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         return None
-    # The folder of `kvcompile.cache_dir`, which kernels do not import.
+    # The folder of `kvcompile.models.cache_dir`, which kernels do not import.
     root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
     for threads in (["-fopenmp"], []):
         key = repr((SOURCE.read_bytes(), FLAGS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor()))

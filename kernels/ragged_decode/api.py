@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import native
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
-from kvcompile.kernels.stored import Stored
 
 MOST_ROWS = 64
 """Queries of a group times new tokens that the GPU kernel takes; more of them go through torch."""

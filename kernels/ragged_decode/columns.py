@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import QUANTISED, HeadRow, LayerLayout
-from kvcompile.kernels.stored import Stored
 
 WIDTHS = (0, *QUANTISED)
 INF = float("inf")

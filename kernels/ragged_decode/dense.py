@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.ragged_decode.columns import one_token
-from kvcompile.kernels.stored import Stored
 
 MASK_ELEMENTS = 1 << 24
 """Most elements of one mask; longer runs of new tokens go through in blocks of queries."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.stored import Stored
 
 
 def ragged_decode(

@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.buffers import Stored
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
 from kvcompile.kernels.ragged_decode.work import work_list
-from kvcompile.kernels.stored import Stored
 
 ROW = tl.constexpr(len(HeadRow._fields))
 CAPACITY, SINK, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR = (

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvcompile.allocators.baklava import BaKlaVa
-from kvcompile.allocators.curves import predicted_loss
 from kvcompile.allocators.duo import DuoAttention
 from kvcompile.allocators.optimal import Optimal
+from kvcompile.allocators.predicted import predicted_loss
 from kvcompile.allocators.pyramid import PyramidKV
 from kvcompile.allocators.rows import all_full, least_bytes, plan_bytes
 from kvcompile.allocators.squeeze import SqueezeAttention
 from kvcompile.allocators.surfacelogic import SurfaceLogicKV
 from kvcompile.allocators.uniform import Uniform
 from kvcompile.artifacts import TargetError
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem, Tools
 
 ALLOCATORS: dict[str, Any] = {
     "optimal": Optimal,
@@ -30,9 +31,9 @@ ALLOCATORS: dict[str, Any] = {
 }
 
 FILE = "file:"
-"""Before the path of another system's file, in place of an allocator's name; see `kvcompile.exchange`."""
+"""Before the path of another system's file, in place of an allocator's name; see `kvcompile.formats`."""
 
-__all__ = ["ALLOCATORS", "FILE", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes"]
+__all__ = ["ALLOCATORS", "FILE", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes", "solve"]
 
 
 def named(name: str) -> Any:
@@ -43,7 +44,7 @@ def named(name: str) -> Any:
         ExchangeError: a file that cannot be used.
     """
     if name.startswith(FILE):
-        from kvcompile.exchange import read  # which needs what is here
+        from kvcompile.formats import read  # which needs what is here
 
         return read(Path(name.removeprefix(FILE)))
     if name not in ALLOCATORS:
@@ -68,6 +69,19 @@ def check_policy(name: str, policy: str) -> None:
         raise TargetError(
             f"the allocator {name} cannot work with the policy {policy!r}: expected one of {', '.join(policies)}"
         )
+
+
+def solve(name: str, problem: Problem, tools: Tools | None = None, rounds: int = 0) -> Plan:
+    """As `allocate`; where a model is at hand, with its perplexity, and improved by measuring in so many `rounds`."""
+    if tools is None:
+        return allocate(name, problem)
+    problem = dataclasses.replace(problem, perplexity=tools.perplexity(problem))
+    plan = allocate(name, problem)
+    if not rounds or name != "optimal":
+        return plan
+    from kvcompile.allocators.refine import refine_plan  # which needs `allocate`
+
+    return refine_plan(problem, plan, partial(tools.kl, problem), rounds)
 
 
 def allocate(name: str, problem: Problem) -> Plan:

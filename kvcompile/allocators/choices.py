@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.curves import evicted, grid, narrowed
+from kvcompile.allocators.predicted import evicted, grid, narrowed
 from kvcompile.artifacts import POLICIES
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.problem import Problem
+from kvcompile.stages import Problem
 
 if TYPE_CHECKING:
     from kvcompile.allocators.choices import Choices

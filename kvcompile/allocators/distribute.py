@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.allocators.rows import floors, free_tokens, limits, plan_bytes, rows
-from kvcompile.problem import Problem
+from kvcompile.stages import Problem
 
 
 def distribute(

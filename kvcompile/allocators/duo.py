@@ -9,9 +9,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.curves import evicted, predicted_loss
+from kvcompile.allocators.predicted import evicted, predicted_loss
 from kvcompile.allocators.rows import floors, free_tokens, limits, rows
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Plans from what another system says of heads; `kvcompile.exchange` reads its files."""
+"""Plans from what another system says of heads; `kvcompile.formats` reads its files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.curves import predicted_loss
 from kvcompile.allocators.duo import streaming_and_full
+from kvcompile.allocators.predicted import predicted_loss
 from kvcompile.allocators.rows import floors, limits, plan_bytes, rows
 from kvcompile.allocators.uniform import weighted
 from kvcompile.artifacts import ExchangeError, TargetError
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 ANY = ("scored", "recent", "snapkv", "h2o")
 

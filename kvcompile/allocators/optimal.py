@@ -14,10 +14,10 @@ from scipy.sparse import csr_array, hstack
 
 from kvcompile.allocators.choices import Choices, assigned, choices, policy_of
 from kvcompile.allocators.classes import few_classes
-from kvcompile.allocators.curves import family_losses, objective
+from kvcompile.allocators.predicted import family_losses, objective
 from kvcompile.allocators.rows import all_full, least_bytes, limits
 from kvcompile.allocators.uniform import weighted
-from kvcompile.problem import WORST, Plan, Problem
+from kvcompile.stages import WORST, Plan, Problem
 
 GAP = 3e-4
 """Relative gap that is good enough."""

@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcompile.allocators.rows import free_tokens
 from kvcompile.allocators.uniform import weighted
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES, Budgets, resident_bytes
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 OBSERVED = 32
 """Queries at the prompt's end that SnapKV observes; they stay in its ring."""

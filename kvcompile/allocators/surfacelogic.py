@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from kvcompile.allocators.uniform import weighted
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from kvcompile.allocators.curves import predicted_loss
 from kvcompile.allocators.distribute import share
+from kvcompile.allocators.predicted import predicted_loss
 from kvcompile.allocators.rows import rows
-from kvcompile.problem import Plan, Problem
+from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,13 @@ from kvcompile.calibration.python_text import python_families
 from kvcompile.calibration.user import user_family
 
 __all__ = ["Calibration", "Episode", "FollowUp", "Probe", "calibrate", "draw_episodes", "evaluation_families"]
+
+FIT_EPISODES = 2
+"""Episodes of each family that the scorer and the quantiser are fitted on."""
+MEASURE_EPISODES = 2
+"""Other episodes of each family that the losses are measured on."""
+PROBES = 6
+"""Retrieval probes, for SurfaceLogicKV's score."""
 
 LEAST_TOKENS = 64
 """Less text than this says nothing about a cache."""
@@ -57,11 +65,11 @@ def calibrate(
     tokenizer: Any,
     *,
     length: int,
-    fit: int,
-    measure: int,
-    probes: int,
+    fit: int = FIT_EPISODES,
+    measure: int = MEASURE_EPISODES,
+    probes: int = PROBES,
     seed: int,
-    path: Path | None = None,
+    path: str | os.PathLike[str] | None = None,
 ) -> Calibration:
     """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval
     probes of half that length.
@@ -72,7 +80,7 @@ def calibrate(
     """
     families = python_families() + authored_families()
     if path is not None:
-        families.append(user_family(path))
+        families.append(user_family(Path(path)))
     _check(tokenizer, families[-1], LEAST_TOKENS)
     drawn = [
         tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay, part=part))

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from kvcompile.artifacts.errors import ModelError
-from kvcompile.cache_dir import cache_dir
+from kvcompile.models.cache_dir import cache_dir
 
 
 def converted(file: Path, dtype: torch.dtype) -> Path:

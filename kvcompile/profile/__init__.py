@@ -1,11 +1,13 @@
 """Profiling: what losing tokens costs every KV head, and how important the published methods find each."""
 
+from kvcompile.profile.cached import profile
 from kvcompile.profile.measure import Material, Profiled, Progress, measure
+from kvcompile.profile.measured import measuring
 from kvcompile.profile.perplexity import perplexity
-from kvcompile.profile.probes import Probe
+from kvcompile.profile.resume import profile_key
+from kvcompile.profile.retrieval import Probe
+from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.simulate import plan_divergence
-from kvcompile.profile.store import profile_key
-from kvcompile.profile.unrotate import read_rotary
 
 __all__ = [
     "Material",
@@ -13,8 +15,10 @@ __all__ = [
     "Profiled",
     "Progress",
     "measure",
+    "measuring",
     "perplexity",
     "plan_divergence",
+    "profile",
     "profile_key",
     "read_rotary",
 ]

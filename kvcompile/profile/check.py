@@ -9,8 +9,8 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES
-from kvcompile.problem import Plan, Profile
 from kvcompile.profile.curves import ring
+from kvcompile.stages import Plan, Profile
 
 CHECKS = 12
 """Plans that are run."""

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvcompile.profile.anatomy import Tick, Trace, forward, layers
 from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
 from kvcompile.profile.scores import Cosines, watching
+from kvcompile.profile.structure import Tick, Trace, forward, layers
 
 Watched = TypeVar("Watched")
 

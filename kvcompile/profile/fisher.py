@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompile.profile.anatomy import Tick, Trace, head_blocks, layers, logits
 from kvcompile.profile.attention import Attention, Handler, attending, causal
+from kvcompile.profile.structure import Tick, Trace, head_blocks, layers, logits
 
 BACKWARD_TICKS = 3
 """Work of the backward pass through a layer, recomputation and curves included, in forward passes."""

@@ -19,22 +19,22 @@ from torch import Tensor
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError, ModelError
-from kvcompile.problem import DEFAULT_SINK, Profile
-from kvcompile.profile.anatomy import frozen, heads, layers
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.check import CHECKS, agreement, sample_plan
 from kvcompile.profile.context import Context, FollowUp, follow, over_context, pack, read_and_compare, read_context
 from kvcompile.profile.curves import BITS, SHARES, Stored, budget_grid, keep_table, losses
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
-from kvcompile.profile.probes import Probe, scaled, score
-from kvcompile.profile.rounding import matrices, rounded
+from kvcompile.profile.moments import MOMENTS, Moments, keys_of, moments, quantiser
+from kvcompile.profile.quantised import matrices, rounded
+from kvcompile.profile.resume import Sums, load, save
+from kvcompile.profile.retrieval import Probe, scaled, score
+from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.scores import baklava
 from kvcompile.profile.simulate import divergence, reference
-from kvcompile.profile.store import Sums, load, save
-from kvcompile.profile.transform import MOMENTS, Moments, keys_of, moments, quantiser
-from kvcompile.profile.unrotate import read_rotary
+from kvcompile.profile.structure import frozen, heads, layers
 from kvcompile.profile.utility import fit, normal_sums, scores, utilities
-from kvcompile.quantiser import KeyMoments, Positions, Rotary
+from kvcompile.quantiser import Positions
+from kvcompile.stages import DEFAULT_SINK, KeyMoments, Parts, Profile, Rotary
 
 RETRIEVAL = "retrieval"
 """The family of all episodes' questions; the other families are those of the texts."""
@@ -82,6 +82,11 @@ class Profiled:
         """The same, for sequences in which the model has this rotary embedding."""
         assert self.profile.keys is not None
         return replace(self, profile=replace(self.profile, keys=replace(self.profile.keys, rotary=rotary)))
+
+    @property
+    def parts(self) -> Parts:
+        """What goes into an artifact."""
+        return Parts(self.profile, self.scorer, self.quantiser)
 
     def describe(self) -> dict[str, Any]:
         """What an artifact says of its profile, as a JSON object."""

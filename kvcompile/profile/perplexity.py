@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.profile.anatomy import forward, frozen, head_blocks, logits
 from kvcompile.profile.attention import Attention, Handler, attending, causal, streaming
+from kvcompile.profile.structure import forward, frozen, head_blocks, logits
 
 
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvcompile.profile.anatomy import heads, layers
 from kvcompile.profile.attention import Attention, Handler, attending, causal
+from kvcompile.profile.structure import heads, layers
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
-from kvcompile.problem import Plan, Problem
-from kvcompile.profile.anatomy import Tick, frozen, logits
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
 from kvcompile.profile.curves import survivors
-from kvcompile.profile.rounding import Shift, matrices, rounded
+from kvcompile.profile.quantised import Shift, matrices, rounded
+from kvcompile.profile.structure import Tick, frozen, logits
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
+from kvcompile.stages import Plan, Problem
 
 ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""

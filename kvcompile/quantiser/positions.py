@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import Quantiser
 from kvcompile.quantiser.balance import balanced, quantisation_error
-from kvcompile.quantiser.moments import KeyMoments, Moment
 from kvcompile.quantiser.rotary import mean_first, mean_second
+from kvcompile.stages import KeyMoments, Moment
 
 Array = NDArray[np.float64]
 

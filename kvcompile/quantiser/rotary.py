@@ -10,26 +10,10 @@ arXiv 2104.09864, equation 34; the frequencies are the model's own, scaled or no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """`frequency` f32 [L, D], radians a token; `partner` i32 [D], its own inverse. `context`: the frequencies are those
-    of sequences of this many tokens, 0 where they are the same for every length."""
-
-    frequency: NDArray[np.float32]
-    partner: NDArray[np.int32]
-    context: int = 0
-
-    def serves(self, context: int) -> bool:
-        """Whether the frequencies hold for sequences of `context` tokens."""
-        return self.context in (0, context)
 
 
 def mean_first(first: Array, frequency: Array, partner: NDArray[np.int32], start: int, stop: int) -> Array:

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from kvcompile import display
-from kvcompile.allocators.curves import evicted, grid, narrowed
-from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact, ArtifactError, TargetError, token_limits
-from kvcompile.assemble import Parts, head_bytes, stored_parts
-from kvcompile.compiler import Options, pose_with, resolve
-from kvcompile.problem import Plan, Problem
+from kvcompile.allocators.predicted import evicted, grid, narrowed
+from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact, ArtifactError, TargetError, head_bytes, token_limits
+from kvcompile.assemble import stored_parts
+from kvcompile.compiler import resolve
+from kvcompile.problem import Options, pose_with
+from kvcompile.report.summary import summary
+from kvcompile.stages import Parts, Plan, Problem
 
 SHARES = (0.03, 0.05, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 """Targets of the front, as shares of the full cache."""
@@ -28,7 +29,7 @@ def report_data(artifact: Artifact) -> dict[str, Any]:
     limits = token_limits(model.windows, artifact.target.context)
     size = head_bytes(plan, model.head_dim, DTYPE_BITS[artifact.target.dtype])
     data: dict[str, Any] = {
-        "summary": display.summary(artifact),
+        "summary": summary(artifact),
         "shape": [model.num_layers, model.num_attention_heads, model.num_kv_heads, model.head_dim],
         "policies": list(POLICIES),
         "limits": list(limits),

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvcompile.artifacts
 import kvcompile.kernels.quantise.api as quantise
 from kvcompile.artifacts import POLICIES, anchor_bytes, groups, identify, slot_bytes, vector_bytes, write
-from kvcompile.problem import Profile
+from kvcompile.stages import Profile
 
 TEXT = (Path(kvcompile.artifacts.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 

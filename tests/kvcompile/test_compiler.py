@@ -130,7 +130,7 @@ def test_a_cache_of_another_dtype(loaded) -> None:
 
 
 def test_impossible_targets_are_refused_before_the_profile(loaded, monkeypatch) -> None:
-    monkeypatch.setattr("kvcompile.profiling.measure", lambda *a, **k: pytest.fail("profiled in vain"))
+    monkeypatch.setattr("kvcompile.profile.cached.measure", lambda *a, **k: pytest.fail("profiled in vain"))
     # Five slots a head, of 2 x 8 codes of 4 bits, 2 scales and 1 score, and an exact copy of the first token.
     least = 3 * 2 * (5 * 2 * (4 + 2) + 2 * 8 * 4)
     with pytest.raises(TargetError, match=f"below the {least} bytes"):

@@ -54,7 +54,7 @@ class Session:
 
     def fill(self, cache: Any, artifact: Artifact) -> None:
         """Put what a runtime's cache holds into the buffers."""
-        from kvcompile.onnx.groups import layer_groups
+        from kvcompile.export.onnx.groups import layer_groups
 
         for store, groups in zip((layer.store for layer in cache.layers), layer_groups(artifact), strict=True):
             for group, cls in zip(groups, store.layout.classes, strict=True):
@@ -74,6 +74,6 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 
 def _order(bits: int, head_dim: int) -> list[int]:
     """Turned vectors of 4-bit heads come with the even elements of a group before its odd ones."""
-    from kvcompile.onnx.rounding import halves_first
+    from kvcompile.export.onnx.quantisation import halves_first
 
     return halves_first(head_dim).tolist() if bits == 4 else list(range(head_dim))

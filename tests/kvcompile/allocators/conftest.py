@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvcompile.problem import Problem, Profile
+from kvcompile.stages import Problem, Profile
 
 
 @pytest.fixture(scope="session")

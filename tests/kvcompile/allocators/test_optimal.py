@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from kvcompile.allocators import allocate, least_bytes, optimal, plan_bytes
 from kvcompile.allocators.choices import choices
-from kvcompile.allocators.curves import evicted, family_losses, objective
+from kvcompile.allocators.predicted import evicted, family_losses, objective
 from kvcompile.artifacts import POLICIES
-from kvcompile.problem import DEFAULT_SINK
+from kvcompile.stages import DEFAULT_SINK
 
 RICH = {"families": 6, "widths": (16, 8, 4)}
 

@@ -16,7 +16,7 @@ from kvcompile.bench.kernels import measure_kernels
 from kvcompile.bench.prefill import measure_prefill
 from kvcompile.bench.subjects import fill_randomly, ragged_plan, random_model
 from kvcompile.bench.timing import medians
-from kvcompile.commands.bench import command
+from kvcompile.cli.bench import command
 from kvcompile.runtime import attach
 
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ from kvcompile.kernels import decode, encode
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.check import agreement
 from kvcompile.profile.context import Context, pack
-from kvcompile.profile.rounding import rounded
+from kvcompile.profile.quantised import rounded
 from kvcompile.profile.utility import fit, normal_sums, scores, utilities
 from kvcompile.quantiser import balanced, spread
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompile.profile.anatomy import forward, frozen, logits
 from kvcompile.profile.attention import Attention, attending, causal
 from kvcompile.profile.fisher import backward, draw, head_gradient
+from kvcompile.profile.structure import forward, frozen, logits
 
 Tiny = Callable[..., Any]
 
@@ -81,5 +81,5 @@ def test_labels_depend_on_the_seed_alone(tiny: Tiny, monkeypatch: pytest.MonkeyP
     torch.manual_seed(99)
     assert torch.equal(head_gradient(model, final, (5, 0)), once)
     assert not torch.allclose(head_gradient(model, final, (5, 1)), once)
-    monkeypatch.setattr("kvcompile.profile.anatomy.LOGITS_AT_ONCE", 7 * 61)
+    monkeypatch.setattr("kvcompile.profile.structure.LOGITS_AT_ONCE", 7 * 61)
     torch.testing.assert_close(head_gradient(model, final, (5, 0)), once)

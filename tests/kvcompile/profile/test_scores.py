@@ -7,8 +7,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kvcompile.profile.anatomy import forward
 from kvcompile.profile.scores import baklava, watching
+from kvcompile.profile.structure import forward
 
 
 def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any], family: str) -> None:

@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompile.quantiser import KeyMoments, Positions, Rotary, fit_keys, key_growth, key_moments, layer_positions
-from kvcompile.quantiser.moments import stored_moments
+from kvcompile.quantiser import Positions, fit_keys, key_growth, key_moments, layer_positions
+from kvcompile.quantiser.key_moments import stored_moments
 from kvcompile.quantiser.rotary import mean_first, mean_second, mean_waves
+from kvcompile.stages import KeyMoments, Rotary
 
 D = 32
 

@@ -1,0 +1,75 @@
+"""The profile's losses at the problem's context, for any choice of a head."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.artifacts import POLICIES
+from kvcompile.stages import DEFAULT_SINK, WORST, Plan, Problem
+
+
+def grid(problem: Problem) -> NDArray[np.float64]:
+    """The curves' token axis at the problem's context: beyond the sinks, budgets are taken to matter as shares of the
+    context, so that a profile on shorter contexts serves a longer one."""
+    stretch = max(problem.context - DEFAULT_SINK, 1) / max(problem.profile.window - DEFAULT_SINK, 1)
+    return DEFAULT_SINK + (problem.profile.tokens.astype(np.float64) - DEFAULT_SINK) * stretch
+
+
+def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Predicted loss of keeping `tokens` [T] of them, in every family, head and share: [F, L, H, P, T]. Linear between
+    the measured budgets, 0 where a head is full."""
+    axis, loss = grid(problem), problem.profile.loss.astype(np.float64)
+    place = np.clip(np.searchsorted(axis, tokens, side="right") - 1, 0, len(axis) - 2) if len(axis) > 1 else 0
+    if len(axis) == 1:
+        table = np.repeat(loss, len(tokens), axis=-1)
+    else:
+        along = np.clip((tokens - axis[place]) / (axis[place + 1] - axis[place]), 0.0, 1.0)
+        table = loss[..., place] * (1 - along) + loss[..., place + 1] * along
+    full = tokens >= problem.limit.astype(np.int64)[:, None]
+    return problem.profile.factor * np.where(full[:, None, None, :], 0.0, table)
+
+
+def narrowed(problem: Problem, kind: str) -> NDArray[np.float64]:
+    """Predicted loss of storing keys or values (`kind`) in each of the problem's widths: [F, L, H, W]."""
+    loss = getattr(problem.profile, f"{kind}_loss").astype(np.float64)
+    if kind == "key":
+        loss = loss * np.asarray(problem.key_growth)[..., None]
+    known = problem.profile.bits.tolist()
+    columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in problem.widths]
+    return problem.profile.factor * np.stack(columns, axis=-1)
+
+
+def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
+    """Predicted loss of a plan in every family, [F]; NaN where it uses a policy without curves. Layers that keep their
+    own window lose nothing."""
+    names = np.array(POLICIES)[plan.policy]
+    if not np.isin(names, ("full", "recent", "scored")).all():
+        return np.full(len(problem.profile.families), math.nan)
+    shares = problem.profile.shares
+    total = np.zeros(len(problem.profile.families))
+    keys, values = narrowed(problem, "key"), narrowed(problem, "value")
+    for layer in np.flatnonzero(~problem.fixed).tolist():
+        table = evicted(problem, plan.capacity[layer].astype(np.int64))[:, layer]
+        for head in range(problem.num_kv_heads):
+            part = plan.recent[layer, head] / max(plan.capacity[layer, head] - plan.sink[layer, head], 1)
+            scored = names[layer, head] == "scored"
+            if scored and not (shares < 1).any():
+                return np.full(len(total), math.nan)
+            share = int(np.abs(np.where(shares < 1, shares, math.inf) - part).argmin()) if scored else 0
+            total += table[:, head, share, head]
+            total += keys[:, layer, head, problem.widths.index(int(plan.k_bits[layer, head]))]
+            total += values[:, layer, head, problem.widths.index(int(plan.v_bits[layer, head]))]
+    return total
+
+
+def objective(families: NDArray[np.float64]) -> float:
+    """What is minimised: the mean over families plus WORST times the worst."""
+    return float(families.mean() + WORST * families.max())
+
+
+def predicted_loss(problem: Problem, plan: Plan) -> float:
+    """Predicted KL of a plan, the mean over families, in nats a token; NaN where it uses a policy without curves."""
+    return float(family_losses(problem, plan).mean())

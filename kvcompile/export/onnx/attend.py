@@ -1,0 +1,111 @@
+"""Attention of one token over rounded keys and values, without restoring them.
+
+Codes are multiplied as the numbers that they are; what makes vectors of them is applied to the query and to the few
+sums that come out. That leaves one pass over the store where decoding it would take four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcompile.artifacts import groups as parts_of
+from kvcompile.export.onnx.builder import Builder
+from kvcompile.export.onnx.groups import Buffer, Group, Side
+from kvcompile.export.onnx.quantisation import plain, restoring
+from kvcompile.export.onnx.slots import Clock
+
+
+@dataclass(frozen=True)
+class News:
+    """What a call brings to one group: `query` [B, heads, T, D], turned; `keys` and `values` [B, count, T, D], turned
+    but not rounded; `rows`, by buffer, what there is to store of them, [B, count, T, X]."""
+
+    query: str
+    keys: str
+    values: str
+    rows: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all groups of a layer share: `window` is that of a sliding layer in tokens, or 0; `steps` int64 [T] numbers
+    the places of the call, and `causal` bool [T, T] says which see each other."""
+
+    clock: Clock
+    head_dim: int
+    scale: float
+    window: int
+    steps: str
+    causal: str
+
+
+def attend_rounded(b: Builder, group: Group, query: str, written: Mapping[str, str], filled: str, case: Case) -> str:
+    """Attention [B, heads, 1, D] of `query` [B, heads, 1, D] over the `filled` slots of a group with rounded keys,
+    values or both."""
+    batch, size = case.clock.batch, case.head_dim
+    columns = b.op("Transpose", b.reshape(query, batch, group.count, -1, size), perm=[0, 1, 3, 2])
+    columns = b.op("Mul", columns, b.scalar(case.scale))  # [B, count, D, heads of one]
+    logits = _logits(b, group.keys, columns, written, case)
+    there = b.op("Less", b.array(np.arange(group.capacity)), b.reshape(filled, batch, 1, 1, 1))
+    penalty = b.op("Where", there, b.scalar(0.0), b.scalar(-np.inf))
+    weights = b.op("Softmax", b.op("Add", logits, penalty), axis=-1)
+    return b.reshape(_mixed(b, group.values, weights, written, case), batch, -1, 1, size)
+
+
+def _logits(b: Builder, side: Side, columns: str, written: Mapping[str, str], case: Case) -> str:
+    """Products [B, count, heads of one, capacity] of queries with stored keys. Rows of them are worked on, as numbers
+    that lie in a row are many at a time."""
+    rows = written[side.rows.name]
+    batch, heads, capacity, _ = side.rows.shape
+    if side.scales is None:
+        rows = rows if side.rows.dtype == "float32" else b.cast(rows, "float32")
+        return b.op("Transpose", b.op("MatMul", rows, columns), perm=[0, 1, 3, 2])
+    count = parts_of(case.head_dim)
+    width = case.head_dim // count
+    matrix = b.array(restoring(side.bits, width))
+    codes = b.split(rows, [width * side.bits // 8] * count, 3)
+    scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
+    logits = ""
+    for code, scale, asked in zip(codes, scales, b.split(columns, [width] * count, 2), strict=True):
+        met, added = b.split(b.op("MatMul", matrix, asked), [width, 1], 2)
+        product = b.op("Transpose", b.op("MatMul", plain(b, code, side.bits), met), perm=[0, 1, 3, 2])
+        product = b.op("Add", product, b.op("Transpose", added, perm=[0, 1, 3, 2]))
+        product = b.op("Mul", product, b.reshape(scale, batch, heads, 1, capacity))
+        logits = b.op("Add", logits, product) if logits else product
+    if side.anchor is None:
+        return logits
+    first = b.op("Transpose", b.op("MatMul", exact(b, side.anchor), columns), perm=[0, 1, 3, 2])
+    return b.concat([first, b.cut(logits, 1, capacity, 3)], 3)
+
+
+def _mixed(b: Builder, side: Side, weights: str, written: Mapping[str, str], case: Case) -> str:
+    """Stored values weighted with `weights` [B, count, heads of one, capacity]: [B, count, heads of one, D]."""
+    rows = written[side.rows.name]
+    if side.scales is None:
+        return b.op("MatMul", weights, rows if side.rows.dtype == "float32" else b.cast(rows, "float32"))
+    batch, heads, capacity, _ = side.rows.shape
+    count = parts_of(case.head_dim)
+    width = case.head_dim // count
+    matrix = b.array(restoring(side.bits, width))
+    scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
+    outputs = []
+    for code, scale in zip(b.split(rows, [width * side.bits // 8] * count, 3), scales, strict=True):
+        scale = b.reshape(scale, batch, heads, 1, capacity)
+        if side.anchor is not None:  # which takes the place of the first slot
+            scale = b.op("Mul", scale, b.array((np.arange(capacity) > 0).astype(np.float32)))
+        scaled = b.op("Mul", weights, scale)
+        total = b.op("ReduceSum", scaled, b.ints(-1), keepdims=1)
+        sums = b.op("MatMul", scaled, plain(b, code, side.bits))
+        outputs.append(b.op("MatMul", b.concat([sums, total], 3), matrix))
+    output = b.concat(outputs, 3)
+    if side.anchor is None:
+        return output
+    return b.op("Add", output, b.op("MatMul", b.cut(weights, 0, 1, 3), exact(b, side.anchor)))
+
+
+def exact(b: Builder, anchor: Buffer) -> str:
+    """Anchors as float32, after this call's tokens."""
+    return b.cast(anchor.present, "float32") if anchor.dtype != "float32" else anchor.present

@@ -1,0 +1,1 @@
+"""Adapters for other programs: evaluation harnesses and cache libraries."""

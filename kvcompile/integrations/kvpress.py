@@ -1,0 +1,154 @@
+"""An artifact as a kvpress press, so that kvpress's own evaluation can judge its plan (github.com/NVIDIA/kvpress).
+
+    from kvcompile.integrations.kvpress import KvcompilePress
+
+    press = KvcompilePress("a.kvb")
+    pipeline("kv-press-text-generation", model=...)(context, question=question, press=press)
+
+What a press can do is quality, not memory: tokens that a head has let go of are masked in a full cache (as kvpress's
+`AdaKVPress` does), and rounded ones are replaced by what their codes stand for. As every press it acts on the prompt
+alone: tokens that come later are all kept, exactly, where kvcompile's runtime keeps within the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from kvpress.presses.base_press import BasePress
+
+from kvcompile.artifacts import (
+    POLICIES,
+    QUANTISED_BITS,
+    Artifact,
+    CacheError,
+    ModelError,
+    check_identity,
+    fetch,
+    identify,
+)
+from kvcompile.kernels import HeadClass, LayerLayout, Turn
+from kvcompile.kernels.quantise.api import decode, encode
+from kvcompile.runtime.attach import LayerScorer, layer_layouts
+from kvcompile.runtime.store import kept_tokens
+from kvcompile.runtime.transforms import layer_turn
+
+SUPPORTED = ("full", "recent", "scored")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class KvcompilePress(BasePress):
+    """Budgets, scorer and widths of an artifact: a file, a repository on the hub, or what `read` gave.
+
+    Raises:
+        ArtifactError: a file or repository that cannot be read or fails a check.
+        CacheError: heads of a policy that learns from attention.
+    """
+
+    artifact: str | Path | Artifact
+    _layers: list[_Layer] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._plan = self.artifact if isinstance(self.artifact, Artifact) else fetch(self.artifact)
+        for code in self._plan.budgets.policy.flat:
+            if POLICIES[code] not in SUPPORTED:
+                raise CacheError(
+                    f"a press cannot follow heads of policy {POLICIES[code]!r}: expected {', '.join(SUPPORTED)}"
+                )
+
+    @property
+    def compression_ratio(self) -> float:
+        """The share of the full cache's bytes that the artifact does without."""
+        return 1 - self._plan.bytes.resident / self._plan.bytes.full
+
+    @compression_ratio.setter
+    def compression_ratio(self, value: float) -> None:
+        """kvpress's evaluation sets it on every press; the artifact's budgets stay what they are."""
+        if abs(value - self.compression_ratio) > 0.005:
+            logger.warning(
+                "the artifact's compression ratio is %.3f and stays that, not %s", self.compression_ratio, value
+            )
+
+    def post_init_from_model(self, model: Any) -> None:
+        """Raises ModelError for another model than the artifact's."""
+        check_identity(self._plan.model, identify(model, self._plan.model.name))
+        like = model.get_input_embeddings().weight
+        order = np.tile(np.arange(self._plan.model.num_kv_heads, dtype=np.int32), (self._plan.model.num_layers, 1))
+        budgets = replace(self._plan.budgets, head_order=order)  # kvpress leaves heads where they are
+        layouts = layer_layouts(replace(self._plan, budgets=budgets))
+        self._layers = [_Layer.of(self._plan, index, layout, like) for index, layout in enumerate(layouts)]
+
+    def compress(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        attentions: torch.Tensor,
+        kwargs: dict[str, Any],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's prompt as its heads store it; what they do not is masked through `masked_key_indices`."""
+        if not self._layers:
+            raise ModelError("this press has seen no model: use it as `with press(model):`")
+        layer = self._layers[int(module.layer_idx)]
+        if layer.sliding:
+            return keys, values
+        module.masked_key_indices = layer.dropped(hidden_states, keys.shape[2])
+        return layer.stored(keys, 0), layer.stored(values, 1)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's heads in the model's own order, each a class of its own."""
+
+    heads: list[HeadClass]
+    scorer: LayerScorer | None
+    turn: Turn | None
+    dtype: torch.dtype
+    sliding: bool
+
+    @classmethod
+    def of(cls, plan: Artifact, index: int, layout: LayerLayout, like: torch.Tensor) -> _Layer:
+        order = list(range(layout.num_kv_heads))
+        heads = [replace(head, start=head.start + i, count=1) for head in layout.classes for i in range(head.count)]
+        scored = any(head.policy == "scored" for head in heads)
+        scorer = LayerScorer(plan.scorer, index, order, like) if scored and plan.scorer is not None else None
+        turn = layer_turn(plan.quantiser, index, order, layout, like.device)
+        return cls(heads, scorer, turn, getattr(torch, plan.target.dtype), layout.window > 0)
+
+    def dropped(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, ...] | None:
+        """Sequences, heads and tokens of all that is not kept of `count` tokens, or None."""
+        scores = None if self.scorer is None else self.scorer(hidden).half().float()
+        gone = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
+        for b in range(len(hidden)):
+            for h, head in enumerate(self.heads):
+                worth = scores[b, :, h][None] if scores is not None and head.policy == "scored" else None
+                kept = kept_tokens(head, count, worth, hidden.device)[0]
+                gone[b, h] = True
+                gone[b, h, kept] = False
+        return gone.nonzero(as_tuple=True) if bool(gone.any()) else None
+
+    def stored(self, vectors: torch.Tensor, side: int) -> torch.Tensor:
+        """Keys (`side` 0) or values [B, H, n, D] as they are read back: in the cache's own type, or rounded."""
+        found = vectors.to(self.dtype).to(vectors.dtype)
+        for h, head in enumerate(self.heads):
+            bits = (head.k_bits, head.v_bits)[side]
+            if bits not in QUANTISED_BITS or self.turn is None:
+                continue
+            where = slice(h, h + 1)
+            turned = (self.turn.keys, self.turn.values)[side](vectors[:, where], where).to(vectors.dtype)
+            read = decode(*encode(turned, bits), bits, torch.float32)
+            if head.sink:  # token 0 is kept exactly
+                read[:, :, 0] = turned[:, :, 0].to(self.dtype).float()
+            back, mean = (
+                (self.turn.key_inverse, self.turn.key_mean),
+                (self.turn.value_inverse, self.turn.value_mean),
+            )[side]
+            found[:, where] = (read @ back[where].mT + mean[where, None]).to(vectors.dtype)
+        return found

@@ -1,0 +1,98 @@
+"""What is refused before minutes go into a profile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvcompile.allocators import check_policy, least_bytes
+from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, TargetError, full_bytes
+from kvcompile.problem.memory import Memory, parse_memory
+from kvcompile.problem.options import KV_DTYPES, WIDTHS, Options
+from kvcompile.problem.posing import pose_with, quantised_widths, resolve_policy, roundable, unmeasured
+from kvcompile.stages import Parts
+
+
+def check_positions(artifact: Artifact, parts: Parts, target: Target, options: Options) -> None:
+    """Refuse to quantise keys for positions that the artifact says nothing about."""
+    context, keys = target.context, parts.profile.keys
+    if context == artifact.target.context or not quantised_widths(artifact.model, options):
+        return
+    advice = "build anew with --model, or give --kv-dtype bf16 for a plan without quantised heads"
+    if keys is None and context > parts.profile.window and parts.quantiser is not None:
+        raise TargetError(
+            f"the artifact is of a revision that fitted its quantiser to the first {parts.profile.window} positions "
+            f"alone, which {context} tokens outgrow: {advice}"
+        )
+    if keys is not None and not keys.rotary.serves(context):
+        raise TargetError(
+            f"the model's rotary embedding changes with the length of a sequence, and the artifact holds that of "
+            f"{keys.rotary.context} tokens, not of {context}: {advice}"
+        )
+
+
+def resolve_target(
+    identity: ModelIdentity, memory: Memory, context: int, batch: int, kv_dtype: str, own: str | None = None
+) -> Target:
+    """The target in bytes, and what it is for; `own` is the element type under `auto`, by default the model's."""
+    if context < 1 or batch < 1:
+        raise TargetError(f"a context of {context} tokens and a batch of {batch} were given: expected at least 1")
+    dtype = own or identity.dtype
+    if kv_dtype != "auto" and kv_dtype not in WIDTHS:
+        dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
+    if dtype not in KV_DTYPES.values():
+        known = ", ".join((*KV_DTYPES, *WIDTHS))
+        raise TargetError(f"there is no cache type {kv_dtype!r}: expected one of auto, {known}")
+    full = batch * full_bytes(identity, context, dtype)
+    return Target(bytes=memory.bytes(full), context=context, batch=batch, dtype=dtype)
+
+
+def check(
+    identity: ModelIdentity,
+    mem: str,
+    options: Options,
+    out: Path | None,
+    own: str | None = None,
+    parts: Parts | None = None,
+) -> Target:
+    """The target, refused where nothing can meet it or the file cannot be written, before minutes go into a profile;
+    `own` and `parts` are those of an artifact that is solved anew."""
+    memory = parse_memory(mem)
+    check_out(out)
+    assert options.context is not None
+    assert options.batch is not None
+    target = resolve_target(identity, memory, options.context, options.batch, options.kv_dtype, own)
+    if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
+        heads = identity.num_kv_heads
+        raise TargetError(f"{heads} KV heads do not divide among {options.ranks} ranks: expected a divisor with --tp")
+    check_policy(options.allocator, resolve_policy(options.allocator, options.policy)[0])
+    if options.classes is not None and options.allocator != "optimal":
+        raise TargetError(f"the allocator {options.allocator} knows no --classes-per-layer: use --allocator optimal")
+    if options.classes is not None and options.classes < 1:
+        raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
+    if options.kv_dtype in WIDTHS and not roundable(identity):
+        raise TargetError(f"keys and values of {identity.head_dim} elements cannot be quantised: use --kv-dtype auto")
+    if options.policy == "scored" and parts is not None and parts.scorer is None:
+        raise TargetError("the artifact has no scorer, as it is of format version 1: build anew with --model")
+    if options.kv_dtype in WIDTHS and parts is not None and parts.quantiser is None:
+        raise TargetError("the artifact has no quantiser, as it is of format version 1: build anew with --model")
+    parts = parts or Parts(unmeasured(identity, target.context), None, None)
+    problem = pose_with(identity, parts, target, options)
+    least = target.batch * least_bytes(problem)
+    if target.bytes < least:
+        raise TargetError(
+            f"a target of {memory.text} ({target.bytes} bytes) is below the {least} bytes that the sinks and one "
+            "recent token of every head, and the windows of sliding layers, take together: ask for more memory"
+        )
+    return target
+
+
+def check_out(out: str | os.PathLike[str] | None) -> None:
+    """Refuse a path that cannot be written before minutes go into a profile."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir():
+        raise ArtifactError(f"{path} is a folder: expected the name of the file to write")
+    if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ArtifactError(f"{path.absolute().parent} is no folder that can be written to: create it or name another")

@@ -1,0 +1,40 @@
+"""What a user asks for, whatever it is solved from."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+KV_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Names of `--kv-dtype` that are the cache's own element type; `auto` is the model's."""
+
+WIDTHS = {"int8": 8, "int4": 4}
+"""Names of `--kv-dtype` under which every key and value is quantised."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a plan is to be like, whatever it is solved from.
+
+    `context` and `batch` default to the model's longest context, or the artifact's, and 1. `allocator` is a name from
+    `kvcompile.allocators.ALLOCATORS`; `policy` is `recent`, `window` (recent without sinks), `h2o`, `snapkv` or
+    `scored`, by default the allocator's own. `kv_dtype` is `auto` (the model's type; the allocator `optimal` may also
+    choose 8 and 4 bits), `bf16`, `fp16`, `fp32`, `int8` or `int4`. `classes` is the most distinct choices in a layer,
+    `ranks` the number of tensor-parallel ranks to place heads on.
+    """
+
+    context: int | None = None
+    batch: int | None = None
+    allocator: str = "optimal"
+    policy: str | None = None
+    kv_dtype: str = "auto"
+    classes: int | None = None
+    ranks: int | None = None
+
+    def with_defaults(self, context: int, batch: int) -> Options:
+        """These options, with a context and a batch where none are given."""
+        return dataclasses.replace(
+            self,
+            context=context if self.context is None else self.context,
+            batch=batch if self.batch is None else self.batch,
+        )

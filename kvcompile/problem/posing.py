@@ -1,0 +1,101 @@
+"""From a profile, a target and options to the problem that an allocator solves."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.allocators import default_policy
+from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, Target, groups, token_limits
+from kvcompile.problem.options import WIDTHS, Options
+from kvcompile.quantiser import Positions, key_growth, layer_positions
+from kvcompile.stages import DEFAULT_SINK, Parts, Problem, Profile
+
+
+def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Options) -> Problem:
+    """The problem of one target under the options."""
+    policy, sink = resolve_policy(options.allocator, options.policy)
+    own = DTYPE_BITS[target.dtype]
+    widths: tuple[int, ...] = (own,)
+    if options.kv_dtype in WIDTHS:
+        widths = (WIDTHS[options.kv_dtype],)
+    elif quantised_widths(identity, options):
+        widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
+    profile = parts.profile
+    if options.allocator == "optimal" and options.policy in ("recent", "window"):
+        ring = profile.shares >= 1
+        profile = dataclasses.replace(profile, shares=profile.shares[ring], loss=profile.loss[..., ring, :])
+    return pose(identity, profile, target, policy, sink, widths, options.classes)
+
+
+def quantised_widths(identity: ModelIdentity, options: Options) -> bool:
+    """Whether a plan under the options may have quantised heads."""
+    joint = options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity)
+    return joint or options.kv_dtype in WIDTHS
+
+
+def roundable(identity: ModelIdentity) -> bool:
+    """Whether keys and values split into groups of pairs of elements, as 4 and 8 bits need."""
+    return identity.head_dim % (2 * groups(identity.head_dim)) == 0
+
+
+def resolve_policy(allocator: str, policy: str | None) -> tuple[str, int]:
+    """The token policy and its sinks; `window` is `recent` without sinks."""
+    default = default_policy(allocator)
+    return ("recent", 0) if policy == "window" else (policy or default, DEFAULT_SINK)
+
+
+def pose(
+    model: ModelIdentity,
+    profile: Profile,
+    target: Target,
+    policy: str,
+    sink: int,
+    widths: tuple[int, ...] | None = None,
+    classes: int | None = None,
+) -> Problem:
+    """One sequence's share of a target, as a problem for an allocator; `widths` default to the target's own alone."""
+    limit = np.array(token_limits(model.windows, target.context), np.int32)
+    bits = DTYPE_BITS[target.dtype]
+    growth: NDArray[np.float64] | float = 1.0
+    if profile.keys is not None and set(widths or ()) - {bits}:
+        measured = (Positions(0, profile.window),) * model.num_layers
+        growth = key_growth(profile.keys, measured, layer_positions(limit.tolist(), target.context))
+    return Problem(
+        profile=profile,
+        limit=limit,
+        fixed=limit < target.context,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype_bits=bits,
+        widths=widths or (bits,),
+        target=target.bytes // target.batch,
+        context=target.context,
+        key_growth=growth,
+        policy=policy,
+        sink=sink,
+        classes=classes,
+    )
+
+
+def unmeasured(identity: ModelIdentity, context: int) -> Profile:
+    """A profile of the right shape that says nothing."""
+    heads = (identity.num_layers, identity.num_kv_heads)
+    table = np.zeros((1, *heads, 1), np.float32)
+    return Profile(
+        families=("text",), window=context, tokens=np.array([context], np.int32), shares=np.ones(1, np.float32),
+        loss=table[..., None], bits=np.array([8, 4], np.int32), key_loss=np.repeat(table, 2, -1),
+        value_loss=np.repeat(table, 2, -1), factor=1.0, correlation=float("nan"), baklava=table[0, ..., 0],
+        squeeze=table[0, :, 0, 0], surfacelogic=table[0, ..., 0],
+    )  # fmt: skip
+
+
+def solver_report(options: Options, problem: Problem) -> dict[str, Any]:
+    """How an artifact's plan was asked for, for people."""
+    joint = options.allocator == "optimal" and options.policy is None
+    return {
+        "allocator": options.allocator, "policy": "joint" if joint else problem.policy, "sink": problem.sink,
+    }  # fmt: skip

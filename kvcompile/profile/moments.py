@@ -1,0 +1,142 @@
+"""Moments of what is stored and of what it is multiplied with, for the transform of `kvcompile.quantiser`.
+
+What matters is where attention goes: the error of logit (t, j) moves the output by p (v_j - o_t), so keys and queries
+are weighted with p^2 ||W_O (v_j - o_t)||^2, values and outputs with p^2. Keys and queries are taken as they were before
+rotary embedding, so that the transform can be made for positions that were not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcompile.artifacts import Quantiser
+from kvcompile.profile.attention import Attention
+from kvcompile.profile.context import Context, Packed, judged_rows
+from kvcompile.profile.rotation import unrotated
+from kvcompile.quantiser import Positions, balanced, fit_keys, key_moments
+from kvcompile.stages import KeyMoments, Rotary
+
+ROWS = 128
+"""Judged rows of a follow-up that are looked at."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens of one layer, float64: for keys and values x with weights w, `*_weight` [H] sums w, `*_first`
+    [H, D] w x, `*_second` [H, D, D] w x x'; the `plain_*` ones have w = 1 and count in `tokens` []; `query` [H, D, D]
+    is the weighted second moment of queries, `output` [H, D, D] that of the output's effect on the residual stream.
+    Keys and queries are those before rotary embedding."""
+
+    tokens: NDArray[np.float64]
+    plain_key_first: NDArray[np.float64]
+    plain_key_second: NDArray[np.float64]
+    plain_value_first: NDArray[np.float64]
+    plain_value_second: NDArray[np.float64]
+    key_weight: NDArray[np.float64]
+    key_first: NDArray[np.float64]
+    key_second: NDArray[np.float64]
+    value_weight: NDArray[np.float64]
+    value_first: NDArray[np.float64]
+    value_second: NDArray[np.float64]
+    query: NDArray[np.float64]
+    output: NDArray[np.float64]
+
+
+MOMENTS = tuple(f.name for f in fields(Moments))
+
+
+def moments(call: Attention, context: Context, packed: Packed, projection: Tensor, rotary: Rotary) -> Moments:
+    """Moments of one context in one layer; `projection` [d, Hq * D] is W_O. Token 0 is left out: it is stored as it
+    is."""
+    values = context.values[call.layer].float()
+    num_kv_heads, length, head_dim = values.shape
+    keys = unrotated(context.keys[call.layer], torch.arange(length, device=values.device), rotary, call.layer)
+    asked = torch.from_numpy(packed.positions).to(values.device)
+    outward = projection.float().view(len(projection), num_kv_heads, -1, head_dim)
+    metric = torch.einsum("dhgi,dhgj->hgij", outward, outward)
+    moved = torch.einsum("hgij,hnj->hgni", metric, values)
+    energy = (moved * values[:, None]).sum(-1)  # ||W_O v||^2, [H, G, n]
+
+    key_weight = keys.new_zeros(num_kv_heads, length)
+    value_weight = torch.zeros_like(key_weight)
+    query = keys.new_zeros(num_kv_heads, head_dim, head_dim)
+    output = torch.zeros_like(query)
+    for rows in judged_rows(call, context, packed, ROWS):
+        p = rows.probability[..., :length]
+        mixed = p.flatten(1, 2) @ values
+        mixed = mixed.view(*p.shape[:3], head_dim)
+        # The squared distance of every value's effect from that of the head's output.
+        apart = torch.einsum("hgti,hgij,hgtj->hgt", mixed, metric, mixed)[..., None] + energy[:, :, None]
+        apart.flatten(0, 1).baddbmm_(mixed.flatten(0, 1), moved.mT.flatten(0, 1), alpha=-2)
+        squared = p.square()
+        weight = apart.clamp_min_(0).mul_(squared)
+        weight[..., 0], squared[..., 0] = 0, 0
+        count = p.shape[2]
+        key_weight += weight.sum((1, 2)) / count
+        value_weight += squared.sum((1, 2)) / count
+        still = unrotated(rows.query, asked[rows.places], rotary, call.layer)
+        query += torch.einsum("hgt,hgti,hgtj->hij", weight.sum(-1) / count, still, still)
+        output += torch.einsum("hg,hgij->hij", squared.sum((2, 3)) / count, metric)
+    plain = keys.new_ones(num_kv_heads, length)
+    plain[:, 0] = 0
+
+    def sums(weight: Tensor, stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        weighted = stored * weight[..., None]
+        return weight.sum(1), weighted.sum(1), weighted.mT @ stored
+
+    tokens, plain_key_first, plain_key_second = sums(plain, keys)
+    _, plain_value_first, plain_value_second = sums(plain, values)
+    arrays = (
+        tokens[0], plain_key_first, plain_key_second, plain_value_first, plain_value_second,
+        *sums(key_weight, keys), *sums(value_weight, values), query, output,
+    )  # fmt: skip
+    return Moments(*(array.double().cpu().numpy() for array in arrays))
+
+
+def keys_of(layers: Sequence[Moments], rotary: Rotary) -> KeyMoments:
+    """The moments of keys and queries of all layers, as an artifact holds them."""
+
+    def stacked(name: str) -> NDArray[np.float64]:
+        return np.stack([getattr(m, name) for m in layers])
+
+    counts = np.broadcast_to(stacked("tokens")[:, None], stacked("key_weight").shape)
+    return key_moments(
+        (counts, stacked("plain_key_first"), stacked("plain_key_second")),
+        (stacked("key_weight"), stacked("key_first"), stacked("key_second")),
+        stacked("query"),
+        rotary,
+    )
+
+
+def quantiser(layers: Sequence[Moments], keys: KeyMoments, positions: tuple[Positions, ...]) -> Quantiser:
+    """The transforms and means of all heads, those of keys made for `positions`, a range a layer."""
+    key_transform, key_mean = fit_keys(keys, positions)
+    transforms, means = [], []
+    for m in layers:
+        mean = m.value_first / np.maximum(m.value_weight, 1e-30)[:, None]
+        mean = np.where(m.value_weight[:, None] > 0, mean, m.plain_value_first / m.tokens)
+        about = _about(m.value_second, m.value_first, m.value_weight, mean) + _about(
+            m.plain_value_second, m.plain_value_first, np.full(len(mean), float(m.tokens)), mean
+        )
+        transforms.append(np.stack([balanced(c, s) for c, s in zip(about, m.output, strict=True)]))
+        means.append(mean)
+    return Quantiser(
+        key_transform, key_mean, np.stack(transforms).astype(np.float16), np.stack(means).astype(np.float16)
+    )
+
+
+def _about(
+    second: NDArray[np.float64], first: NDArray[np.float64], weight: NDArray[np.float64], mean: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Second moments [H, D, D] about `mean`, scaled to trace 1."""
+    cross = first[:, :, None] * mean[:, None]
+    about = second - cross - cross.swapaxes(1, 2) + weight[:, None, None] * mean[:, :, None] * mean[:, None]
+    trace = np.trace(about, axis1=1, axis2=2)
+    scaled: NDArray[np.float64] = about / np.maximum(trace, 1e-30)[:, None, None]
+    return scaled

@@ -1,0 +1,191 @@
+"""The values that pass from stage to stage of the compiler: plain, immutable, numpy only.
+
+calibration -> `Profile` (in `Parts`) -> `Problem` -> `Plan` -> artifact. No stage changes one or reaches back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.artifacts import Quantiser, Scorer, anchor_bytes, slot_bytes
+
+DEFAULT_SINK = 4
+"""First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
+
+PROFILE_TOKENS = 2048
+"""Longest calibration context by default; a longer one is profiled at this length and its curves are stretched."""
+
+WORST = 0.5
+"""Weight of the worst family beside the mean over families, in the loss that is minimised."""
+
+
+Report = Callable[[str, int, int], None]
+"""Called with a stage's name, the work done and the work in all (0: not known)."""
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """`frequency` f32 [L, D], radians a token; `partner` i32 [D], its own inverse. `context`: the frequencies are those
+    of sequences of this many tokens, 0 where they are the same for every length."""
+
+    frequency: NDArray[np.float32]
+    partner: NDArray[np.int32]
+    context: int = 0
+
+    def serves(self, context: int) -> bool:
+        """Whether the frequencies hold for sequences of `context` tokens."""
+        return self.context in (0, context)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Mean f32 [L, H, D], and covariance about it as the packed rows of a lower triangle A, C = A A':
+    `factor` f16 [L, H, D (D + 1) / 2]. Half precision of a square root keeps the small eigenvalues that half precision
+    of C itself would drown, and whatever is stored, C has no negative one."""
+
+    mean: NDArray[np.float32]
+    factor: NDArray[np.float16]
+
+    def second(self, layer: int) -> NDArray[np.float64]:
+        """Second moments about 0, [H, D, D], of one layer."""
+        lower = unpacked(self.factor[layer], self.mean.shape[-1])
+        mean = self.mean[layer].astype(np.float64)
+        second: NDArray[np.float64] = lower @ lower.swapaxes(-1, -2) + mean[..., :, None] * mean[..., None, :]
+        return second
+
+
+@dataclass(frozen=True, eq=False)
+class KeyMoments:
+    """What a transform of keys is made from for any positions: `plain`, over all tokens; `attended`, over tokens
+    weighted by the attention they get; `query`, over queries, mean 0. All before `rotary`, though with its scaling."""
+
+    plain: Moment
+    attended: Moment
+    query: Moment
+    rotary: Rotary
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What profiling measured of one model. L layers, H KV heads, F families of text, P policies, C budgets, Q widths.
+
+    Losses are predicted KL to the full cache in nats a token, one family each, when that head alone is changed; they
+    add up over heads.
+
+    `families` F names. `window` tokens of the calibration contexts, `tokens` i32 [C] ascending budgets (sinks included)
+    in tokens of such a context; `tokens[-1] == window`. `shares` f32 [P]: the part of a budget, sinks not counted, that
+    is a ring of recent tokens: 1 is the policy `recent`, less is `scored` with this part protected.
+    `loss` f32 [F, L, H, P, C]: what eviction costs; 0 at `window`, not always monotone.
+    `bits` i32 [Q]: widths other than the cache's own type; `key_loss`, `value_loss` f32 [F, L, H, Q]: what it costs to
+    store all of the head's keys, or values, in that width at the window's positions; it adds to the loss of eviction.
+    `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
+    `factor`: measured over predicted KL, by which the losses are to be multiplied, and `correlation`, their rank
+    correlation (Spearman) over the plans or heads that were measured; 1 and NaN where nothing was.
+    `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
+    `surfacelogic` f32 [L, H]: INFsc in [0, 1].
+    """
+
+    families: tuple[str, ...]
+    window: int
+    tokens: NDArray[np.int32]
+    shares: NDArray[np.float32]
+    loss: NDArray[np.float32]
+    bits: NDArray[np.int32]
+    key_loss: NDArray[np.float32]
+    value_loss: NDArray[np.float32]
+    factor: float
+    correlation: float
+    baklava: NDArray[np.float32]
+    squeeze: NDArray[np.float32]
+    surfacelogic: NDArray[np.float32]
+    keys: KeyMoments | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One sequence's share of the target, and everything an allocator may use to divide it.
+
+    `limit` i32 [L]: tokens at which a head of the layer is full. `fixed` bool [L]: the layer keeps its own sliding
+    window (`limit` tokens, policy recent, no sinks, elements of `dtype_bits`), whatever it costs; allocators leave
+    those rows alone. `target` is bytes for one sequence. `dtype_bits` is the width of the cache's own element type and
+    `widths` are those that an allocator may choose for keys and for values apart; one that does not choose takes the
+    first. `policy` is the token policy the allocator should use and `sink` its protected first tokens.
+    `key_growth` [L, H] multiplies the profile's `key_loss`: what the context's positions make of it.
+    `classes` is the most distinct choices (policy, capacity, sink, recent, bits) in a layer, None for any number.
+    `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on real text.
+    """
+
+    profile: Profile
+    limit: NDArray[np.int32]
+    fixed: NDArray[np.bool_]
+    num_kv_heads: int
+    head_dim: int
+    dtype_bits: int
+    widths: tuple[int, ...]
+    target: int
+    context: int
+    key_growth: NDArray[np.float64] | float = 1.0
+    policy: str = "recent"
+    sink: int = DEFAULT_SINK
+    classes: int | None = None
+    perplexity: Callable[[NDArray[np.int32]], float] | None = None
+
+    def anchor_bytes(self, k_bits: int | None = None, v_bits: int | None = None) -> int:
+        """Bytes of a head's exact copy of token 0; bits default to the first of `widths`."""
+        k, v = k_bits or self.widths[0], v_bits or self.widths[0]
+        return anchor_bytes(self.sink, self.head_dim, k, v, self.dtype_bits)
+
+    def slot_bytes(self, policy: str, k_bits: int | None = None, v_bits: int | None = None) -> int:
+        """Bytes of one slot; bits default to the first of `widths`."""
+        return slot_bytes(policy, self.head_dim, k_bits or self.widths[0], v_bits or self.widths[0])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An allocator's answer: policy, tokens, sinks, protected recent tokens and bits of every head, all [L, H].
+
+    `loss` is the predicted loss where the allocator knows one (sum over heads of the mean over families, times the
+    profile's factor), else NaN; `report` is what it wants to say of itself (objective, bound, gap, parameters chosen);
+    `seconds` is its wall time, for display only.
+    """
+
+    policy: NDArray[np.uint8]
+    capacity: NDArray[np.int32]
+    sink: NDArray[np.int32]
+    recent: NDArray[np.int32]
+    k_bits: NDArray[np.uint8]
+    v_bits: NDArray[np.uint8]
+    loss: float
+    report: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What goes into an artifact beside the plan: the profile, and the scorer and quantiser that it is for."""
+
+    profile: Profile
+    scorer: Scorer | None
+    quantiser: Quantiser | None
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What solving can use where a model is at hand: `perplexity` of a table of `recent` budgets for a problem, and
+    `kl`, the measured divergence of a plan for it, in nats a token."""
+
+    perplexity: Callable[[Problem], Callable[[NDArray[np.int32]], float]]
+    kl: Callable[[Problem, Plan], float]
+
+
+def unpacked(factor: NDArray[np.float16], size: int) -> NDArray[np.float64]:
+    """The lower triangles [..., D, D] of their packed rows."""
+    lower = np.zeros((*factor.shape[:-1], size, size))
+    rows, columns = np.tril_indices(size)
+    lower[..., rows, columns] = factor
+    return lower

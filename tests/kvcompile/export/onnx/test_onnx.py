@@ -1,0 +1,272 @@
+"""A decoder with its cache as ONNX, run by ONNX Runtime beside our own runtime, on tiny models of every family."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx_session import Session
+from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
+from transformers import LlamaConfig, Phi3Config
+
+from kvcompile.artifacts import POLICIES, Artifact, ExchangeError, ModelError
+from kvcompile.runtime import attach
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+from kvcompile.export.onnx import export  # noqa: E402
+
+CHUNKS = (30, 1, 1, 1, 5, 1, 40, 1, 1)
+TOLERANCE = 5e-5
+
+
+class Tokenizer:
+    """What `export` needs of one."""
+
+    chat_template = None
+    eos_token_id = 2
+    backend_tokenizer = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
+
+
+def exported(model: Any, artifact: Artifact, folder: Path) -> Path:
+    export(artifact, model, Tokenizer(), folder)
+    return folder
+
+
+def compare(model: Any, artifact: Artifact, session: Session, chunks: Sequence[int], sync: bool = False) -> list[float]:
+    """Largest difference of logits after each of several calls with so many tokens. With `sync`, both start every call
+    from the same stored bytes: codes at the border of two levels fall either way, as sums are not ordered alike."""
+    batch = artifact.target.batch
+    ids = np.random.default_rng(0).integers(3, 97, (batch, sum(chunks)))
+    differences, first = [], 0
+    with attach(model, artifact) as kv, torch.inference_mode():
+        cache = kv.new_cache(batch)
+        for length in chunks:
+            part = ids[:, first : first + length]
+            first += length
+            if sync:
+                session.fill(cache, artifact)
+            ours = model(torch.tensor(part), past_key_values=cache, logits_to_keep=1).logits[:, -1].numpy()
+            differences.append(float(np.abs(session(part) - ours).max()))
+    return differences
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_family_gives_the_runtimes_logits(name: str, tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS[name])
+    artifact = make_artifact(model, 20, policy="scored", recent=6)
+    session = Session(exported(model, artifact, tmp_path))
+    assert max(compare(model, artifact, session, CHUNKS)) < TOLERANCE
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "full": {"context": 128},
+    "beyond the context": {"context": 32},
+    "recent": {"capacity": 20},
+    "recent without sinks": {"capacity": 20, "sink": 0},
+    "one slot": {"capacity": 1, "sink": 0},
+    "one heavy slot": {"capacity": 3, "policy": "scored", "sink": 1, "recent": 1},
+    "scored without sinks": {"capacity": 9, "policy": "scored", "sink": 0, "recent": 4},
+    "scored without heavy slots": {"capacity": 9, "policy": "scored"},
+    "ragged": {"capacity": [[5, 20, 9], [20, 20, 5], [33, 1, 2]], "policy": "scored", "recent": 3},
+    "batch of three": {"capacity": [[5, 20, 9], [20, 20, 5], [33, 1, 2]], "policy": "scored", "recent": 3, "batch": 3},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_every_shape_of_head_gives_the_runtimes_logits(shape: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, **shape)
+    session = Session(exported(model, artifact, tmp_path))
+    assert max(compare(model, artifact, session, CHUNKS)) < TOLERANCE
+
+
+def test_sliding_layers_and_a_batch(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["gemma3"])
+    artifact = make_artifact(model, 20, policy="scored", recent=6, batch=2)
+    session = Session(exported(model, artifact, tmp_path))
+    assert max(compare(model, artifact, session, (7, 1, 30, 1, 2, 1))) < TOLERANCE
+
+
+WIDTHS: dict[str, dict[str, Any]] = {
+    "8 bits": {"bits": [(8, 8)]},
+    "4 bits": {"bits": [(4, 4)]},
+    "8 and 4": {"bits": [(8, 4)]},
+    "mixed": {"bits": [(8, 4), (32, 8), (4, 32)]},
+    "without sinks": {"bits": [(4, 8)], "sink": 0},
+    "scored": {"bits": [(8, 4), (4, 8)], "policy": "scored", "recent": 6},
+    "scored, batch of three": {"bits": [(8, 4), (4, 8)], "policy": "scored", "recent": 6, "batch": 3},
+    "float16": {"dtype": "float16", "policy": "scored", "recent": 6},
+    "bfloat16": {"dtype": "bfloat16", "policy": "scored", "recent": 6},
+    "bfloat16, rounded": {"dtype": "bfloat16", "bits": [(8, 4), (16, 8), (4, 16)], "policy": "scored", "recent": 6},
+}
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_every_width_gives_the_runtimes_logits(width: dict[str, Any], tmp_path: Path) -> None:
+    """From the same stored bytes, call by call."""
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, 20, **width)
+    session = Session(exported(model, artifact, tmp_path))
+    differences = compare(model, artifact, session, CHUNKS, sync=True)
+    assert sorted(differences)[-2] < 2e-3  # one code of the new token may fall the other way
+    assert np.median(differences) < 5e-4
+
+
+def test_two_groups_of_scales(tmp_path: Path) -> None:
+    shape = SHAPE | {"hidden_size": 160, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2}
+    model = tiny_model(LlamaConfig(**shape))
+    artifact = make_artifact(model, 20, bits=[(8, 4), (4, 8)], policy="scored", recent=6)
+    assert artifact.model.head_dim == 80
+    session = Session(exported(model, artifact, tmp_path))
+    assert np.median(compare(model, artifact, session, CHUNKS, sync=True)) < 5e-4
+
+
+def test_part_of_a_head_rotated(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    model = tiny_model(Phi3Config(**SHAPE, sliding_window=None, rope_parameters=rope))
+    assert model.get_decoder().rotary_emb.inv_freq.numel() * 4 == model.config.hidden_size // 6
+    artifact = make_artifact(model, 20, policy="scored", recent=6)
+    session = Session(exported(model, artifact, tmp_path))
+    assert max(compare(model, artifact, session, CHUNKS)) < TOLERANCE
+
+
+@settings(max_examples=12, deadline=None)
+@given(chunks=st.lists(st.integers(1, 24), min_size=1, max_size=8))
+def test_any_chunks(chunks: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp() / "chunks"
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, [[5, 20, 9], [20, 20, 5], [33, 1, 2]], policy="scored", recent=3)
+    if not folder.exists():
+        exported(model, artifact, folder)
+    assert max(compare(model, artifact, Session(folder), chunks)) < TOLERANCE
+
+
+def test_buffers_need_not_be_written_in_place(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, 20, policy="scored", recent=6, bits=[(8, 4), (32, 32)])
+    folder = exported(model, artifact, tmp_path)
+    one, other = Session(folder), Session(folder, bound=False)
+    ids = np.random.default_rng(0).integers(3, 97, (1, 40))
+    for part in (ids[:, :30], ids[:, 30:31], ids[:, 31:32], ids[:, 32:38], ids[:, 38:39]):
+        np.testing.assert_array_equal(one(part), other(part))
+    for name, array in one.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name])
+
+
+def test_prompts_of_unequal_length(tmp_path: Path) -> None:
+    """Rows end where their prompts end; each sequence goes on as it would alone."""
+    model = tiny_model(CONFIGS["llama"])
+    batch = make_artifact(model, 20, policy="scored", recent=6, batch=3)
+    session = Session(exported(model, batch, tmp_path / "three"))
+    alone = exported(model, make_artifact(model, 20, policy="scored", recent=6), tmp_path / "one")
+    ids = np.random.default_rng(0).integers(3, 97, (3, 30))
+    lengths, more = [30, 7, 22], np.array([[5], [6], [7]])
+    found = [session(ids, lengths), session(more), session(np.tile(more, 3), [3, 0, 2])]
+    for b, length in enumerate(lengths):
+        one = Session(alone)
+        single = [one(ids[b : b + 1, :length]), one(more[b : b + 1])]
+        if (rest := (3, 0, 2)[b]) > 0:
+            single.append(one(np.tile(more[b : b + 1], rest)))
+        for theirs, ours in zip(found, single, strict=False):
+            assert np.abs(theirs[b] - ours[0]).max() < TOLERANCE
+
+
+def test_files_and_their_description(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, 20, policy="scored", recent=6, bits=[(8, 4), (32, 32)], batch=2)
+    made = export(artifact, model, Tokenizer(), tmp_path / "new" / "folder")
+    folder = tmp_path / "new" / "folder"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "kvcompile.json",
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+    ]
+    assert [p.name for p in folder.parent.iterdir()] == ["folder"]
+    onnx.checker.check_model(folder / "model.onnx", full_check=True)
+    proto = onnx.load(folder / "model.onnx", load_external_data=False)
+    assert [(o.domain, o.version) for o in proto.opset_import] == [("", 24)]
+    assert {node.domain for node in proto.graph.node} == {""}
+    told = json.loads((folder / "kvcompile.json").read_text())
+    assert made.cache == told["cache_bytes"] == artifact.bytes.resident
+    session = Session(folder)
+    assert sum(array.nbytes for array in session.arrays.values()) == artifact.bytes.resident
+    inputs = {i.name: i.shape for i in session.session.get_inputs()}
+    assert set(inputs) == {"input_ids", "seen", "new"} | {buffer["past"] for buffer in told["buffers"]}
+    assert all(inputs[buffer["past"]] == buffer["shape"] for buffer in told["buffers"])
+    budgets = artifact.budgets
+    for layer, groups in enumerate(told["layers"]):
+        assert [head for group in groups for head in group["heads"]] == budgets.head_order[layer].tolist()
+        for group in groups:
+            for head in group["heads"]:
+                assert group["policy"] == POLICIES[budgets.policy[layer, head]]
+                assert group["capacity"] == budgets.capacity[layer, head]
+                assert (group["key_bits"], group["value_bits"]) == (
+                    budgets.k_bits[layer, head],
+                    budgets.v_bits[layer, head],
+                )
+    assert told["ends"] == [2]
+    assert told["chat"] is None
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    exported(model, make_artifact(model, 20, bits=[(8, 4)]), tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_policies_that_learn_from_attention_are_refused(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    for policy in ("h2o", "snapkv"):
+        artifact = make_artifact(model, 20, policy=policy, recent=6)
+        with pytest.raises(ExchangeError, match=f"policy '{policy}': expected full, recent, scored"):
+            export(artifact, model, Tokenizer(), tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_model(CONFIGS["llama"]), 20)
+    with pytest.raises(ModelError):
+        export(artifact, tiny_model(CONFIGS["qwen2"]), Tokenizer(), tmp_path / "none")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotary_embeddings_that_change_with_the_text_are_refused(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = tiny_model(LlamaConfig(**SHAPE, rope_parameters=rope))
+    with pytest.raises(ModelError, match="'dynamic' rotary embedding"):
+        export(make_artifact(model, 20), model, Tokenizer(), tmp_path / "none")
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ExchangeError, match="cannot be written"):
+        export(make_artifact(model, 20), model, Tokenizer(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, 20)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kvcompile.export.onnx.write.onnx.save", full)
+    with pytest.raises(ExchangeError, match="No space left on device"):
+        export(artifact, model, Tokenizer(), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
