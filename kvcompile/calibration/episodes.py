@@ -110,6 +110,7 @@ def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: r
     for fact, part in zip(facts, np.split(text[:room], depths), strict=False):
         pieces += [part, fact]
     context = np.concatenate([*pieces, text[depths[-1] : room]])
+    # The true continuation, as what a model says itself of a text that it has half forgotten would tell less.
     asked = [FollowUp("continuation", 0, text[room:]), *questions]
     if replay:
         prompt = token_ids(tokenizer, REPLAY_PROMPT)

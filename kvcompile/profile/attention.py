@@ -28,7 +28,7 @@ class Attention:
     """What one layer's attention is asked for: one sequence, no cache, no padding.
 
     `query` [Hq, n, D], `key` and `value` [H, n, D], rotary embedding applied; `scaling` multiplies the logits.
-    `window` is the width in tokens of the layer's sliding window, None where it has none.
+    `window` is the size in tokens of the layer's sliding window, None where it has none.
     """
 
     layer: int
@@ -40,7 +40,7 @@ class Attention:
 
     @property
     def sliding(self) -> bool:
-        """Whether the window is narrower than the sequence."""
+        """Whether the window is shorter than the sequence."""
         return self.window is not None and self.window < self.key.shape[1]
 
 
@@ -79,6 +79,7 @@ def streaming(call: Attention, sink: int, recent: int) -> Tensor:
     """
     outputs = []
     for rows in torch.split(torch.arange(call.query.shape[1], device=call.query.device), BLOCK):
+        # Row t sees the sinks and (t - recent, t]; a block of rows together the sinks and [start, stop).
         start, stop = max(0, int(rows[0]) - recent + 1), int(rows[-1]) + 1
         keys = torch.arange(min(sink, start) + stop - start, device=rows.device)
         keys[sink:] += max(0, start - sink)

@@ -7,9 +7,10 @@ from typing import Any
 from kvcompile.artifacts import ModelIdentity
 from kvcompile.calibration import Calibration
 from kvcompile.models.cache_dir import cache_dir
-from kvcompile.profile.measure import Material, Profiled, measure
+from kvcompile.profile.measure import Profiled, measure
 from kvcompile.profile.resume import profile_key
 from kvcompile.profile.rotation import read_rotary
+from kvcompile.profile.setting import Material
 from kvcompile.stages import DEFAULT_SINK, Report
 
 

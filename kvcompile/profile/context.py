@@ -121,6 +121,7 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
                 masks[shape] = _mask(len(context), *shape, keys.device)[None]
             mask = masks[shape]
             if alive is not None:
+                # [H, m, n + m]: the follow-up's own tokens are never evicted.
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
             group = len(call.query) // len(keys)
             output = F.scaled_dot_product_attention(
@@ -167,6 +168,7 @@ def judged_rows(
         every = torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
         own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
         for places in torch.split(every.to(stored.device), at_once):
+            # Query head h G + g belongs to KV head h: [Hq, T, D] to [H, G, T, D].
             query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
             weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)
             # All of the context is seen, but for a sliding window.

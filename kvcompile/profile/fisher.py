@@ -1,5 +1,9 @@
 """The gradient pass: the gradient at every head's attention output, for labels that the model itself draws.
 
+With y ~ p(. | context) and g the gradient of log p(y), the Fisher matrix E[g g'] is the Hessian of the KL divergence
+from the model's own distribution. A change d of an output then costs KL of about 1/2 d' E[g g'] d = 1/2 E[(g . d)^2]: a
+mean of squares over rows, each with one label drawn, estimates it without ever forming the matrix.
+
 Layers are recomputed one by one, last to first, so that the memory is the layers' inputs and one layer's graph.
 """
 
@@ -46,6 +50,7 @@ def head_gradient(model: Any, final: Tensor, seed: tuple[int, ...]) -> Tensor:
 def draw(probability: Tensor, uniform: Tensor) -> Tensor:
     """Labels i64 [m, 1] from distributions [m, vocab]: the first whose cumulative probability exceeds `uniform` [m]."""
     cumulative = probability.cumsum(-1)
+    # In float32 it does not end at 1, so the uniform number is scaled to where it ends.
     labels = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
     return labels.clamp_(max=probability.shape[-1] - 1)
 
@@ -66,12 +71,14 @@ def backward(
         detached = Attention(
             call.layer, call.query.detach(), call.key.detach(), call.value.detach(), call.scaling, call.window
         )
+        # Autograd carries the gradient through W_O to the heads' outputs: `upstream` is u of `losses`, [Hq, n, D].
         output.register_hook(lambda upstream: visit(detached, upstream))  # type: ignore[no-untyped-call]
         return output
 
     upstream = gradient[None]
     with attending(model, watched):
         for layer, inputs, arguments in reversed(list(zip(layers(model), trace.inputs, trace.arguments, strict=True))):
+            # The forward pass kept no graph: this layer's is made anew from its inputs, and freed after use.
             below = inputs.detach().requires_grad_()
             with torch.enable_grad():
                 output = layer(below, **arguments)

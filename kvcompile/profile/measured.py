@@ -39,6 +39,6 @@ def measuring(model: Any, text: Calibration, profiled: Profiled, report: Report 
 
     def kl(problem: Problem, plan: Plan) -> float:
         tick("refining")
-        return plan_divergence(model, text.measure, plan, profiled, problem)
+        return plan_divergence(model, text.measure, plan, profiled.parts, problem)
 
     return Tools(perplexity_for, kl)

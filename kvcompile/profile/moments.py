@@ -7,19 +7,20 @@ rotary embedding, so that the transform can be made for positions that were not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import Quantiser
+from kvcompile.artifacts import ModelError, Quantiser
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed, judged_rows
 from kvcompile.profile.rotation import unrotated
-from kvcompile.quantiser import Positions, balanced, fit_keys, key_moments
+from kvcompile.quantiser import TINY, Positions, about, balanced, fit_keys, key_moments, unit_trace
 from kvcompile.stages import KeyMoments, Rotary
 
 ROWS = 128
@@ -51,6 +52,13 @@ class Moments:
 MOMENTS = tuple(f.name for f in fields(Moments))
 
 
+def moment_shapes(num_kv_heads: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every sum of one layer: what is no count, weight or first moment is a second moment."""
+    known = {"tokens": (), "weight": (num_kv_heads,), "first": (num_kv_heads, head_dim)}
+    second = (num_kv_heads, head_dim, head_dim)
+    return {name: known.get(name.rsplit("_")[-1], second) for name in MOMENTS}
+
+
 def moments(call: Attention, context: Context, packed: Packed, projection: Tensor, rotary: Rotary) -> Moments:
     """Moments of one context in one layer; `projection` [d, Hq * D] is W_O. Token 0 is left out: it is stored as it
     is."""
@@ -58,10 +66,11 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
     num_kv_heads, length, head_dim = values.shape
     keys = unrotated(context.keys[call.layer], torch.arange(length, device=values.device), rotary, call.layer)
     asked = torch.from_numpy(packed.positions).to(values.device)
+    # M = W_O' W_O of every query head, [H, G, D, D]: x'Mx is the squared length of what x adds to the residual stream.
     outward = projection.float().view(len(projection), num_kv_heads, -1, head_dim)
     metric = torch.einsum("dhgi,dhgj->hgij", outward, outward)
     moved = torch.einsum("hgij,hnj->hgni", metric, values)
-    energy = (moved * values[:, None]).sum(-1)  # ||W_O v||^2, [H, G, n]
+    energy = (moved * values[:, None]).sum(-1)  # v'Mv, [H, G, n]
 
     key_weight = keys.new_zeros(num_kv_heads, length)
     value_weight = torch.zeros_like(key_weight)
@@ -71,17 +80,20 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
         p = rows.probability[..., :length]
         mixed = p.flatten(1, 2) @ values
         mixed = mixed.view(*p.shape[:3], head_dim)
-        # The squared distance of every value's effect from that of the head's output.
+        # By the softmax's derivative, error e of logit (t, j) moves the output o_t by p (v_j - o_t) e: squared, the
+        # residual stream by e^2 p^2 ||W_O (v_j - o_t)||^2. The norm is o'Mo + v'Mv - 2 o'Mv, [H, G, T, n].
         apart = torch.einsum("hgti,hgij,hgtj->hgt", mixed, metric, mixed)[..., None] + energy[:, :, None]
         apart.flatten(0, 1).baddbmm_(mixed.flatten(0, 1), moved.mT.flatten(0, 1), alpha=-2)
         squared = p.square()
-        weight = apart.clamp_min_(0).mul_(squared)
+        weight = apart.clamp_min_(0).mul_(squared)  # the difference of equal numbers may come out below 0
+        # Token 0 is never quantised. As a sink it often gets most attention, and would drown the others.
         weight[..., 0], squared[..., 0] = 0, 0
-        count = p.shape[2]
+        count = p.shape[2]  # a mean over rows: follow-ups count alike, however long
+        # Error e of key j is error q_t . e of logits (t, j); error e of value j moves the residual stream by p W_O e.
         key_weight += weight.sum((1, 2)) / count
         value_weight += squared.sum((1, 2)) / count
-        still = unrotated(rows.query, asked[rows.places], rotary, call.layer)
-        query += torch.einsum("hgt,hgti,hgtj->hij", weight.sum(-1) / count, still, still)
+        queries = unrotated(rows.query, asked[rows.places], rotary, call.layer)
+        query += torch.einsum("hgt,hgti,hgtj->hij", weight.sum(-1) / count, queries, queries)
         output += torch.einsum("hg,hgij->hij", squared.sum((2, 3)) / count, metric)
     plain = keys.new_ones(num_kv_heads, length)
     plain[:, 0] = 0
@@ -99,11 +111,20 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
     return Moments(*(array.double().cpu().numpy() for array in arrays))
 
 
+def require_finite(arrays: Iterable[NDArray[Any]]) -> None:
+    """Raises ModelError for NaN and infinity, which float16 weights and activations can lead to."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ModelError("profiling met numbers that are not finite: load the model in float32 or bfloat16")
+
+
 def keys_of(layers: Sequence[Moments], rotary: Rotary) -> KeyMoments:
-    """The moments of keys and queries of all layers, as an artifact holds them."""
+    """The moments of keys and queries of all layers, as an artifact holds them. Raises ModelError for sums that are not
+    finite."""
 
     def stacked(name: str) -> NDArray[np.float64]:
         return np.stack([getattr(m, name) for m in layers])
+
+    require_finite([stacked(name) for name in MOMENTS])
 
     counts = np.broadcast_to(stacked("tokens")[:, None], stacked("key_weight").shape)
     return key_moments(
@@ -114,29 +135,20 @@ def keys_of(layers: Sequence[Moments], rotary: Rotary) -> KeyMoments:
     )
 
 
-def quantiser(layers: Sequence[Moments], keys: KeyMoments, positions: tuple[Positions, ...]) -> Quantiser:
+def fit_quantiser(layers: Sequence[Moments], keys: KeyMoments, positions: tuple[Positions, ...]) -> Quantiser:
     """The transforms and means of all heads, those of keys made for `positions`, a range a layer."""
     key_transform, key_mean = fit_keys(keys, positions)
     transforms, means = [], []
     for m in layers:
-        mean = m.value_first / np.maximum(m.value_weight, 1e-30)[:, None]
+        # Values that are never attended to have no mean by attention: all tokens' takes its place.
+        mean = m.value_first / np.maximum(m.value_weight, TINY)[:, None]
         mean = np.where(m.value_weight[:, None] > 0, mean, m.plain_value_first / m.tokens)
-        about = _about(m.value_second, m.value_first, m.value_weight, mean) + _about(
-            m.plain_value_second, m.plain_value_first, np.full(len(mean), float(m.tokens)), mean
-        )
-        transforms.append(np.stack([balanced(c, s) for c, s in zip(about, m.output, strict=True)]))
+        attended = about(m.value_first, m.value_second, mean, m.value_weight[:, None, None])
+        plain = about(m.plain_value_first, m.plain_value_second, mean, float(m.tokens))
+        # Half of the covariance is that of all tokens, so that what calibration never attended to is not ruined.
+        stored = unit_trace(attended) + unit_trace(plain)
+        transforms.append(np.stack([balanced(c, s) for c, s in zip(stored, m.output, strict=True)]))
         means.append(mean)
     return Quantiser(
         key_transform, key_mean, np.stack(transforms).astype(np.float16), np.stack(means).astype(np.float16)
     )
-
-
-def _about(
-    second: NDArray[np.float64], first: NDArray[np.float64], weight: NDArray[np.float64], mean: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Second moments [H, D, D] about `mean`, scaled to trace 1."""
-    cross = first[:, :, None] * mean[:, None]
-    about = second - cross - cross.swapaxes(1, 2) + weight[:, None, None] * mean[:, :, None] * mean[:, None]
-    trace = np.trace(about, axis1=1, axis2=2)
-    scaled: NDArray[np.float64] = about / np.maximum(trace, 1e-30)[:, None, None]
-    return scaled

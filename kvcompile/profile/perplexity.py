@@ -19,7 +19,7 @@ from kvcompile.profile.structure import forward, frozen, head_blocks, logits
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
     """Attention in which every KV head sees only its first `sink` tokens and its last `budget - sink`, itself included.
 
-    `budgets` i32 [L, H] tokens, each above `sink`. A layer whose sliding window is narrower than the sequence keeps it.
+    `budgets` i32 [L, H] tokens, each above `sink`. A layer whose sliding window is shorter than the sequence keeps it.
     """
 
     def attend(call: Attention) -> Tensor:
@@ -27,6 +27,7 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
         if call.sliding:
             return causal(call)
         group = len(call.query) // num_kv_heads
+        # Heads of one budget share a mask, so they attend together.
         output = torch.empty_like(call.query)
         for budget in np.unique(budgets[call.layer]):
             heads = np.flatnonzero(budgets[call.layer] == budget)

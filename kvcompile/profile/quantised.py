@@ -1,4 +1,4 @@
-"""What a key or value reads as after it has been stored in 4 or 8 bits: FORMAT.md's quantisation, there and back."""
+"""What a key or value reads as after it has been stored in 4 or 8 bits: FORMAT.md's quantisation and its inverse."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from kvcompile.profile.rotation import rotated, unrotated
 from kvcompile.stages import Rotary
 
 
-def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
+def quantised(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
     """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact."""
-    turned = (stored.float() - mean[..., None, :]) @ transform.mT
-    parts = turned.reshape(*turned.shape[:-1], groups(turned.shape[-1]), -1)
+    transformed = (stored.float() - mean[..., None, :]) @ transform.mT
+    parts = transformed.reshape(*transformed.shape[:-1], groups(transformed.shape[-1]), -1)
+    # The largest element of a group is mapped to the end of the codes' range; scales are stored in half precision.
     scale = (parts.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)).half().float()
     least = torch.finfo(torch.float16).tiny
     scale = scale.clamp_min(least)
+    # Code c stands for [c, c + 1) and is read back as the middle: errors are half a step at most.
     code = (parts / scale).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     decoded = ((code + 0.5) * scale).flatten(-2)
-    decoded[..., 0, :] = turned[..., 0, :]
+    decoded[..., 0, :] = transformed[..., 0, :]
+    # As the runtime does, which inverts in float64.
     inverse = torch.linalg.inv(transform.double()).float()
     back: Tensor = decoded @ inverse.mT + mean[..., None, :]
     return back
@@ -30,17 +33,17 @@ def rounded(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tenso
 
 @dataclass(frozen=True)
 class Shift:
-    """Reads keys back as if the context began at position `offset` of a longer one: R(offset) turns all of them alike,
-    which leaves their products with queries as they are, but not what quantising does to them."""
+    """Reads keys back as if the context began at position `offset` of a longer one: R(offset) rotates all of them
+    alike, which leaves their products with queries as they are, but not what quantising does to them."""
 
     rotary: Rotary
     offset: int
 
-    def rounded(self, keys: Tensor, layer: int, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
+    def quantised(self, keys: Tensor, layer: int, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
         """`keys` [..., n, D] of one layer as read back, float32."""
-        there = torch.full((1,), self.offset, device=keys.device)
-        back = rounded(rotated(keys, there, self.rotary, layer), transform, mean, bits)
-        return unrotated(back, there, self.rotary, layer)
+        offset = torch.full((1,), self.offset, device=keys.device)
+        back = quantised(rotated(keys, offset, self.rotary, layer), transform, mean, bits)
+        return unrotated(back, offset, self.rotary, layer)
 
 
 def matrices(quantiser: Quantiser, layer: int, kind: str, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,10 @@
-"""SurfaceLogicKV's inference score (arXiv 2508.15806) of every head, from retrieval probes with known answers."""
+"""The second stage: SurfaceLogicKV's inference score (arXiv 2508.15806) of every head, from retrieval probes with known
+answers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,21 +12,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.profile.attention import BLOCK, Attention, attending, causal, visible
+from kvcompile.profile.resume import Sums
+from kvcompile.profile.setting import Probe, Setting
 from kvcompile.profile.structure import Tick, forward, heads, layers, logits
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
-
-
-class Probe(Protocol):
-    """A question about a text: i64 token ids, and the half-open ranges of `prompt_ids` that hold what it asks for."""
-
-    @property
-    def prompt_ids(self) -> NDArray[np.int64]: ...
-    @property
-    def answer_ids(self) -> NDArray[np.int64]: ...
-    @property
-    def needles(self) -> tuple[tuple[int, int], ...]: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +27,27 @@ class ProbeScore:
 
     infsc: NDArray[np.float64]
     answered: bool
+
+
+class Probes:
+    """Sums of the score, `infsc` [L, H] over all probes and `infsc_answered` over those that the model answers
+    rightly, which `answered` counts."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.work = [setting.work(len(p.prompt_ids) + len(p.answer_ids) - 1) for p in setting.material.probes]
+
+    def fresh(self) -> Sums:
+        _, num_kv_heads = heads(self.setting.model)
+        table = (len(layers(self.setting.model)), num_kv_heads)
+        return {"answered": np.zeros((), np.int64), "infsc": np.zeros(table), "infsc_answered": np.zeros(table)}
+
+    def add(self, sums: Sums, number: int, tick: Tick) -> None:
+        result = score(self.setting.model, self.setting.material.probes[number], tick)
+        sums["infsc"] += result.infsc
+        if result.answered:
+            sums["infsc_answered"] += result.infsc
+            sums["answered"] += 1
 
 
 def score(model: Any, probe: Probe, tick: Tick = lambda _: None) -> ProbeScore:

@@ -17,8 +17,8 @@ from kvcompile.profile.attention import Attention, attending
 from kvcompile.profile.structure import forward, frozen, layers
 from kvcompile.stages import Rotary
 
-Way = tuple[NDArray[np.float32], NDArray[np.int32]]
-"""Signed frequencies [D] and partners [D] of one layer."""
+Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
+"""Signed frequencies [D] and partners [D] of one layer, as in `kvcompile.stages.Rotary`."""
 
 TOLERANCE = 0.05
 """Relative error up to which a rotation explains the keys: a wrong one is off by about 1, bfloat16 by 1/200."""
@@ -55,6 +55,7 @@ def rotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Te
 
 
 def _read(model: Any, context: int) -> Rotary:
+    # Near positions tell fast components apart, far ones the slow ones.
     positions = np.unique([0, 1, *(int(context * part) for part in (0.1, 0.3, 0.7)), context - 1])
     keys: list[Tensor] = []
 
@@ -67,34 +68,37 @@ def _read(model: Any, context: int) -> Rotary:
         forward(model, ids, positions=positions)
     where = torch.from_numpy(positions).to(keys[0].device)
     head_dim = keys[0].shape[-1]
-    found: list[Way] = []
+    found: list[Layout] = []
     for layer, (key, table) in enumerate(zip(keys, tables, strict=True)):
-        ways = list(_layouts(table, head_dim))
+        layouts = list(_layouts(table, head_dim))
         still = key[:, :1].expand_as(key)  # as at position 0
-        apart = [float((rotated(still, where, Rotary(f[None], p), 0) - key).norm()) for f, p in ways]
+        apart = [float((rotated(still, where, Rotary(f[None], p), 0) - key).norm()) for f, p in layouts]
         best = int(np.argmin(apart))
         if apart[best] > TOLERANCE * float(key.norm()):
             raise ModelError(
-                f"layer {layer} turns its keys by their positions in a way that is not known: expected rotary "
-                "embedding of neighbouring or opposite components"
+                f"layer {layer} rotates its keys in an unknown way: profiling supports rotary embedding that pairs "
+                "neighbouring or opposite components"
             )
-        found.append(ways[best])
-    turning = [partner for frequency, partner in found if frequency.any()]
-    partner = turning[0] if turning else np.arange(head_dim, dtype=np.int32)
-    if any((other != partner).any() for other in turning):
+        found.append(layouts[best])
+    # Layers without a rotation have no partners to compare.
+    partners = [partner for frequency, partner in found if frequency.any()]
+    partner = partners[0] if partners else np.arange(head_dim, dtype=np.int32)
+    if any((other != partner).any() for other in partners):
         raise ModelError("the layers pair different components in their rotary embedding: expected the same in all")
     return Rotary(np.stack([frequency for frequency, _ in found]), partner)
 
 
-def _layouts(table: Tensor | None, head_dim: int) -> Iterator[Way]:
-    """Ways to turn components by a table of angles a token [w]; without a rotation last."""
+def _layouts(table: Tensor | None, head_dim: int) -> Iterator[Layout]:
+    """The layouts that a table of angles a token [w] may belong to; no rotation last."""
     if table is not None:
         angles = table.cpu().numpy().astype(np.float32)
+        # A table holds every pair's angle twice, one half after the other or side by side, or once.
         for pairs in (angles[: len(angles) // 2], angles[::2], angles):
-            turned = 2 * len(pairs)
-            if not 0 < turned <= head_dim:
+            rotated_dim = 2 * len(pairs)
+            if not 0 < rotated_dim <= head_dim:
                 continue
-            opposite, neighbours = (np.arange(turned // 2), turned // 2), (np.arange(0, turned, 2), 1)
+            # Component d rotates with d + w/2 (Llama), or with d + 1 (GPT-J, Cohere); the rest, if any, stays.
+            opposite, neighbours = (np.arange(rotated_dim // 2), rotated_dim // 2), (np.arange(0, rotated_dim, 2), 1)
             for first, apart in (opposite, neighbours):
                 second = first + apart
                 frequency = np.zeros(head_dim, np.float32)

@@ -1,4 +1,4 @@
-"""The real KL of a plan: a forward pass in which the context has been cut and rounded as the runtime would."""
+"""The real KL of a plan: a forward pass in which the context has been cut and quantised as the runtime would."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
-from kvcompile.profile.curves import survivors
-from kvcompile.profile.quantised import Shift, matrices, rounded
+from kvcompile.profile.eviction import survivors
+from kvcompile.profile.quantised import Shift, matrices, quantised
+from kvcompile.profile.setting import Episode
 from kvcompile.profile.structure import Tick, frozen, logits
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
-from kvcompile.stages import Plan, Problem
+from kvcompile.stages import Parts, Plan, Problem
 
 ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""
@@ -61,14 +62,15 @@ def divergence(
     final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
     found: dict[str, list[float]] = {}
     for kind, rows, states in known.final:
-        before, after = _say(model, states), _say(model, final[rows])
+        before, after = _log_probabilities(model, states), _log_probabilities(model, final[rows])
+        # KL(full || cut) = sum_y p (log p - log q), mean over rows
         found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
     return {kind: float(np.mean(values)) for kind, values in found.items()}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A context with rounded keys and values, and by layer which tokens are kept, bool [H, n] (None: all)."""
+    """A context with quantised keys and values, and by layer which tokens are kept, bool [H, n] (None: all)."""
 
     context: Context
     kept: list[Tensor | None]
@@ -86,8 +88,8 @@ def apply_plan(
     length, scale = len(context), len(context) / tokens
     keys, values, kept = list(context.keys), list(context.values), list[Tensor | None]()
     for layer in range(len(keys)):
-        keys[layer] = _narrow(keys[layer], plan.k_bits[layer], quantiser, layer, "key", shift)
-        values[layer] = _narrow(values[layer], plan.v_bits[layer], quantiser, layer, "value")
+        keys[layer] = _read_back(keys[layer], plan.k_bits[layer], quantiser, layer, "key", shift)
+        values[layer] = _read_back(values[layer], plan.v_bits[layer], quantiser, layer, "value")
         alive: list[Tensor] = []
         by_score = scores(scorer, layer, context.hidden[layer]) if scorer is not None else None
         for head in range(keys[layer].shape[0]):
@@ -97,23 +99,24 @@ def apply_plan(
             recent = budget - sink
             if policy == "scored":
                 recent = min(max(round(int(plan.recent[layer, head]) * scale), 1), budget - sink)
+            # Without a scorer no head is `scored`, and all scores are equal.
             row = torch.zeros(1, length) if by_score is None else by_score[head : head + 1]
             alive.append(survivors(row.to(keys[layer].device), budget, recent, sink)[0])
         kept.append(torch.stack(alive))
     return Cut(replace(context, keys=keys, values=values), kept)
 
 
-def _narrow(
+def _read_back(
     stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str, shift: Shift | None = None
 ) -> Tensor:
-    narrow = np.isin(bits, QUANTISED_BITS)
-    if quantiser is None or not narrow.any():
+    chosen = np.isin(bits, QUANTISED_BITS)
+    if quantiser is None or not chosen.any():
         return stored
     transform, mean = matrices(quantiser, layer, kind, stored.device)
-    read = rounded if shift is None else partial(shift.rounded, layer=layer)
+    read = quantised if shift is None else partial(shift.quantised, layer=layer)
     heads = [
         read(stored[h], transform=transform[h], mean=mean[h], bits=int(bits[h])).to(stored.dtype)
-        if narrow[h]
+        if chosen[h]
         else stored[h]
         for h in range(len(stored))
     ]
@@ -121,22 +124,24 @@ def _narrow(
 
 
 @torch.no_grad()
-def _say(model: Any, hidden: Tensor) -> Tensor:
+def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
     return logits(model, hidden).float().log_softmax(-1)
 
 
-def plan_divergence(model: Any, episodes: Sequence[Any], plan: Plan, profiled: Any, problem: Problem) -> float:
+def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: Parts, problem: Problem) -> float:
     """Mean measured KL of a plan for the problem's context over episodes, text and questions alike, in nats a token;
-    `profiled` has the profile, the scorer and the quantiser. Episodes are shorter than the context may be: they are
-    taken to stand at places spread evenly over it."""
-    found, tokens, keys = [], problem.context, profiled.profile.keys
-    quantiser = for_context(profiled.quantiser, keys, problem.limit.tolist(), tokens)
+    `parts` are a profile with moments of keys, the scorer and the quantiser. Episodes are shorter than the context may
+    be: they are taken to stand at places spread evenly over it."""
+    found, tokens, keys = [], problem.context, parts.profile.keys
+    assert keys is not None
+    assert parts.quantiser is not None
+    quantiser = for_context(parts.quantiser, keys, problem.limit.tolist(), tokens)
     with frozen(model):
         for number, episode in enumerate(episodes):
             context = read_context(model, episode.context)
             known = reference(model, context, pack(len(context), episode.follow_ups))
             room = max(tokens - len(context), 0)
             shift = Shift(keys.rotary, round(room * (number + 0.5) / len(episodes)))
-            kinds = divergence(model, known, plan, profiled.scorer, quantiser, tokens, shift=shift)
+            kinds = divergence(model, known, plan, parts.scorer, quantiser, tokens, shift=shift)
             found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)
     return float(np.mean(found))

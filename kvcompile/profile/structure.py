@@ -40,6 +40,12 @@ def heads(model: Any) -> tuple[int, int]:
     return config.num_attention_heads, config.num_key_value_heads
 
 
+def head_dim(model: Any) -> int:
+    """Components of a head's queries, keys and values."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def head_blocks(model: Any, length: int) -> Iterator[slice]:
     """Blocks of positions small enough for their logits to be held at once."""
     step = max(1, LOGITS_AT_ONCE // model.get_output_embeddings().weight.shape[0])

@@ -1,4 +1,4 @@
-"""What a token of the context is worth to a KV head, and the linear scorer that predicts it.
+"""The utility of a token of the context to a KV head, and the linear scorer that predicts it.
 
 The utility of a token is the largest attention that any judged row of any follow-up, and any query head of the group,
 pays to it (KVzip, arXiv 2505.23416, takes the replay alone). Its logarithm is fitted by ridge regression from the
@@ -35,12 +35,15 @@ def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
             # Later tokens of the follow-up are seen by none of these rows.
             seen = int(places[-1]) + 1 - block.start
             at = (places - block.start + length).repeat(query.shape[1] // len(places))
+            # [H, G T, n] and [H, G T, seen]: logits on the context and on the follow-up itself, apart, because only the
+            # first are of interest and both are in the softmax.
             past = query @ keys.mT
             rest = query @ own[:, :seen].mT
             every = torch.arange(length + seen, device=keys.device)
             if call.window is not None:
                 past.masked_fill_(~visible(at, every[:length], call.window), -torch.inf)
             rest.masked_fill_(~visible(at, every[length:], call.window), -torch.inf)
+            # log P[t, j] = logit[t, j] - log sum exp; the largest logarithm is that of the largest probability.
             total = torch.logaddexp(past.logsumexp(-1), rest.logsumexp(-1))
             torch.maximum(most, past.sub_(total[..., None]).amax(1), out=most)
     return most.exp_()
@@ -52,19 +55,24 @@ def normal_sums(
     """X'X [d + 1, d + 1] and X'y [d + 1, H] of the `replayed` tokens of one context in one layer: X is `hidden` [n, d]
     with a column of ones, y the log of `utility` [H, n]. Sinks are left out: they are kept anyway, and nothing else is
     like them."""
+    # Only tokens that the replay needs again: of the others, little attention here does not say that they are useless.
     part = slice(max(replayed[0], sink), replayed[1])
     inputs = torch.nn.functional.pad(hidden[part].float(), (0, 1), value=1.0)
     target = utility[:, part].clamp_min(LEAST).log().mT
     return (inputs.mT @ inputs).cpu().numpy(), (inputs.mT @ target).cpu().numpy()
 
 
-def fit(squares: NDArray[np.float32], products: NDArray[np.float32]) -> Scorer:
-    """The scorer that solves the summed normal equations, [L, d + 1, d + 1] and [L, d + 1, H]."""
+def fit_scorer(squares: NDArray[np.float32], products: NDArray[np.float32]) -> Scorer:
+    """The scorer that solves the summed normal equations, `squares` X'X [L, d + 1, d + 1] and `products` X'y
+    [L, d + 1, H]: of every head, w = (X'X + RIDGE diag(X'X))^-1 X'y."""
     weights = []
     for square, product in zip(squares, products, strict=True):
+        # In float64: X'X has the square of X's condition number.
         system = square.astype(np.float64)
         diagonal = np.diag(system).copy()
         diagonal[-1] = 0.0  # the bias is free
+        # A share of each diagonal entry: rescaling a channel then rescales its weight and changes no score. The second
+        # term is for channels that are always 0.
         system[np.diag_indices_from(system)] += RIDGE * diagonal + 1e-12 * diagonal.max()
         weights.append(np.linalg.solve(system, product.astype(np.float64)).T)
     table = np.stack(weights)
@@ -75,4 +83,5 @@ def scores(scorer: Scorer, layer: int, hidden: Tensor) -> Tensor:
     """Scores of a context's tokens in one layer, float32 [H, n], as the runtime computes and stores them."""
     weight = torch.from_numpy(scorer.weight[layer].astype(np.float32)).to(hidden.device)
     bias = torch.from_numpy(np.array(scorer.bias[layer])).to(hidden.device)
+    # Half precision as in the cache: tokens that tie there tie here.
     return torch.nn.functional.linear(hidden.float(), weight, bias).half().float().mT

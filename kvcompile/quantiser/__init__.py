@@ -3,12 +3,14 @@
 numpy only, so that `build --from` makes it anew without the model.
 """
 
-from kvcompile.quantiser.balance import balanced, quantisation_error, spread
+from kvcompile.quantiser.balance import TINY, about, balanced, quantisation_error, spread, unit_trace
 from kvcompile.quantiser.key_moments import key_moments, stored_moments
 from kvcompile.quantiser.positions import Positions, fit_keys, for_context, key_growth, layer_positions
 
 __all__ = [
+    "TINY",
     "Positions",
+    "about",
     "balanced",
     "fit_keys",
     "for_context",
@@ -18,4 +20,5 @@ __all__ = [
     "quantisation_error",
     "spread",
     "stored_moments",
+    "unit_trace",
 ]

@@ -1,8 +1,9 @@
 """The transform in which quantising a head's keys, or values, costs least.
 
-Let y = T x be rounded with steps proportional to the size of y, after a rotation that spreads that size evenly over the
-coordinates. With C the covariance of what is stored and S that of what it is multiplied with (queries for keys), the
-error is proportional to tr(T C T') tr(T^-T S T^-1), whose least value (Cauchy and Schwarz) is reached by
+Let y = T x be quantised with steps proportional to the size of y, after an orthogonal matrix has spread that size
+evenly over the components. With C the covariance of what is stored and S that of what it is multiplied with (queries
+for keys), the error of a product is proportional to tr(T C T') tr(T^-T S T^-1): the size of y, times what a product
+sees of an even error in y. By Cauchy and Schwarz that is at least tr((C^1/2 S C^1/2)^1/2)^2, which is reached by
 T'T = C^-1 # S, the geometric mean of the two matrices; a Hadamard matrix does the spreading.
 """
 
@@ -13,32 +14,52 @@ import scipy.fft
 import scipy.linalg
 from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
+
+TINY = 1e-30
+"""Divides in place of 0, where there is nothing to divide."""
+
 FLOOR = 1e-3
-"""Least eigenvalue, as a share of the largest, before roots are taken."""
+"""Least eigenvalue, as a share of the largest, before roots are taken: directions that calibration hardly saw are not
+scaled up without bound, and T's condition number is at most the root of 1 / FLOOR, which float16 can hold."""
 
 
-def balanced(stored: NDArray[np.float64], against: NDArray[np.float64]) -> NDArray[np.float64]:
+def balanced(stored: Array, against: Array) -> Array:
     """T [D, D] with T'T proportional to `stored`^-1 # `against`, rotated to spread evenly; its largest singular value
     is 1."""
     size = len(stored)
     if not (np.trace(stored) > 0 and np.trace(against) > 0):
         return spread(size)
+    # C^-1 # S = C^-1/2 (C^1/2 S C^1/2)^1/2 C^-1/2
     root, inverse = _power(stored, 0.5), _power(stored, -0.5)
     middle = _power(root @ against @ root, 0.5)
-    transform: NDArray[np.float64] = spread(size) @ _power(inverse @ middle @ inverse, 0.5)
+    transform: Array = spread(size) @ _power(inverse @ middle @ inverse, 0.5)
     return transform / np.linalg.norm(transform, 2)
 
 
-def quantisation_error(
-    transform: NDArray[np.float64], stored: NDArray[np.float64], against: NDArray[np.float64]
-) -> float:
+def quantisation_error(transform: Array, stored: Array, against: Array) -> float:
     """tr(T C T') tr(T^-T S T^-1), to which the expected squared error of a product is proportional."""
     inverse = np.linalg.inv(transform)
     size = np.einsum("ij,jk,ik->", transform, stored, transform)
     return float(size * np.einsum("ji,jk,ki->", inverse, against, inverse))
 
 
-def spread(size: int) -> NDArray[np.float64]:
+def about(first: Array, second: Array, mean: Array, weight: Array | float = 1.0) -> Array:
+    """Second moments [H, D, D] about `mean` [H, D] from those about 0: `second`, sums of w x x', with `first` [H, D],
+    sums of w x, and `weight` [H, 1, 1], sums of w."""
+    # sum w (x - m)(x - m)' = sum w x x' - (sum w x) m' - m (sum w x)' + (sum w) m m'
+    cross = first[:, :, None] * mean[:, None]
+    moved: Array = second - cross - cross.swapaxes(1, 2) + weight * mean[:, :, None] * mean[:, None]
+    return moved
+
+
+def unit_trace(second: Array) -> Array:
+    """Second moments [..., D, D] scaled to trace 1, so that two kinds of tokens count alike in their sum."""
+    unit: Array = second / np.maximum(np.trace(second, axis1=-2, axis2=-1), TINY)[..., None, None]
+    return unit
+
+
+def spread(size: int) -> Array:
     """An orthogonal matrix whose entries are as equal as can be: Hadamard where `size` is a power of two, else blocks
     of its largest power of two, mixed by a cosine transform."""
     power = size & -size
@@ -47,8 +68,9 @@ def spread(size: int) -> NDArray[np.float64]:
     return np.kron(cosine, hadamard)
 
 
-def _power(matrix: NDArray[np.float64], exponent: float) -> NDArray[np.float64]:
+def _power(matrix: Array, exponent: float) -> Array:
+    """A power of a symmetric positive matrix, by its eigenvalues."""
     values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     values = np.maximum(values, FLOOR * values[-1])
-    power: NDArray[np.float64] = (vectors * values**exponent) @ vectors.T
+    power: Array = (vectors * values**exponent) @ vectors.T
     return power

@@ -5,17 +5,20 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.quantiser.balance import TINY, unit_trace
 from kvcompile.stages import KeyMoments, Moment, Rotary
 
 Array = NDArray[np.float64]
 
 LARGEST = float(np.finfo(np.float16).max)
+"""Larger entries are stored as this: infinity would spoil the whole matrix."""
 
 
 def stored_moments(mean: Array, second: Array) -> Moment:
     """A moment from means [L, H, D] and second moments about 0, [L, H, D, D]."""
     centred = second - mean[..., :, None] * mean[..., None, :]
     values, vectors = np.linalg.eigh((centred + centred.swapaxes(-1, -2)) / 2)
+    # C = V diag(w) V', so root = V diag(w)^1/2 is one of its roots; rounding may leave a w below 0.
     root = vectors * np.sqrt(np.maximum(values, 0))[..., None, :]
     # root root' = A A' for the triangle A of its LQ decomposition; signs are chosen, so that A is unique.
     lower = np.linalg.qr(root.swapaxes(-1, -2))[1].swapaxes(-1, -2)
@@ -30,16 +33,18 @@ def key_moments(
     the attention they get; and of second moments of queries, whose scale does not matter. A head whose keys were never
     attended to takes the plain ones."""
     means = [
-        (first / np.maximum(weight, 1e-30)[..., None], second / np.maximum(weight, 1e-30)[..., None, None])
+        (first / np.maximum(weight, TINY)[..., None], second / np.maximum(weight, TINY)[..., None, None])
         for weight, first, second in (plain, attended)
     ]
     seen = attended[0] > 0
     mean = np.where(seen[..., None], means[1][0], means[0][0])
     second = np.where(seen[..., None, None], means[1][1], means[0][1])
-    trace = np.trace(query, axis1=-2, axis2=-1)
-    unit = query / np.maximum(trace, 1e-30)[..., None, None]
+    about_zero = np.zeros_like(mean)  # queries multiply keys as they are, mean and all
     return KeyMoments(
-        stored_moments(*means[0]), stored_moments(mean, second), stored_moments(np.zeros_like(mean), unit), rotary
+        plain=stored_moments(*means[0]),
+        attended=stored_moments(mean, second),
+        query=stored_moments(about_zero, unit_trace(query)),
+        rotary=rotary,
     )
 
 

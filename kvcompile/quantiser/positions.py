@@ -1,7 +1,7 @@
 """Transforms of keys for the positions at which a plan stores them.
 
-Rotary embedding turns a key by its position, so the mean and covariance of stored keys depend on which positions there
-are. In 2,048 tokens the slow components have hardly turned; in 32,768 they have. From moments before the rotation those
+Rotary embedding rotates a key by its position, so the mean and covariance of stored keys depend on which positions they
+have. Over 2,048 tokens the slow components hardly rotate; over 32,768 they do. From moments before the rotation those
 after it follow for any range of positions, as averages over it: E[R(p) M R(p)'].
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import Quantiser
-from kvcompile.quantiser.balance import balanced, quantisation_error
+from kvcompile.quantiser.balance import about, balanced, quantisation_error, unit_trace
 from kvcompile.quantiser.rotary import mean_first, mean_second
 from kvcompile.stages import KeyMoments, Moment
 
@@ -46,7 +46,7 @@ def fit_keys(moments: KeyMoments, positions: tuple[Positions, ...]) -> tuple[NDA
     for layer, where in enumerate(positions):
         mean, attended, query = _attended(moments, layer, where)
         plain = _about(moments, moments.plain, layer, where, mean)
-        stored = _unit(attended) + _unit(plain)
+        stored = unit_trace(attended) + unit_trace(plain)
         transforms.append(np.stack([balanced(c, s) for c, s in zip(stored, query, strict=True)]))
         means.append(mean)
     return np.stack(transforms).astype(np.float16), np.stack(means).astype(np.float16)
@@ -90,12 +90,4 @@ def _about(moments: KeyMoments, moment: Moment, layer: int, where: Positions, me
     frequency, partner = moments.rotary.frequency[layer].astype(np.float64), moments.rotary.partner
     first = mean_first(moment.mean[layer].astype(np.float64), frequency, partner, where.start, where.stop)
     second = mean_second(moment.second(layer), frequency, partner, where.start, where.stop)
-    cross = first[:, :, None] * mean[:, None]
-    about: Array = second - cross - cross.swapaxes(1, 2) + mean[:, :, None] * mean[:, None]
-    return about
-
-
-def _unit(second: Array) -> Array:
-    """Scaled to trace 1."""
-    unit: Array = second / np.maximum(np.trace(second, axis1=1, axis2=2), 1e-30)[:, None, None]
-    return unit
+    return about(first, second, mean)

@@ -31,6 +31,8 @@ def mean_second(second: Array, frequency: Array, partner: NDArray[np.int32], sta
     """
     cos_minus, sin_minus = mean_waves(frequency[:, None] - frequency, start, stop)
     cos_plus, sin_plus = mean_waves(frequency[:, None] + frequency, start, stop)
+    # With + and - for the waves of f_d + f_e and f_d - f_e: c_d c_e = (cos- + cos+) / 2, s_d c_e = (sin+ + sin-) / 2,
+    # c_d s_e = (sin+ - sin-) / 2, s_d s_e = (cos- - cos+) / 2.
     rows, columns = second[..., partner, :], second[..., partner]
     mean: Array = (
         (cos_minus + cos_plus) * second
@@ -43,7 +45,8 @@ def mean_second(second: Array, frequency: Array, partner: NDArray[np.int32], sta
 
 def mean_waves(frequency: Array, start: int, stop: int) -> tuple[Array, Array]:
     """Means of cos(p f) and sin(p f) over p in [start, stop): a geometric series, the Dirichlet kernel."""
-    # Positions are whole numbers, so turns of 2 pi a token change nothing; f = 0 is then the only singular case.
+    # Positions are whole numbers, so f and f + 2 pi are the same rotation; f = 0 is then the only singular case.
+    # sum_p exp(i p f) = exp(i f (start + stop - 1) / 2) sin(count f / 2) / sin(f / 2)
     count, half = stop - start, (np.remainder(np.asarray(frequency, np.float64) + np.pi, 2 * np.pi) - np.pi) / 2
     base = np.sin(half)
     whole = np.abs(base) < 1e-12  # every term is 1

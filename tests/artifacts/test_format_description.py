@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kvcompile.artifacts
 import kvcompile.kernels.quantise.api as quantise
 from kvcompile.artifacts import POLICIES, anchor_bytes, groups, identify, slot_bytes, vector_bytes, write
-from kvcompile.stages import Profile
+from kvcompile.assemble.tables import key_arrays
+from kvcompile.stages import KeyMoments, Moment, Profile, Rotary
 
 TEXT = (Path(kvcompile.artifacts.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
 
@@ -94,7 +95,11 @@ def test_every_key_and_tensor_is_described(newer, read_kvb, tmp_path):
 
 
 def test_every_field_of_a_profile_is_described():
-    assert all(f"`profile.{field.name}`" in TEXT for field in fields(Profile))
+    tables = {field.name for field in fields(Profile)} - {"keys"}
+    rotary = Rotary(np.zeros((1, 2), np.float32), np.arange(2, dtype=np.int32))
+    moment = Moment(np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 3), np.float16))
+    tables |= key_arrays(KeyMoments(moment, moment, moment, rotary)).keys()
+    assert all(f"`profile.{name}`" in TEXT for name in tables)
 
 
 def test_metadata_is_compact_and_sorted(artifact, read_kvb, tmp_path):

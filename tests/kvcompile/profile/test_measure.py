@@ -84,8 +84,8 @@ def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
     assert (profile.key_loss[:, chosen, :, 0] < profile.key_loss[:, chosen, :, 1]).mean() > 0.9, "4 bits cost more"
     if family == "gemma3_text":
         assert (profile.loss[:, :2] == 0).all(), "layers that keep their own sliding window have no curve"
-    width = model.config.get_text_config().hidden_size
-    assert (result.scorer.weight.shape, result.scorer.bias.shape) == ((3, 2, width), (3, 2))
+    hidden_size = model.config.get_text_config().hidden_size
+    assert (result.scorer.weight.shape, result.scorer.bias.shape) == ((3, 2, hidden_size), (3, 2))
     assert len(result.checks) == 12
     assert profile.factor > 0
 

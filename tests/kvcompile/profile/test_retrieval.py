@@ -9,7 +9,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvcompile.profile import retrieval
 from kvcompile.profile.retrieval import retrieval, scaled, score
 
 
@@ -44,7 +43,7 @@ def test_rows_are_those_that_predict_the_answer(tiny: Callable[..., Any], family
     ids = np.random.default_rng(0).integers(3, 61, 46)
     question = Question(ids[:40], ids[40:], ((5, 9), (30, 33)))
     got = score(model, question)
-    monkeypatch.setattr(retrieval, "BLOCK", 4)
+    monkeypatch.setattr("kvcompile.profile.retrieval.BLOCK", 4)
     blockwise = score(model, question)
     np.testing.assert_allclose(blockwise.infsc, got.infsc, atol=1e-6)
 

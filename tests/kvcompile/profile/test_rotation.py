@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.profile.attention import Attention, attending
 from kvcompile.profile.context import read_context
-from kvcompile.profile.quantised import Shift, rounded
+from kvcompile.profile.quantised import Shift, quantised
 from kvcompile.profile.rotation import read_rotary, rotated, unrotated
 from kvcompile.profile.structure import forward, frozen
 
@@ -72,7 +72,7 @@ def test_neighbouring_components(tiny: Callable[..., Any]) -> None:
 
 
 def test_a_base_a_layer(tiny: Callable[..., Any]) -> None:
-    """Gemma-3's sliding layers turn faster than the others."""
+    """Gemma-3's sliding layers rotate faster than the others."""
     frequency = read_rotary(tiny("gemma3_text"), 64).frequency
     assert np.array_equal(frequency[0], frequency[1])
     assert (frequency[0, 1:8] > frequency[2, 1:8]).all()
@@ -120,16 +120,16 @@ def test_a_shift_is_a_later_place_in_a_longer_context(tiny: Callable[..., Any]) 
         forward(model, ids, positions=np.arange(length))
         forward(model, ids, positions=np.arange(length) + offset)
     near, far = keys[0], keys[3]
-    there = torch.full((1,), offset)
-    torch.testing.assert_close(rotated(near, there, rotary, 0), far, rtol=1e-4, atol=1e-4)
+    places = torch.full((1,), offset)
+    torch.testing.assert_close(rotated(near, places, rotary, 0), far, rtol=1e-4, atol=1e-4)
     transform, mean = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)), far[0].mean(0)
-    found = Shift(rotary, offset).rounded(near[0], 0, transform, mean, 4)
-    expected = unrotated(rounded(far[0], transform, mean, 4), there, rotary, 0)
+    found = Shift(rotary, offset).quantised(near[0], 0, transform, mean, 4)
+    expected = unrotated(quantised(far[0], transform, mean, 4), places, rotary, 0)
     # On average: a number at the border of two codes may fall either way.
     assert (found - expected).abs().mean() < 1e-3 < (found - near[0]).abs().mean() / 10
 
 
-def test_keys_that_turn_in_another_way_are_refused(tiny: Callable[..., Any]) -> None:
+def test_keys_that_rotate_in_another_way_are_refused(tiny: Callable[..., Any]) -> None:
     model = tiny()
     attention = model.model.layers[1].self_attn
     forward = attention.forward
@@ -139,5 +139,5 @@ def test_keys_that_turn_in_another_way_are_refused(tiny: Callable[..., Any]) -> 
         return forward(*args, position_embeddings=(2 * cos * cos - 1, -2 * sin * cos), **kwargs)
 
     attention.forward = doubled
-    with pytest.raises(ModelError, match="layer 1 turns its keys"):
+    with pytest.raises(ModelError, match="layer 1 rotates its keys"):
         read_rotary(model, 64)

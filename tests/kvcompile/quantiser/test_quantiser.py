@@ -61,9 +61,9 @@ def test_waves_are_averaged_in_closed_form(frequency: float, start: int, count: 
     assert sine == pytest.approx(np.sin(p * frequency).mean(), abs=1e-6)
 
 
-@pytest.mark.parametrize("turns", [0.0, 2 * np.pi, -2 * np.pi, 4 * np.pi])
-def test_whole_turns_a_token_are_no_rotation(turns: float) -> None:
-    cosine, sine = mean_waves(np.array(turns), 3, 10)
+@pytest.mark.parametrize("angle", [0.0, 2 * np.pi, -2 * np.pi, 4 * np.pi])
+def test_whole_revolutions_a_token_are_no_rotation(angle: float) -> None:
+    cosine, sine = mean_waves(np.array(angle), 3, 10)
     assert cosine == pytest.approx(1)
     assert sine == pytest.approx(0, abs=1e-9)
 
@@ -101,20 +101,20 @@ def moments() -> KeyMoments:
 
 
 def quantised_error(moments: KeyMoments, transform: np.ndarray, mean: np.ndarray, positions: Positions) -> float:
-    """Mean squared error of q . k, keys rounded to 4 bits at these positions."""
+    """Mean squared error of q . k, keys quantised to 4 bits at these positions."""
     rng = np.random.default_rng(3)
     frequency, partner = moments.rotary.frequency[0].astype(np.float64), moments.rotary.partner
     lower = np.linalg.cholesky(moments.plain.second(0)[0] - np.outer(*[moments.plain.mean[0, 0].astype(float)] * 2))
     query = np.linalg.cholesky(moments.query.second(0)[0] + 1e-9 * np.eye(D))
     total = 0.0
     for p in rng.integers(positions.start, positions.stop, 400):
-        turn = rotation(p, frequency, partner)
-        key = turn @ (moments.plain.mean[0, 0] + lower @ rng.standard_normal(D))
+        rotary = rotation(p, frequency, partner)
+        key = rotary @ (moments.plain.mean[0, 0] + lower @ rng.standard_normal(D))
         y = transform @ (key - mean)
         scale = abs(y).max() / 8
         back = (np.clip(np.floor(y / scale), -8, 7) + 0.5) * scale
         wrong = np.linalg.solve(transform, back - y)
-        total += float((turn @ query @ rng.standard_normal(D) @ wrong) ** 2)
+        total += float((rotary @ query @ rng.standard_normal(D) @ wrong) ** 2)
     return total / 400
 
 

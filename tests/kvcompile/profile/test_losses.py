@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack
-from kvcompile.profile.curves import SHARES, Stored, budget_grid, keep_table, losses, ring, survivors
+from kvcompile.profile.eviction import SHARES, budget_grid, keep_table, ring, survivors
+from kvcompile.profile.losses import ReadBack, losses
 
 
 class Asked:
@@ -51,7 +52,7 @@ def test_losses_are_those_of_attention_written_out(heads: int, group: int, lengt
     budgets = budget_grid(length, sink, 5)
     other_keys, other_values = draw(heads, length, dim), draw(heads, length, dim)
     found = losses(
-        call, gradient, context, packed, keep_table(score, budgets, sink), Stored((other_keys,), (other_values,))
+        call, gradient, context, packed, keep_table(score, budgets, sink), ReadBack((other_keys,), (other_values,))
     )
     every = torch.ones(length, dtype=torch.bool)
     for block in packed.blocks:
@@ -73,10 +74,10 @@ def test_losses_are_those_of_attention_written_out(heads: int, group: int, lengt
                     assert kept.sum() == budget
                     expected = cost(written_out(q, keys, values, *mine, kept, scaling))
                     np.testing.assert_allclose(found.evicted[block.kind][h, p, c], expected, rtol=2e-3, atol=1e-8)
-            turned = cost(written_out(q, other_keys[h], values, *mine, every, scaling))
-            np.testing.assert_allclose(found.keys[block.kind][h, 0], turned, rtol=2e-3, atol=1e-8)
-            turned = cost(written_out(q, keys, other_values[h], *mine, every, scaling))
-            np.testing.assert_allclose(found.values[block.kind][h, 0], turned, rtol=2e-3, atol=1e-8)
+            expected = cost(written_out(q, other_keys[h], values, *mine, every, scaling))
+            np.testing.assert_allclose(found.keys[block.kind][h, 0], expected, rtol=2e-3, atol=1e-8)
+            expected = cost(written_out(q, keys, other_values[h], *mine, every, scaling))
+            np.testing.assert_allclose(found.values[block.kind][h, 0], expected, rtol=2e-3, atol=1e-8)
     assert all((table[..., -1] == 0).all() for table in found.evicted.values())
 
 

@@ -1,0 +1,39 @@
+"""From finished sums to the profile that an artifact holds."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcompile.profile.curves import BITS
+from kvcompile.profile.eviction import SHARES
+from kvcompile.profile.resume import Sums
+from kvcompile.profile.retrieval import scaled
+from kvcompile.profile.scores import baklava
+from kvcompile.profile.setting import Setting
+from kvcompile.profile.structure import heads
+from kvcompile.stages import Profile
+
+
+def profile_of(sums: Sums, setting: Setting) -> Profile:
+    """Losses and importance scores; not yet compared with whole plans, and without moments of keys."""
+    _, num_kv_heads = heads(setting.model)
+    episodes = len(setting.material.fit)
+    residual, value = sums["residual_cosine"] / episodes, sums["value_cosine"] / episodes
+    each = np.maximum(sums["weight"], 1).reshape(-1, 1, 1, 1)
+    return Profile(
+        families=setting.families,
+        window=setting.window,
+        tokens=setting.budgets,
+        shares=np.array(SHARES, np.float32),
+        loss=(sums["loss"] / each[..., None]).astype(np.float32),
+        bits=np.array(BITS, np.int32),
+        key_loss=(sums["key_loss"] / each).astype(np.float32),
+        value_loss=(sums["value_loss"] / each).astype(np.float32),
+        factor=1.0,
+        correlation=float("nan"),
+        baklava=baklava(value, residual, num_kv_heads).astype(np.float32),
+        squeeze=residual.astype(np.float32),
+        # Sums serve as well as means: the scores are stretched to [0, 1]. Where the model answers no probe, what its
+        # heads attend to while they read the answer is the best there is.
+        surfacelogic=scaled(sums["infsc_answered" if int(sums["answered"]) else "infsc"]).astype(np.float32),
+    )

@@ -1,0 +1,38 @@
+"""Keys and values as they are read back: what the runtime stores, and what the transform is good for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvcompile.kernels import decode, encode
+from kvcompile.profile.quantised import quantised
+from kvcompile.quantiser import balanced
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("size", [16, 64, 96])
+def test_the_compiler_quantises_as_the_runtime_does(bits: int, size: int) -> None:
+    rng = np.random.default_rng(0)
+    transform = torch.tensor(balanced(np.diag(rng.uniform(0.1, 9, size)), np.eye(size)), dtype=torch.float32)
+    mean, stored = torch.randn(size), torch.randn(7, size)
+    found = quantised(stored, transform, mean, bits)
+    transformed = (stored - mean) @ transform.mT
+    expected = decode(*encode(transformed, bits), bits, torch.float32)
+    expected[0] = transformed[0]
+    torch.testing.assert_close(found, expected @ torch.linalg.inv(transform).mT + mean, rtol=1e-4, atol=1e-4)
+
+
+def test_quantising_balanced_keys_beats_plain_ones_where_it_matters() -> None:
+    """Outlier channels that queries hardly look at ruin plain quantisation."""
+    rng = np.random.default_rng(0)
+    scale = np.where(np.arange(64) % 16 == 3, 30.0, 1.0)
+    keys = torch.tensor(rng.standard_normal((500, 64)) * scale, dtype=torch.float32)
+    queries = torch.tensor(rng.standard_normal((200, 64)) / scale, dtype=torch.float32)
+    transform = torch.tensor(balanced(np.cov(keys.T), np.cov(queries.T)), dtype=torch.float32)
+    errors = [
+        (queries @ (quantised(keys, matrix, torch.zeros(64), 4) - keys).mT).square().mean().item()
+        for matrix in (torch.eye(64), transform)
+    ]
+    assert errors[1] < errors[0] / 20
