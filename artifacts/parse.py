@@ -19,7 +19,6 @@ from kvcompile.artifacts.checks import DTYPES, printable, refuse, require_intege
 from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.parts import PARTS
 from kvcompile.artifacts.schema import (
-    FORMAT_VERSION,
     Artifact,
     Budgets,
     ByteAccount,
@@ -27,9 +26,11 @@ from kvcompile.artifacts.schema import (
     Quantiser,
     Scorer,
     Target,
+    newest_version,
 )
 from kvcompile.artifacts.serialize import NO_CHECKSUM, SECTIONS
 from kvcompile.artifacts.validate import BUDGET_TENSORS, validate
+from kvcompile.kernels.codecs import codec_of, is_quantised
 
 TENSORS = {**BUDGET_TENSORS, "fingerprint.samples": "F32"}
 
@@ -90,6 +91,7 @@ def from_bytes(data: bytes, name: str) -> Artifact:
         rank=_array(newer, "rank", "I32", source) if "rank" in newer else None,
     )
     validate(artifact, name)
+    _check_codecs(artifact, version, source)
     # Last, so that a wrong field is reported by its own name.
     _check_checksum(data, header_bytes, checksum, source)
     return artifact
@@ -144,12 +146,22 @@ def _section(metadata: dict[str, Any], name: str, source: str) -> dict[str, Any]
 
 
 def _version(metadata: dict[str, Any], source: str) -> int:
-    version = _get(metadata, "", "format_version", source)
-    if type(version) is int and version > FORMAT_VERSION:
-        upgrade = f"this kvcompile reads up to version {FORMAT_VERSION}, upgrade it"
+    version, newest = _get(metadata, "", "format_version", source), newest_version()
+    if type(version) is int and version > newest:
+        upgrade = f"this kvcompile reads up to version {newest}, upgrade it"
         refuse(source, "format_version", f"is {show(version)}, but {upgrade}")
-    require_integer(source, "format_version", version, 1, FORMAT_VERSION)
+    require_integer(source, "format_version", version, 1, newest)
     return int(version)
+
+
+def _check_codecs(artifact: Artifact, version: int, source: str) -> None:
+    """Refuse heads of a codec that files of this version do not know."""
+    for field in ("k_bits", "v_bits"):
+        table = getattr(artifact.budgets, field)
+        for bits in np.unique(table).tolist():
+            if is_quantised(bits) and (least := codec_of(bits).format_version) > version:
+                at = [int(i) for i in np.argwhere(table == bits)[0]]
+                refuse(source, f"{field}{at}", f"is {bits}, expected a file of version {least} with it")
 
 
 def _loss(metadata: dict[str, Any], source: str) -> Any:

@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts.checks import refuse, require_array, require_finite
-from kvcompile.artifacts.schema import POLICIES, QUANTISED_BITS, Artifact, ModelIdentity, Quantiser, Scorer, groups
+from kvcompile.artifacts.schema import POLICIES, Artifact, ModelIdentity, Quantiser, Scorer
+from kvcompile.kernels.codecs import CODECS
 
 SCORER_TENSORS = {"weight": "F16", "bias": "F32"}
 """The fields of `Scorer`, in the file after `scorer.`."""
@@ -29,7 +30,7 @@ _AT_ONCE = 2**20
 
 
 def check_parts(artifact: Artifact, source: str) -> None:
-    """Check that the parts are there where heads need them, and their shapes and numbers."""
+    """Check that the artifact has the parts that its heads need, and their shapes and numbers."""
     _check_scorer(artifact, source)
     _check_quantiser(artifact, source)
     if artifact.rank is not None:
@@ -48,12 +49,19 @@ def _check_scorer(artifact: Artifact, source: str) -> None:
 
 def _check_quantiser(artifact: Artifact, source: str) -> None:
     model, quantiser, budgets = artifact.model, artifact.quantiser, artifact.budgets
-    if quantiser is None:
-        if np.isin([budgets.k_bits, budgets.v_bits], QUANTISED_BITS).any():
-            missing = "is missing, expected a version 2 file with it for heads of 4 or 8 bits"
+    used = [codec for id, codec in sorted(CODECS.items()) if np.isin([budgets.k_bits, budgets.v_bits], id).any()]
+    for codec in used:
+        if codec.needs_transform and quantiser is None:
+            missing = f"is missing, expected a version {codec.format_version} file with it for {codec.name} heads"
             refuse(source, "tensor quantiser.key_transform", missing)
+        if quantiser is None and not codec.fits(model.head_dim):
+            problem = f"is {model.head_dim}, expected a multiple of {codec.step(model.head_dim)} for {codec.name} heads"
+            refuse(source, "model.head_dim", problem)
+    if quantiser is None:
         return
-    step = 2 * groups(model.head_dim)
+    # Whatever the heads of this file are, a quantiser is for a model that some codec fits.
+    least = min(codec.step(model.head_dim) for codec in CODECS.values() if codec.needs_transform)
+    step = max([least, *(codec.step(model.head_dim) for codec in used)])
     if model.head_dim > MAX_HEAD_DIM or model.head_dim % step:
         problem = f"is {model.head_dim}, expected a multiple of {step} of at most {MAX_HEAD_DIM} beside a quantiser"
         refuse(source, "model.head_dim", problem)

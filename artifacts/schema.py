@@ -9,20 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT_VERSION = 2
-"""The newest version known. A file without anything new in version 2 is written as version 1."""
+from kvcompile.kernels.codecs import CODECS, codec_of, is_quantised
 
 POLICIES = ("full", "recent", "h2o", "snapkv", "scored")
 """Token policies; a policy's code in the file is its place here, so names are only ever appended."""
 
 DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
-"""Cache element types by torch's name, and their bits."""
-
-QUANTISED_BITS = (4, 8)
-"""Bits of quantised elements; every other element is of the target's dtype."""
-
-GROUP = 64
-"""Most elements of a quantised key or value that share one f16 scale."""
+"""Cache dtypes by torch's name, and their bits. `k_bits` and `v_bits` of a head are these of the target's dtype, or the
+id of a codec (`kvcompile.kernels.codecs`)."""
 
 STATE_BYTES = {"full": 0, "recent": 0, "h2o": 8, "snapkv": 0, "scored": 2}
 """Bytes that a policy keeps beside K and V for each slot: h2o, one f32 score and one i32 position; scored, one f16
@@ -105,9 +99,9 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Quantiser:
-    """How keys (RoPE applied) and values are turned before they are rounded: y = transform @ (x - mean), and back
-    x = inverse(transform) @ y + mean. The runtime applies the inverse to queries and attention outputs instead of to
-    stored tokens. Keys or values of a head that are not quantised are stored as they are.
+    """How keys (RoPE applied) and values are transformed before they are quantised: y = transform @ (x - mean), and
+    back x = inverse(transform) @ y + mean. The runtime applies the inverse to queries and attention outputs instead of
+    to stored tokens. Keys or values of a head that are not quantised are stored as they are.
 
     `key_transform`, `value_transform` f16 [L, H, head_dim, head_dim], invertible; `key_mean`, `value_mean` f16
     [L, H, head_dim].
@@ -121,8 +115,8 @@ class Quantiser:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A whole `.kvb` file. `scorer` is there where a head has the policy `scored`, `quantiser` where one has quantised
-    keys or values; both may be there without. `rank` i32 [L, H] is the tensor-parallel rank of every head where the
+    """A whole `.kvb` file. A head of policy `scored` needs `scorer`, one with a codec that takes a transform needs
+    `quantiser`; both may be given without. `rank` i32 [L, H] is the tensor-parallel rank of every head where the
     plan was placed on several, else None. `profile` maps a name without its `profile.` prefix to an array; `solver`,
     `calibration` and `versions` are JSON objects that the runtime does not read."""
 
@@ -140,14 +134,27 @@ class Artifact:
     rank: NDArray[np.int32] | None = None
 
 
-def groups(head_dim: int) -> int:
-    """Parts of equal size, at most 64 elements, that a quantised key or value is cut into; each has its own scale."""
-    return -(-head_dim // GROUP)
+def newest_version() -> int:
+    """The newest version of the format that is known, with the codecs that are registered now."""
+    return max([2, *(codec.format_version for codec in CODECS.values())])
+
+
+FORMAT_VERSION = newest_version()
+"""The newest version known without codecs from outside of this package."""
+
+
+def needed_version(artifact: Artifact) -> int:
+    """The version that an artifact is written as, the lowest that knows all there is in it: 2 has scorers, quantisers
+    and ranks, and every codec says for itself."""
+    budgets = artifact.budgets
+    used = {int(bits) for table in (budgets.k_bits, budgets.v_bits) for bits in np.unique(table) if is_quantised(bits)}
+    parts = (artifact.scorer, artifact.quantiser, artifact.rank)
+    return max([1, *(2 for part in parts if part is not None), *(codec_of(bits).format_version for bits in used)])
 
 
 def vector_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of one stored key or value: its elements, and where they are quantised the f16 scale of every group."""
-    return head_dim * bits // 8 + (2 * groups(head_dim) if bits in QUANTISED_BITS else 0)
+    """Bytes of one stored key or value: its elements of `bits` bits, or what the codec of that id takes."""
+    return codec_of(bits).vector_bytes(head_dim) if is_quantised(bits) else head_dim * bits // 8
 
 
 def slot_bytes(policy: str, head_dim: int, k_bits: int, v_bits: int) -> int:
@@ -157,9 +164,9 @@ def slot_bytes(policy: str, head_dim: int, k_bits: int, v_bits: int) -> int:
 
 def anchor_bytes(sink: int, head_dim: int, k_bits: int, v_bits: int, dtype_bits: int) -> int:
     """Bytes that a head takes beside its slots: token 0, which draws much attention from everywhere, is kept in the
-    cache's own element type too where keys or values are quantised and the head has a sink."""
-    quantised = (k_bits in QUANTISED_BITS) + (v_bits in QUANTISED_BITS)
-    return min(sink, 1) * quantised * head_dim * dtype_bits // 8
+    cache dtype too where the head has a sink and the codec of keys or values asks for it."""
+    anchors = sum(is_quantised(bits) and codec_of(bits).needs_anchor for bits in (k_bits, v_bits))
+    return min(sink, 1) * anchors * head_dim * dtype_bits // 8
 
 
 def head_bytes(budgets: Any, head_dim: int, dtype_bits: int) -> NDArray[np.int64]:
@@ -174,7 +181,7 @@ def head_bytes(budgets: Any, head_dim: int, dtype_bits: int) -> NDArray[np.int64
 
 
 def resident_bytes(budgets: Budgets, head_dim: int, dtype_bits: int) -> int:
-    """Bytes of one sequence's cache under these budgets; `dtype_bits` are those of the cache's own element type."""
+    """Bytes of one sequence's cache under these budgets; `dtype_bits` are those of the cache dtype."""
     tables = (budgets.policy, budgets.capacity, budgets.sink, budgets.k_bits, budgets.v_bits)
     rows = zip(*(table.ravel().tolist() for table in tables), strict=True)
     return sum(

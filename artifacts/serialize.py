@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from kvcompile.artifacts.checks import printable, require_size
 from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.parts import PARTS
-from kvcompile.artifacts.schema import FORMAT_VERSION, Artifact, ByteAccount, ModelIdentity, Target
+from kvcompile.artifacts.schema import Artifact, ByteAccount, ModelIdentity, Target, needed_version
 from kvcompile.artifacts.validate import BUDGET_TENSORS, validate
 
 NO_CHECKSUM = "0" * 64
@@ -57,7 +57,7 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 def _encode(artifact: Artifact, checksum: str) -> bytes:
     sections = {name: {key: getattr(getattr(artifact, name), key) for key in keys} for name, keys in SECTIONS.items()}
-    extra: dict[str, NDArray[Any]] = {}  # what version 1 does not know
+    extra: dict[str, NDArray[Any]] = {}  # what only some artifacts have
     for part, names in PARTS.items():
         if (values := getattr(artifact, part)) is not None:
             extra |= {f"{part}.{name}": getattr(values, name) for name in names}
@@ -65,7 +65,7 @@ def _encode(artifact: Artifact, checksum: str) -> bytes:
         extra["rank"] = artifact.rank
     metadata: dict[str, Any] = {
         **sections,
-        "format_version": FORMAT_VERSION if extra else 1,
+        "format_version": needed_version(artifact),
         "checksum": checksum,
         "predicted_loss": None if math.isnan(artifact.predicted_loss) else artifact.predicted_loss,
         "solver": dict(artifact.solver),

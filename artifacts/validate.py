@@ -28,7 +28,6 @@ from kvcompile.artifacts.parts import check_parts
 from kvcompile.artifacts.schema import (
     DTYPE_BITS,
     POLICIES,
-    QUANTISED_BITS,
     Artifact,
     Budgets,
     ByteAccount,
@@ -39,6 +38,7 @@ from kvcompile.artifacts.schema import (
     resident_bytes,
     token_limits,
 )
+from kvcompile.kernels.codecs import CODECS
 
 BUDGET_TENSORS = {
     "policy": "U8",
@@ -167,7 +167,7 @@ def _check_head(row: dict[str, int], at: str, limit: int, sliding: bool, dtype: 
         known = ", ".join(f"{code} ({name})" for code, name in enumerate(POLICIES))
         refuse(source, f"policy{at}", f"is {row['policy']}, expected one of {known}")
     policy, capacity, sink, recent = POLICIES[row["policy"]], row["capacity"], row["sink"], row["recent"]
-    known_bits = (*QUANTISED_BITS, DTYPE_BITS[dtype])
+    known_bits = (*sorted(CODECS), DTYPE_BITS[dtype])
     for name in ("k_bits", "v_bits"):
         if row[name] not in known_bits:
             expected = ", ".join(map(str, known_bits))

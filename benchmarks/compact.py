@@ -9,7 +9,7 @@ from layer import Layer, layer, options, report
 
 from kvcompile.kernels import compact
 from kvcompile.runtime.store import kept_tokens
-from kvcompile.runtime.transforms import layer_turn
+from kvcompile.runtime.transforms import layer_transform
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
         worth = one.random(heads, one.context).float()
         tokens = [kept_tokens(c, one.context, worth[c.heads], one.device) for c in one.layout.classes]
         order = one.plan.budgets.head_order[0].tolist()
-        turn = layer_turn(one.plan.quantiser, 0, order, one.layout, one.device)
+        turn = layer_transform(one.plan.quantiser, 0, order, one.layout, one.device)
         read = sum(t.numel() for t in tokens) * 2 * dim * prompt[0].element_size()
         moved = read + one.stored_bytes / one.batch
         return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, turn), moved

@@ -15,7 +15,7 @@ import torch
 from kvcompile.artifacts import Artifact, ModelIdentity, identify
 from kvcompile.bench.subjects import CONFIGS, ragged_plan
 from kvcompile.bench.timing import copy_bandwidth, medians
-from kvcompile.kernels import LayerLayout, Stored
+from kvcompile.kernels import Buffers, LayerLayout
 from kvcompile.runtime.attach import layer_layouts
 
 ROUNDS = 21
@@ -28,8 +28,8 @@ class Layer:
     model: ModelIdentity
     plan: Artifact
     layout: LayerLayout
-    keys: Stored
-    values: Stored
+    keys: Buffers
+    values: Buffers
     context: int
     batch: int
     device: torch.device
@@ -68,7 +68,7 @@ def layer(args: argparse.Namespace, widths: str) -> Layer:
     plan = ragged_plan(model, args.context, args.batch, 0.25, "bfloat16", widths)
     layout = layer_layouts(plan)[0]
     keys, values = (
-        Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.bfloat16, device, args.batch)
+        Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.bfloat16, device, args.batch)
         for name in ("k_bits", "v_bits")
     )
     return Layer(model, plan, layout, keys, values, args.context, args.batch, device)

@@ -1,21 +1,63 @@
 """Attention and cache operations over a ragged store: one folder an operation.
 
-In each, `reference.py` defines what the operation computes, one head at a time; `dense.py` does it in torch;
-`triton.py` does it on a GPU; `api.py` validates and dispatches. The implementations never import each other.
+In each, `reference.py` defines what the operation computes, one head at a time; `dense.py` does it in torch; `triton`
+does it on a GPU; `api.py` validates and dispatches. The implementations never import each other. How one key or value
+is stored in fewer bits than the cache dtype has is a codec's business: a folder in `codecs`.
 """
 
 from __future__ import annotations
 
-from kvcompile.kernels.append.api import append
-from kvcompile.kernels.buffers import Stored
-from kvcompile.kernels.compact.api import compact
-from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
-from kvcompile.kernels.overwrite.api import overwrite
-from kvcompile.kernels.quantise.api import decode, encode
-from kvcompile.kernels.ragged_decode.api import ragged_decode
-from kvcompile.kernels.transform import Turn
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcompile.kernels.append.api import append
+    from kvcompile.kernels.buffers import Buffers
+    from kvcompile.kernels.codecs.api import decode, encode
+    from kvcompile.kernels.compact.api import compact
+    from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
+    from kvcompile.kernels.overwrite.api import overwrite
+    from kvcompile.kernels.ragged_decode.api import ragged_decode
+    from kvcompile.kernels.transform import Transform
 
 __all__ = [
-    "HeadClass", "HeadSpec", "LayerLayout", "Stored", "Turn", "append", "compact", "decode", "encode", "overwrite",
-    "ragged_decode",
+    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Transform", "append", "compact", "decode", "encode",
+    "overwrite", "ragged_decode",
 ]  # fmt: skip
+
+_MODULES = {
+    "Buffers": "buffers",
+    "HeadClass": "layout",
+    "HeadSpec": "layout",
+    "LayerLayout": "layout",
+    "Transform": "transform",
+    "append": "append.api",
+    "compact": "compact.api",
+    "decode": "codecs.api",
+    "encode": "codecs.api",
+    "overwrite": "overwrite.api",
+    "ragged_decode": "ragged_decode.api",
+}
+"""Where each name is: loaded when it is asked for, as readers of the format need `codecs` alone and no torch."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+class _Kernels(ModuleType):
+    """An operation and its folder have one name, and the import of a folder sets it here: what is meant is always the
+    operation."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Kernels

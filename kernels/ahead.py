@@ -24,17 +24,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcompile.kernels.append import triton as append
+from kvcompile.kernels.arguments import groups
 from kvcompile.kernels.compact import triton as compact
-from kvcompile.kernels.quantise.api import groups
-from kvcompile.kernels.ragged_decode import triton as ragged_decode
+from kvcompile.kernels.ragged_decode.triton.reduce import _reduce
+from kvcompile.kernels.ragged_decode.triton.scan import _decode
 from kvcompile.kernels.ragged_decode.tuning import entry
 
 HEAD_DIMS = (64, 96, 128, 256)
 PAIRS = {"16/16": 1 << 0, "8/8": 1 << 4, "8/4": 1 << 5, "4/4": 1 << 8, "16/16 8/4 4/4": 1 << 0 | 1 << 5 | 1 << 8}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
 """Bytes of shared memory that a block may have (CUDA C++ programming guide, table of compute capabilities)."""
-
-SIDE = ("exact", "codes8", "scales8", "codes4", "scales4", "anchors")
 
 
 @dataclass(frozen=True)
@@ -60,17 +59,15 @@ def compile_all(arch: str) -> Iterator[Compiled]:
                 **sizes, "PAIRS": pairs, "R": 16, "T": 1, "N": chosen.block, "WINDOW": 0, "EXACT": tl.bfloat16,
                 "CODE": tl.float16,
             }  # fmt: skip
-            yield _compile(
-                ragged_decode._decode, f"{head_dim}, {name}", arch, constants, chosen.num_warps, chosen.num_stages
-            )
+            yield _compile(_decode, f"{head_dim}, {name}", arch, constants, chosen.num_warps, chosen.num_stages)
         constants = {"D": head_dim, "DP": sizes["DP"], "R": 16, "T": 1, "TP": 16, "NEW": False, "MASKED": False}
-        yield _compile(ragged_decode._reduce, f"{head_dim}", arch, constants)
+        yield _compile(_reduce, f"{head_dim}", arch, constants)
         yield _compile(
             append._append, f"{head_dim}", arch,
             {**sizes, "GP": triton.next_power_of_2(sizes["G"]), "SCORES": True, "BLOCK": 1024},
         )  # fmt: skip
         yield _compile(
-            compact._compact, f"{head_dim}", arch, {**sizes, "N": compact.BLOCK, "TURNED": True}, compact.WARPS,
+            compact._compact, f"{head_dim}", arch, {**sizes, "N": compact.BLOCK, "TRANSFORMED": True}, compact.WARPS,
             compact.STAGES,
         )  # fmt: skip
 

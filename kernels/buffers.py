@@ -1,26 +1,24 @@
-"""The keys, or the values, of one layer for a batch, each head in its own width."""
+"""The keys, or the values, of one layer for a batch, each head in its own codec or in the cache dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels.layout import QUANTISED, HeadClass, LayerLayout, side_places
+from kvcompile.kernels.codecs import CODECS
+from kvcompile.kernels.codecs.api import decode, encode
+from kvcompile.kernels.layout import EXACT, HeadClass, LayerLayout, side_places
 from kvcompile.kernels.overwrite.api import overwrite
-from kvcompile.kernels.quantise.api import decode, encode, groups
-
-Turning = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Turns vectors [count, T, D] of the heads at these storage positions."""
 
 
-class Stored:
-    """A row for every slot, in one flat buffer a width and sequence; heads lie end to end, in storage order.
+class Buffers:
+    """A row for every slot, in one flat buffer a codec and sequence; heads lie end to end, in storage order.
 
-    `exact` [batch, rows, D] holds the heads of the cache's own type; `codes[w]` uint8 [batch, rows, D * w / 8] and
-    `scales[w]` float16 [batch, rows, groups] those rounded to w bits, and `anchors` [batch, heads, D] an exact copy of
-    token 0 for those of them that have a sink. What rounded heads hold has been turned before (`turn`). All memory is
-    allocated here, once.
+    `exact` [batch, rows, D] holds the heads of the cache dtype; by the id of a codec, `codes[id]` uint8 [batch, rows,
+    code bytes] and `scales[id]` float16 [batch, rows, groups] those that are quantised, and `anchors` [batch, heads, D]
+    a copy of token 0 in the cache dtype for those of them that have a sink. What quantised heads hold has been
+    transformed before (`Transform`). All memory is allocated here, once.
     """
 
     def __init__(
@@ -35,17 +33,17 @@ class Stored:
         self.head_dim = head_dim
         places = side_places(layout, bits)
         self.places = {cls.start: places[cls.start] for cls in layout.classes}
-        rows = dict.fromkeys((0, *QUANTISED), 0)
+        rows = dict.fromkeys((EXACT, *CODECS), 0)
         for cls in layout.classes:
-            rows[self.places[cls.start].width] += cls.slots
+            rows[self.places[cls.start].codec] += cls.slots
         anchors = sum(place.anchor >= 0 for place in places)
 
-        def zeros(count: int, width: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(batch, count, width, dtype=dtype, device=device)
+        def zeros(count: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(batch, count, size, dtype=dtype, device=device)
 
-        self.exact = zeros(rows[0], head_dim, dtype)
-        self.codes = {w: zeros(rows[w], head_dim * w // 8, torch.uint8) for w in QUANTISED}
-        self.scales = {w: zeros(rows[w], groups(head_dim), torch.float16) for w in QUANTISED}
+        self.exact = zeros(rows[EXACT], head_dim, dtype)
+        self.codes = {id: zeros(rows[id], c.code_bytes(head_dim), torch.uint8) for id, c in CODECS.items()}
+        self.scales = {id: zeros(rows[id], c.groups(head_dim), torch.float16) for id, c in CODECS.items()}
         self.anchors = zeros(anchors, head_dim, dtype)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -53,24 +51,30 @@ class Stored:
         every = (self.exact, *self.codes.values(), *self.scales.values(), self.anchors)
         yield from (t for t in every if t.numel())
 
+    def parts(self, codec: int) -> tuple[torch.Tensor, ...]:
+        """What a slot of this codec consists of, [batch, rows, X] each: its codes and scales, or its vector."""
+        return (self.exact,) if codec == EXACT else (self.codes[codec], self.scales[codec])
+
     def views(self, cls: HeadClass) -> list[torch.Tensor]:
         """What a class has for every slot, [B, count, capacity, X] each and no copies: its vectors, or its codes and
         its scales."""
         place = self.places[cls.start]
-        buffers = [self.codes[place.width], self.scales[place.width]] if place.width else [self.exact]
-        return [flat.narrow(1, place.row, cls.slots).unflatten(1, (cls.count, cls.capacity)) for flat in buffers]
+        return [
+            flat.narrow(1, place.row, cls.slots).unflatten(1, (cls.count, cls.capacity))
+            for flat in self.parts(place.codec)
+        ]
 
     def anchor(self, cls: HeadClass) -> torch.Tensor | None:
-        """The exact copies [B, count, D] of a rounded class's first slot, or None."""
+        """The exact copies [B, count, D] of a quantised class's first slot, or None."""
         first = self.places[cls.start].anchor
         return None if first < 0 else self.anchors.narrow(1, first, cls.count)
 
     def read(self, cls: HeadClass, filled: int, dtype: torch.dtype) -> torch.Tensor:
         """The first `filled` slots of a class as vectors [B, count, filled, D]."""
         parts = [view[:, :, :filled] for view in self.views(cls)]
-        if not (width := self.places[cls.start].width):
+        if (codec := self.places[cls.start].codec) == EXACT:
             return parts[0].to(dtype)
-        vectors = decode(parts[0], parts[1], width, dtype)
+        vectors = decode(parts[0], parts[1], codec, dtype)
         anchor = self.anchor(cls)
         if anchor is not None and filled:
             vectors[:, :, 0] = anchor.to(dtype)
@@ -81,8 +85,7 @@ class Stored:
     ) -> None:
         """Move what is in slots `source` int64 [B, count, M] to slots `to` (-1: nowhere), then put `new`
         [B, count, T, D] into `slot` int64 [B, count, T] (-1: dropped)."""
-        width = self.places[cls.start].width
-        for view, part in zip(self.views(cls), encode(new, width) if width else (new,), strict=True):
+        for view, part in zip(self.views(cls), as_stored(new, self.places[cls.start].codec), strict=True):
             if source.shape[2]:
                 index = source.clamp(min=0).unsqueeze(3).expand(-1, -1, -1, view.shape[3])
                 overwrite(view, view.gather(2, index), to)
@@ -99,5 +102,10 @@ class Stored:
         """Make the batch the sequences at `index`."""
         self.exact, self.anchors = self.exact.index_select(0, index), self.anchors.index_select(0, index)
         for buffers in (self.codes, self.scales):
-            for width in buffers:
-                buffers[width] = buffers[width].index_select(0, index)
+            for id in buffers:
+                buffers[id] = buffers[id].index_select(0, index)
+
+
+def as_stored(vectors: torch.Tensor, codec: int) -> tuple[torch.Tensor, ...]:
+    """Vectors [..., D] as the parts of slots: codes and scales, or the vectors themselves where `codec` is EXACT."""
+    return (vectors,) if codec == EXACT else encode(vectors, codec)

@@ -8,15 +8,28 @@ from functools import cache
 
 import torch
 
+from kvcompile.kernels.codecs import codec_of
+from kvcompile.kernels.layout import LayerLayout
+
 CHOICE = "KVCOMPILE_KERNELS"
 """Environment variable: `torch` keeps everything in torch, `triton` takes the kernels everywhere (on a CPU they need
 Triton's interpreter); unset, tensors on a GPU get the kernels, and decode steps on a CPU those in C (`native`)."""
 
 
-def takes_kernels(tensor: torch.Tensor) -> bool:
-    """Whether an operation on this tensor is done by Triton."""
+def takes_kernels(tensor: torch.Tensor, layout: LayerLayout) -> bool:
+    """Whether an operation of a layer on this tensor is done by Triton."""
     choice = os.environ.get(CHOICE, "")
-    return choice != "torch" and (tensor.is_cuda or choice == "triton") and _installed()
+    wanted = choice != "torch" and (tensor.is_cuda or choice == "triton") and _installed()
+    return wanted and knows("triton", layout)
+
+
+def knows(implementation: str, layout: LayerLayout) -> bool:
+    """Whether every codec of the layer has this implementation (`triton`, `native`)."""
+    key = ("knows", implementation)
+    if key not in layout.memo:
+        layout.memo[key] = all(codec_of(id).has(implementation) for id in layout.codecs)
+    found: bool = layout.memo[key]
+    return found
 
 
 @cache

@@ -7,13 +7,16 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-QUANTISED = (4, 8)
-"""Widths in bits at which keys or values are rounded; every other width is the cache's own type."""
+from kvcompile.kernels.codecs import codec_of, is_quantised
+
+EXACT = 0
+"""In place of a codec's id: rows in the cache dtype."""
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """One head as an artifact describes it, in tokens and bits."""
+    """One head as an artifact describes it, in tokens, and for keys and values in bits: the id of a codec, or the bits
+    of the cache dtype."""
 
     policy: str
     capacity: int
@@ -55,10 +58,10 @@ class HeadClass:
 
 
 class Place(NamedTuple):
-    """Where a head lies on one side (keys or values): `width` in bits (0: the cache's own type), the first of its rows
-    in the buffers of that width, and its anchor (-1: it has none)."""
+    """Where a head lies on one side (keys or values): the id of its `codec` (0: the cache dtype), the first of its rows
+    in the buffers of that codec, and its anchor (-1: it has none)."""
 
-    width: int
+    codec: int
     row: int
     anchor: int
 
@@ -73,10 +76,10 @@ class HeadRow(NamedTuple):
     kind: int
     score: int
     slot: int
-    k_width: int
+    k_codec: int
     k_row: int
     k_anchor: int
-    v_width: int
+    v_codec: int
     v_row: int
     v_anchor: int
 
@@ -121,6 +124,11 @@ class LayerLayout:
         return sum(c.slots for c in self.classes if KINDS.get(c.policy) == SCORED)
 
     @cached_property
+    def codecs(self) -> frozenset[int]:
+        """Ids of the codecs that its heads' keys or values are stored with."""
+        return frozenset(bits for c in self.classes for bits in (c.k_bits, c.v_bits) if is_quantised(bits))
+
+    @cached_property
     def memo(self) -> dict[Any, Any]:
         """What implementations derive from the layout once, under keys of their own."""
         return {}
@@ -145,12 +153,15 @@ class LayerLayout:
 
 def side_places(layout: LayerLayout, bits: Sequence[int]) -> list[Place]:
     """Where the heads of a layer lie, by storage position, if class i is stored at `bits[i]`."""
-    places, rows, anchors = [], dict.fromkeys((0, *QUANTISED), 0), 0
-    for cls, width in zip(layout.classes, bits, strict=True):
-        width = width if width in QUANTISED else 0
+    places: list[Place] = []
+    rows: dict[int, int] = {}
+    anchors = 0
+    for cls, stored in zip(layout.classes, bits, strict=True):
+        codec = stored if is_quantised(stored) else EXACT
+        anchored = codec != EXACT and codec_of(codec).needs_anchor and cls.sink > 0
         for _ in range(cls.count):
-            anchored = bool(width) and cls.sink > 0
-            places.append(Place(width, rows[width], anchors if anchored else -1))
-            rows[width] += cls.capacity
+            row = rows.get(codec, 0)
+            places.append(Place(codec, row, anchors if anchored else -1))
+            rows[codec] = row + cls.capacity
             anchors += anchored
     return places

@@ -15,7 +15,7 @@ from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scor
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
-from kvcompile.runtime.transforms import layer_turn
+from kvcompile.runtime.transforms import layer_transform
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +28,8 @@ BINDING = "_kvcompile_binding"
 
 class LayerScorer:
     """The compiled scorer of one layer: `weight` f32 [H, d] and `bias` f32 [H], in storage order. All in float32:
-    rounded to bfloat16, many tokens would score alike."""
+    in bfloat16, many tokens would score alike. They are no buffers of the model, whose dtype and state dict are
+    not theirs, but follow it to another device when it is next called."""
 
     def __init__(self, scorer: Scorer, layer: int, order: list[int], like: torch.Tensor) -> None:
         self.weight = torch.tensor(scorer.weight[layer][order], dtype=torch.float32, device=like.device)
@@ -36,6 +37,9 @@ class LayerScorer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Scores f32 [B, T, H] of tokens by the input [B, T, d] of the attention block."""
+        if self.weight.device != hidden.device:
+            with torch.inference_mode(False):  # autograd refuses tensors made in inference mode ever after
+                self.weight, self.bias = self.weight.to(hidden.device), self.bias.to(hidden.device)
         return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
@@ -122,8 +126,8 @@ class Attachment:
         # All that can fail comes before the model is touched.
         scorers = self._scorers()
         orders = artifact.budgets.head_order.tolist()
-        self._turns = [
-            layer_turn(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
+        self._transforms = [
+            layer_transform(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
             for i, (order, layout, module) in enumerate(zip(orders, self.layouts, self._attention, strict=True))
         ]
         _register()
@@ -135,7 +139,8 @@ class Attachment:
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
-        """An empty cache for `batch_size` sequences, all of its memory allocated.
+        """An empty cache for `batch_size` sequences, all of its memory allocated where the model is now: after a move
+        to another device it is refused, and another one has to be taken.
 
         Raises:
             CacheError: a batch below 1.
@@ -143,9 +148,14 @@ class Attachment:
         if batch_size < 1:
             raise CacheError(f"a batch of {batch_size} sequences was asked for, expected 1 or more")
         dtype = getattr(torch, self.artifact.target.dtype)
+        devices = [module.o_proj.weight.device for module in self._attention]
+        self._transforms = [
+            None if transform is None else transform.to(device)
+            for transform, device in zip(self._transforms, devices, strict=True)
+        ]
         layers = [
-            RaggedLayer(layout, self.artifact.model.head_dim, dtype, module.o_proj.weight.device, batch_size, turn)
-            for layout, module, turn in zip(self.layouts, self._attention, self._turns, strict=True)
+            RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
+            for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
         ]
         return RaggedCache(layers, self._id)
 

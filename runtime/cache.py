@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
-from kvcompile.kernels import LayerLayout, Turn
+from kvcompile.kernels import LayerLayout, Transform
 from kvcompile.runtime.store import LayerStore
 
 
@@ -27,12 +27,12 @@ class RaggedLayer(CacheLayerMixin):
         dtype: torch.dtype,
         device: torch.device,
         batch: int,
-        turn: Turn | None = None,
+        transform: Transform | None = None,
     ):
         super().__init__()
         self.is_sliding = layout.window > 0
         self.is_initialized = True
-        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, turn=turn)
+        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, transform=transform)
         self.store = self.make_store(batch=batch)
         self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
@@ -66,6 +66,10 @@ class RaggedLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, and
         `exact` is the model's own attention over them, for the prompt."""
+        if query.device != (own := self.store.keys.exact.device):
+            raise CacheError(
+                f"this cache is on {own} and the model now on {query.device}: take another one from new_cache()"
+            )
         if mask is not None and mask.dtype != torch.bool:
             raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
         # Padding is seen by no query, so a token that does not see itself is padding.

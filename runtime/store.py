@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels import HeadClass, LayerLayout, Stored, Turn, append, compact, ragged_decode
+from kvcompile.kernels import Buffers, HeadClass, LayerLayout, Transform, append, compact, ragged_decode
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.policies.base import News, Placement
+from kvcompile.runtime.policies.base import NewTokens, Placement
 
 
 class LayerStore:
-    """K and V of one layer for a batch, heads end to end in storage order, every head with its fixed capacity and
-    width. All memory is allocated here, once; nothing grows afterwards.
+    """K and V of one layer for a batch, heads end to end in storage order, every head with its fixed capacity
+    and codec. All memory is allocated here, once; nothing grows afterwards.
 
-    `seen` counts the tokens that each sequence has brought so far, without padding. `turn` is for the heads that are
-    rounded. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
+    `seen` counts the tokens that each sequence has brought so far, without padding. `transform` is for the quantised
+    heads. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
     scorer's word on each token.
     """
 
@@ -27,13 +27,13 @@ class LayerStore:
         dtype: torch.dtype,
         device: torch.device,
         batch: int,
-        turn: Turn | None = None,
+        transform: Transform | None = None,
     ) -> None:
         self.layout = layout
         self.batch = batch
-        self.turn = turn
-        self.keys = Stored(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch)
-        self.values = Stored(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch)
+        self.transform = transform
+        self.keys = Buffers(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch)
+        self.values = Buffers(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch)
         self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
         self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
@@ -72,20 +72,20 @@ class LayerStore:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
         for b in range(self.batch):
-            there = slice(None) if real is None else real[b]
-            q, k, v = query[b][:, there], keys[b][:, there], values[b][:, there]
+            valid = slice(None) if real is None else real[b]
+            q, k, v = query[b][:, valid], keys[b][:, valid], values[b][:, valid]
             q = q.unflatten(0, (self.layout.num_kv_heads, -1))
             tokens = []
             for cls, state in zip(self.layout.classes, self.state, strict=True):
                 policy, cut = POLICIES[cls.policy], k.shape[1] > cls.capacity
-                worth = None
+                utility = None
                 if state or cut:
-                    by_scorer = None if score is None else score[b][there].mT[cls.heads]
-                    worth = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
-                token = kept_tokens(cls, k.shape[1], worth, k.device)
-                policy.remember(state, b, token, worth)
+                    by_scorer = None if score is None else score[b][valid].mT[cls.heads]
+                    utility = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
+                token = kept_tokens(cls, k.shape[1], utility, k.device)
+                policy.remember(state, b, token, utility)
                 tokens.append(token)
-            compact(self.keys, self.values, self.layout, b, k, v, tokens, self.turn)
+            compact(self.keys, self.values, self.layout, b, k, v, tokens, self.transform)
             self.seen[b] = k.shape[1]
         self._counts = None
 
@@ -99,7 +99,7 @@ class LayerStore:
         score: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
-        query, keys, values = self._turned(query, keys, values)
+        query, keys, values = self._transformed(query, keys, values)
         flat = None if score is None else score[:, 0]
         counts = self._on_device()
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, counts)
@@ -114,7 +114,7 @@ class LayerStore:
             grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
             stored = self.keys.read(cls, cls.capacity, query.dtype)
             POLICIES[cls.policy].observe(state, cls, grouped[:, cls.heads], stored, self.seen, scaling)
-        return out if self.turn is None else self.turn.outputs(out)
+        return out if self.transform is None else self.transform.outputs(out)
 
     @torch.no_grad()
     def extend(
@@ -129,7 +129,7 @@ class LayerStore:
     ) -> torch.Tensor:
         """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
         what the policies keep of them; [B, num_heads, T, D]."""
-        query, keys, values = self._turned(query, keys, values)
+        query, keys, values = self._transformed(query, keys, values)
         out = ragged_decode(
             query, self.keys, self.values, self.layout, self.seen,
             scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
@@ -140,14 +140,14 @@ class LayerStore:
         for cls, state in zip(self.layout.classes, self.state, strict=True):
             policy = POLICIES[cls.policy]
             stored = self.keys.read(cls, cls.capacity, query.dtype) if policy.observes else keys[:, cls.heads, :0]
-            news = News(
+            new_tokens = NewTokens(
                 grouped[:, cls.heads], stored, keys[:, cls.heads], real, scaling,
                 None if score is None else score.mT[:, cls.heads],
             )  # fmt: skip
-            self._write(cls, keys, values, policy.extend(state, cls, news, self.seen).to(keys.device))
+            self._write(cls, keys, values, policy.extend(state, cls, new_tokens, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
         self._counts = None
-        return out if self.turn is None else self.turn.outputs(out)
+        return out if self.transform is None else self.transform.outputs(out)
 
     def restart(self) -> None:
         """Forget what has been stored."""
@@ -175,13 +175,13 @@ class LayerStore:
         pairs = zip(self.layout.classes, self._own, strict=True)
         return [(cls, own) for cls, own in pairs if POLICIES[cls.policy].observes]
 
-    def _turned(
+    def _transformed(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.turn is None:
+        if self.transform is None:
             return query, keys, values
-        turned = self.turn.queries(query), self.turn.keys(keys), self.turn.values(values)
-        return turned[0], turned[1].to(keys.dtype), turned[2].to(values.dtype)
+        k, v = self.transform.keys(keys), self.transform.values(values)
+        return self.transform.queries(query), k.to(keys.dtype), v.to(values.dtype)
 
     def _write(self, cls: HeadClass, keys: torch.Tensor, values: torch.Tensor, placed: Placement) -> None:
         for stored, new in ((self.keys, keys), (self.values, values)):

@@ -5,23 +5,28 @@ from __future__ import annotations
 import torch
 
 from kvcompile.artifacts import Quantiser
-from kvcompile.kernels import LayerLayout, Turn
-from kvcompile.kernels.layout import QUANTISED
+from kvcompile.kernels import LayerLayout, Transform
+from kvcompile.kernels.codecs import codec_of, is_quantised
 
 
-def layer_turn(
+def layer_transform(
     quantiser: Quantiser | None, layer: int, order: list[int], layout: LayerLayout, device: torch.device
-) -> Turn | None:
-    """The turn of a layer whose heads are stored in `order`; None where none is rounded."""
-    widths = [(c.k_bits, c.v_bits) for c in layout.classes for _ in range(c.count)]
-    if quantiser is None or not any(bits in QUANTISED for pair in widths for bits in pair):
+) -> Transform | None:
+    """The transform of a layer whose heads are stored in `order`; None where no head's codec needs one."""
+    pairs = [(c.k_bits, c.v_bits) for c in layout.classes for _ in range(c.count)]
+    if quantiser is None or not any(_transformed(bits) for pair in pairs for bits in pair):
         return None
     parts = []
     for kind, side in (("key", 0), ("value", 1)):
-        turn = torch.tensor(getattr(quantiser, f"{kind}_transform")[layer].astype("float64"))[order]
+        matrix = torch.tensor(getattr(quantiser, f"{kind}_transform")[layer].astype("float64"))[order]
         mean = torch.tensor(getattr(quantiser, f"{kind}_mean")[layer].astype("float32"))[order]
-        for head, width in enumerate(widths):
-            if width[side] not in QUANTISED:
-                turn[head], mean[head] = torch.eye(turn.shape[-1]), 0
-        parts += [turn.float(), torch.linalg.inv(turn).float(), mean]
-    return Turn(*(part.to(device) for part in parts))
+        for head, pair in enumerate(pairs):
+            if not _transformed(pair[side]):
+                matrix[head], mean[head] = torch.eye(matrix.shape[-1]), 0
+        # The inverse in float64: single precision would add its own error to every query and output.
+        parts += [matrix.float(), torch.linalg.inv(matrix).float(), mean]
+    return Transform(*(part.to(device) for part in parts))
+
+
+def _transformed(bits: int) -> bool:
+    return is_quantised(bits) and codec_of(bits).needs_transform

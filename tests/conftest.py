@@ -12,12 +12,17 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != RO
 
 import os  # noqa: E402
 
+# Several processes with a pool of threads each would wait for one another.
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
+if not ALONE:
+    os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
 import torch  # noqa: E402
 
 # Without a GPU, Triton's kernels run in its interpreter, which must be chosen before they are defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+torch.set_num_threads(min(2, torch.get_num_threads()) if ALONE else 1)
 
 pytest_plugins = ("hub_stand_in",)

@@ -8,14 +8,14 @@ import torch
 
 from kvcompile.kernels import native
 from kvcompile.kernels.append import dense
-from kvcompile.kernels.buffers import Stored
+from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 
 
 def append(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     scores: torch.Tensor,
     layout: LayerLayout,
     new_keys: torch.Tensor,
@@ -23,18 +23,19 @@ def append(
     score: torch.Tensor | None,
     seen: Sequence[int] | torch.Tensor,
 ) -> None:
-    """Write one new token a sequence in place, rounded where the head is; nothing is allocated and nothing else moves.
+    """Write one new token a sequence in place, quantised where the head is; nothing is allocated, nothing else
+    moves.
 
     A head that is not full takes the next free slot. A full one takes the slot of the oldest token of its ring. Before
     that, a head of policy `scored` moves this oldest token to the slot of the worst of the tokens between sinks and
-    ring, should it score above it (of several worst ones, the first). Heads with a way of their own (`OTHER`) are left
-    as they are.
+    ring, should it score above it (of several worst ones, the last). Heads of policies that place tokens
+    themselves (`OTHER`) are left as they are.
 
     Args:
         keys, values: what the layer stores.
         scores: float16 [B, scored slots], those of heads of policy `scored`, in storage order.
         layout: the layer's classes.
-        new_keys, new_values: [B, num_kv_heads, D], turned where heads are rounded.
+        new_keys, new_values: [B, num_kv_heads, D], transformed where heads are quantised.
         score: f32 [B, num_kv_heads] of the new token by the compiled scorer; None where no head is `scored`.
         seen: tokens stored before this one, one number a sequence.
 
@@ -49,12 +50,12 @@ def append(
         )
     if scores.shape != (shape[0], layout.scored_slots) or (layout.scored_slots and score is None):
         raise ValueError(f"scores {tuple(scores.shape)}, expected {(shape[0], layout.scored_slots)} and the new ones")
-    if takes_kernels(new_keys):
+    if takes_kernels(new_keys, layout):
         from kvcompile.kernels.append import triton
 
         triton.append(keys, values, scores, layout, new_keys, new_values, score, seen)
         return
-    if native.usable(keys.exact, keys.head_dim):
+    if native.usable(keys.exact, keys.head_dim, layout):
         native.append(keys, values, scores, layout, new_keys, new_values, score, seen)
         return
     dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from kvcompile.kernels.buffers import Stored
-from kvcompile.kernels.layout import KINDS, OTHER, QUANTISED, SCORED, HeadRow, LayerLayout
-from kvcompile.kernels.quantise.api import encode
+from kvcompile.kernels.buffers import Buffers, as_stored
+from kvcompile.kernels.codecs import CODECS
+from kvcompile.kernels.layout import EXACT, KINDS, OTHER, SCORED, HeadRow, LayerLayout
 
 
 class Heads(NamedTuple):
@@ -21,7 +21,7 @@ class Heads(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What never changes about a layer: int64 [H] a size, and its heads by where they are stored."""
+    """What never changes about a layer: int64 [H] a size, and its heads by the codec that they are stored in."""
 
     capacity: torch.Tensor
     sink: torch.Tensor
@@ -50,14 +50,14 @@ def _made(rows: tuple[HeadRow, ...], device: torch.device) -> Tables:
 
     def side(name: str) -> dict[int, Heads]:
         found = {}
-        for width in (0, *QUANTISED):
+        for codec in (EXACT, *CODECS):
             chosen = [
                 (h, getattr(row, f"{name}_row"))
                 for h, row in enumerate(rows)
-                if row.kind != OTHER and getattr(row, f"{name}_width") == width
+                if row.kind != OTHER and getattr(row, f"{name}_codec") == codec
             ]
             if chosen:
-                found[width] = heads(chosen)
+                found[codec] = heads(chosen)
         return found
 
     scored = [(h, row) for h, row in enumerate(rows) if row.kind == SCORED]
@@ -69,8 +69,8 @@ def _made(rows: tuple[HeadRow, ...], device: torch.device) -> Tables:
 
 
 def append(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     scores: torch.Tensor,
     layout: LayerLayout,
     new_keys: torch.Tensor,
@@ -87,8 +87,8 @@ def append(
     if score is not None and len(tables.scored.position):
         to = _rescue(scores, tables, slot, over, score)
     for stored, places, new in ((keys, tables.keys, new_keys), (values, tables.values, new_values)):
-        for width, heads in places.items():
-            _write(stored, width, heads, slot, to, new)
+        for codec, heads in places.items():
+            _write(stored, codec, heads, slot, to, new)
     if not isinstance(seen, torch.Tensor) and 0 in seen:
         for stored, new in ((keys, new_keys), (values, new_values)):
             for cls in layout.classes:
@@ -106,7 +106,10 @@ def _rescue(
     leaving = scores.gather(1, row)
     if any(tables.sections[1::3]):
         heavy = [part.mT for part in scores.split(tables.sections, 1)[1::3]]
-        worst, victim = pad_sequence(heavy, batch_first=True, padding_value=float("inf")).min(1)
+        # `min` finds the first of equal ones; the victim is the last, as the lower slot stays.
+        padded = pad_sequence(heavy, batch_first=True, padding_value=float("inf")).flip(1)
+        worst, victim = padded.min(1)
+        victim = padded.shape[1] - 1 - victim
         moves = (leaving > worst.mT) & (over.index_select(1, heads.position) >= 0)
         own = torch.where(moves, victim.mT + tables.sink.index_select(0, heads.position), own)
         scores.scatter_(1, own + heads.row, leaving)
@@ -114,16 +117,16 @@ def _rescue(
     return slot.index_copy(1, heads.position, own)
 
 
-def _write(stored: Stored, width: int, heads: Heads, slot: torch.Tensor, to: torch.Tensor, new: torch.Tensor) -> None:
-    buffers = (stored.codes[width], stored.scales[width]) if width else (stored.exact,)
+def _write(stored: Buffers, codec: int, heads: Heads, slot: torch.Tensor, to: torch.Tensor, new: torch.Tensor) -> None:
+    buffers = stored.parts(codec)
     new = new.index_select(1, heads.position)
     first = heads.row
     if len(new) > 1:
         first = first + torch.arange(len(new), device=new.device)[:, None] * buffers[0].shape[1]
     row = (first + slot.index_select(1, heads.position)).flatten()
     target = row if to is slot else (first + to.index_select(1, heads.position)).flatten()
-    for buffer, part in zip(buffers, encode(new, width) if width else (new.to(stored.exact.dtype),), strict=True):
+    for buffer, part in zip(buffers, as_stored(new, codec), strict=True):
         flat = buffer.view(-1, buffer.shape[2])
         if to is not slot:
             flat.index_copy_(0, target, flat.index_select(0, row))
-        flat.index_copy_(0, row, part.flatten(0, 1))
+        flat.index_copy_(0, row, part.flatten(0, 1).to(flat.dtype))

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcompile.kernels.buffers import Stored
-from kvcompile.kernels.layout import KINDS, OTHER, SCORED, LayerLayout
-from kvcompile.kernels.quantise import reference as quantise
+from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.codecs import codec_of
+from kvcompile.kernels.layout import EXACT, KINDS, OTHER, SCORED, HeadClass, LayerLayout
 
 
 def append(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     scores: torch.Tensor,
     layout: LayerLayout,
     new_keys: torch.Tensor,
@@ -31,22 +31,24 @@ def append(
                 if kind == SCORED and score is not None:
                     first = layout.rows[h].score
                     held = scores[b, first : first + cls.capacity]
-                    heavy = held[cls.sink : cls.capacity - cls.recent].tolist()
-                    if n >= cls.capacity and heavy and held[slot] > min(heavy):
-                        victim = cls.sink + heavy.index(min(heavy))
+                    heavy = range(cls.sink, cls.capacity - cls.recent)
+                    # Of equally low ones the last: of equal scores the one in the lower slot stays.
+                    victim = min(heavy, key=lambda s, held=held: (held[s].item(), -s), default=slot)
+                    if n >= cls.capacity and held[slot] > held[victim]:
                         held[victim] = held[slot]
                         for view in keys.views(cls) + values.views(cls):
                             view[b, i, victim] = view[b, i, slot]
                     held[slot] = score[b, h].half()
                 for stored, new in ((keys, new_keys[b, h]), (values, new_values[b, h])):
-                    _write(stored, stored.places[cls.start].width, cls, b, i, slot, new)
+                    _write(stored, cls, b, i, slot, new)
 
 
-def _write(stored: Stored, width: int, cls, b: int, i: int, slot: int, new: torch.Tensor) -> None:
-    if not width:
+def _write(stored: Buffers, cls: HeadClass, b: int, i: int, slot: int, new: torch.Tensor) -> None:
+    codec = stored.places[cls.start].codec
+    if codec == EXACT:
         stored.views(cls)[0][b, i, slot] = new.to(stored.exact.dtype)
         return
-    codes, scales = quantise.encode(new, width)
+    codes, scales = codec_of(codec).load("reference").encode(new)
     stored.views(cls)[0][b, i, slot] = torch.tensor(codes, dtype=torch.uint8)
     stored.views(cls)[1][b, i, slot] = torch.tensor(scales)
     anchor = stored.anchor(cls)

@@ -1,4 +1,4 @@
-"""`append` on a GPU: one program a head and sequence finds the victim, rounds and writes; the host is not asked."""
+"""`append` on a GPU: one program a head and sequence finds the victim, quantises and writes; the host is not asked."""
 
 from __future__ import annotations
 
@@ -8,75 +8,37 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.buffers import Stored
+from kvcompile.kernels.arguments import groups, rows, tensors
+from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.codecs.int4.triton import put4
+from kvcompile.kernels.codecs.int8.triton import INT8, put8
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 
 ROW = tl.constexpr(len(HeadRow._fields))
-CAPACITY, SINK, RECENT, KIND, SCORE, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR = (
+CAPACITY, SINK, RECENT, KIND, SCORE, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
     tl.constexpr(HeadRow._fields.index(name))
     for name in (
-        "capacity", "sink", "recent", "kind", "score", "k_width", "k_row", "k_anchor", "v_width", "v_row", "v_anchor",
+        "capacity", "sink", "recent", "kind", "score", "k_codec", "k_row", "k_anchor", "v_codec", "v_row", "v_anchor",
     )
 )  # fmt: skip
 OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
-TINY = tl.constexpr(torch.finfo(torch.float16).tiny)
-HUGE = tl.constexpr(torch.finfo(torch.float16).max)
 
 
 @triton.jit
-def _scale(largest, HALF: tl.constexpr):
-    """A group's scale by its largest element, as float16 holds it."""
-    return tl.minimum(tl.maximum(largest / HALF, TINY), HUGE).to(tl.float16)
-
-
-@triton.jit
-def _code(x, scale, HALF: tl.constexpr):
-    code = tl.floor(tl.div_rn(x, scale.to(tl.float32) + x * 0.0))
-    return (tl.minimum(tl.maximum(code, -HALF), HALF - 1) + HALF).to(tl.uint8)
-
-
-@triton.jit
-def _put8(x, codes, scales, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """Round the vector at `x` to 8 bits, into a row of codes and one of scales."""
-    SIZE: tl.constexpr = D // G
-    e = tl.arange(0, P)
-    for g in tl.static_range(G):
-        part = tl.load(x + g * SIZE + e, mask=e < SIZE, other=0.0).to(tl.float32)
-        scale = _scale(tl.max(tl.abs(part), 0), 128.0)
-        tl.store(scales + g, scale)
-        tl.store(codes + g * SIZE + e, _code(part, scale, 128.0), mask=e < SIZE)
-
-
-@triton.jit
-def _put4(x, codes, scales, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """The same to 4 bits, two codes a byte."""
-    SIZE: tl.constexpr = D // G
-    e = tl.arange(0, P)
-    inside = e < SIZE // 2
-    for g in tl.static_range(G):
-        even = tl.load(x + g * SIZE + 2 * e, mask=inside, other=0.0).to(tl.float32)
-        odd = tl.load(x + g * SIZE + 2 * e + 1, mask=inside, other=0.0).to(tl.float32)
-        scale = _scale(tl.max(tl.maximum(tl.abs(even), tl.abs(odd)), 0), 8.0)
-        tl.store(scales + g, scale)
-        packed = _code(even, scale, 8.0) | (_code(odd, scale, 8.0) << 4)
-        tl.store(codes + g * (SIZE // 2) + e, packed, mask=inside)
-
-
-@triton.jit
-def _put(x, exact, codes8, scales8, codes4, scales4, anchor, width, row0, row8, row4, anchored, D: tl.constexpr,
+def _put(x, exact, codes8, scales8, codes4, scales4, anchor, codec, row0, row8, row4, anchored, D: tl.constexpr,
          DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
-    """Store the vector at `x` in its row, rounded to the head's width; and exactly where it is `anchored`."""
+    """Store the vector at `x` in its row, in the head's codec; and exactly where it is `anchored`."""
     d = tl.arange(0, DP)
     if anchored:
         tl.store(anchor + d, tl.load(x + d, mask=d < D).to(anchor.dtype.element_ty), mask=d < D)
-    if width == 0:
+    if codec == 0:
         tl.store(exact + row0 * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
-    elif width == 8:
-        _put8(x, codes8 + row8 * D, scales8 + row8 * G, D, G, P8)
+    elif codec == INT8:
+        put8(x, codes8 + row8 * D, scales8 + row8 * G, D, G, P8)
     else:
-        _put4(x, codes4 + row4 * (D // 2), scales4 + row4 * G, D, G, P4)
+        put4(x, codes4 + row4 * (D // 2), scales4 + row4 * G, D, G, P4)
 
 
 @triton.jit
@@ -87,12 +49,12 @@ def _copy(at, step, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _move(exact, codes8, scales8, codes4, scales4, width, row0, row8, row4, step, D: tl.constexpr, DP: tl.constexpr,
+def _move(exact, codes8, scales8, codes4, scales4, codec, row0, row8, row4, step, D: tl.constexpr, DP: tl.constexpr,
           G: tl.constexpr, GP: tl.constexpr):  # fmt: skip
     """Copy a row to the one `step` rows on."""
-    if width == 0:
+    if codec == 0:
         _copy(exact + row0 * D, step * D, D, DP)
-    elif width == 8:
+    elif codec == INT8:
         _copy(codes8 + row8 * D, step * D, D, DP)
         _copy(scales8 + row8 * G, step * G, G, GP)
     else:
@@ -121,8 +83,8 @@ def _append(
     sink = tl.load(row + SINK)
     recent = tl.load(row + RECENT)
     slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
-    k_width, k_row = tl.load(row + K_WIDTH), tl.load(row + K_ROW)
-    v_width, v_row = tl.load(row + V_WIDTH), tl.load(row + V_ROW)
+    k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
+    v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
     k0, k8, k4 = b * k_rows0 + k_row + slot, b * k_rows8 + k_row + slot, b * k_rows4 + k_row + slot
     v0, v8, v4 = b * v_rows0 + v_row + slot, b * v_rows8 + v_row + slot, b * v_rows4 + v_row + slot
     if SCORES:
@@ -136,14 +98,15 @@ def _append(
                 i = first + tl.arange(0, BLOCK)
                 s = tl.load(held + i, mask=i < last, other=float("inf")).to(tl.float32)
                 lowest = tl.min(s, 0)
-                at = tl.min(tl.where(s == lowest, i, capacity), 0)
-                victim = tl.where(lowest < worst, at, victim)
+                # Of equally low ones the last, within a block and of several: the lower slot stays.
+                at = tl.max(tl.where(s == lowest, i, 0), 0)
+                victim = tl.where(lowest <= worst, at, victim)
                 worst = tl.minimum(worst, lowest)
             tl.debug_barrier()  # all have read before anything is written
             if leaving > worst:
                 step = victim - slot
-                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_width, k0, k8, k4, step, D, DP, G, GP)
-                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_width, v0, v8, v4, step, D, DP, G, GP)
+                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k0, k8, k4, step, D, DP, G, GP)
+                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v0, v8, v4, step, D, DP, G, GP)
                 tl.store(held + victim, leaving.to(tl.float16))
             tl.debug_barrier()  # the row has been copied before it is overwritten
             tl.store(held + slot, tl.load(score + b * tl.num_programs(0) + h).to(tl.float16))
@@ -153,17 +116,17 @@ def _append(
     first = slot == 0  # token 0, where the head has sinks
     _put(
         new_keys + new, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + (b * k_anchored + k_anchor) * D,
-        k_width, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
+        k_codec, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
     )  # fmt: skip
     _put(
         new_values + new, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
-        v_anchors + (b * v_anchored + v_anchor) * D, v_width, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
+        v_anchors + (b * v_anchored + v_anchor) * D, v_codec, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
     )  # fmt: skip
 
 
 def append(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     scores: torch.Tensor,
     layout: LayerLayout,
     new_keys: torch.Tensor,
@@ -179,14 +142,12 @@ def append(
         layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
-    groups = keys.scales[8].shape[2]
-    buffers = [(s.exact, s.codes[8], s.scales[8], s.codes[4], s.scales[4], s.anchors) for s in (keys, values)]
-    counts = [(s.exact.shape[1], s.codes[8].shape[1], s.codes[4].shape[1], s.anchors.shape[1]) for s in (keys, values)]
+    count = groups(head_dim)
     _append[(heads, batch)](
         layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
-        new_keys if score is None else score.contiguous(), scores, *buffers[0], *buffers[1], *counts[0], *counts[1],
-        layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=groups,
-        GP=triton.next_power_of_2(groups), P8=triton.next_power_of_2(head_dim // groups),
-        P4=triton.next_power_of_2(max(head_dim // groups // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=1024,
+        new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
+        *rows(values), layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=count,
+        GP=triton.next_power_of_2(count), P8=triton.next_power_of_2(head_dim // count),
+        P4=triton.next_power_of_2(max(head_dim // count // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=1024,
         num_warps=4,
     )  # fmt: skip

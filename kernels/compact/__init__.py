@@ -1,1 +1,1 @@
-"""Cutting a prompt's keys and values down to the budget, rounding on the way."""
+"""Cutting a prompt's keys and values down to the budget, quantised on the way."""

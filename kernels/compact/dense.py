@@ -6,38 +6,43 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from kvcompile.kernels.buffers import Stored
-from kvcompile.kernels.layout import HeadClass, LayerLayout
-from kvcompile.kernels.quantise.api import encode
-from kvcompile.kernels.transform import Turn
+from kvcompile.kernels.buffers import Buffers, as_stored
+from kvcompile.kernels.layout import EXACT, HeadClass, LayerLayout
+from kvcompile.kernels.transform import Transform
 
-Turning = Callable[[torch.Tensor, slice], torch.Tensor]
+Transforming = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Transforms vectors [count, T, D] of the heads at these storage positions."""
 
 
 def compact(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     sequence: int,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
     tokens: Sequence[torch.Tensor],
-    turn: Turn | None,
+    transform: Transform | None,
 ) -> None:
     """See `api.compact`."""
     for cls, token in zip(layout.classes, tokens, strict=True):
-        _fill(keys, cls, sequence, new_keys[cls.heads], token, None if turn is None else turn.keys)
-        _fill(values, cls, sequence, new_values[cls.heads], token, None if turn is None else turn.values)
+        _fill(keys, cls, sequence, new_keys[cls.heads], token, None if transform is None else transform.keys)
+        _fill(values, cls, sequence, new_values[cls.heads], token, None if transform is None else transform.values)
 
 
 def _fill(
-    stored: Stored, cls: HeadClass, sequence: int, prompt: torch.Tensor, token: torch.Tensor, turn: Turning | None
+    stored: Buffers,
+    cls: HeadClass,
+    sequence: int,
+    prompt: torch.Tensor,
+    token: torch.Tensor,
+    transforming: Transforming | None,
 ) -> None:
     kept = prompt.gather(1, token.unsqueeze(2).expand(*token.shape, prompt.shape[2]))
-    width = stored.places[cls.start].width
-    if width and turn is not None:
-        kept = turn(kept, cls.heads)
-    for view, part in zip(stored.views(cls), encode(kept, width) if width else (kept,), strict=True):
+    codec = stored.places[cls.start].codec
+    if codec != EXACT and transforming is not None:
+        kept = transforming(kept, cls.heads)
+    for view, part in zip(stored.views(cls), as_stored(kept, codec), strict=True):
         view[sequence, :, : kept.shape[1]] = part
     anchor = stored.anchor(cls)
     if anchor is not None and kept.shape[1]:

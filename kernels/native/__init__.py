@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-from kvcompile.kernels.buffers import Stored
-from kvcompile.kernels.dispatch import CHOICE
+from kvcompile.kernels.arguments import FIELDS, ORDER, groups, tensors
+from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.dispatch import CHOICE, knows
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.quantise.api import groups
 
 SOURCE = Path(__file__).with_name("ragged.c")
 FLAGS = (
@@ -31,21 +31,23 @@ FLAGS = (
     # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
     "-fassociative-math", "-fno-signed-zeros",
 )  # fmt: skip
+CONSTANTS = tuple(f"-D{codec.load('native').CONSTANT}={codec.id}" for codec in ORDER)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_DIM = 512
 
 
 class _Side(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("exact", "codes8", "scales8", "codes4", "scales4", "anchors")]
+    _fields_ = [(name, ctypes.c_void_p) for name in FIELDS]
 
 
-def usable(tensor: torch.Tensor, head_dim: int) -> bool:
-    """Whether an operation on this tensor can be done here."""
+def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
+    """Whether an operation of a layer on this tensor can be done here."""
     return (
         tensor.device.type == "cpu"
         and tensor.dtype in TYPES
         and head_dim <= MOST_DIM
         and os.environ.get(CHOICE, "") == ""
+        and knows("native", layout)
         and _library() is not None
     )
 
@@ -59,7 +61,9 @@ def _library() -> ctypes.CDLL | None:
     # The folder of `kvcompile.models.cache_dir`, which kernels do not import.
     root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
     for threads in (["-fopenmp"], []):
-        key = repr((SOURCE.read_bytes(), FLAGS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor()))
+        key = repr(
+            (SOURCE.read_bytes(), FLAGS, CONSTANTS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor())
+        )
         file = Path(root) / "native" / f"ragged-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         try:
             if not file.is_file():
@@ -82,7 +86,7 @@ def _compile(compiler: str, threads: list[str], file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         compiled, linked = Path(folder) / "ragged.o", Path(folder) / "ragged.so"
         for command in (
-            [compiler, *FLAGS, *threads, "-c", "-o", compiled, SOURCE],
+            [compiler, *FLAGS, *CONSTANTS, *threads, "-c", "-o", compiled, SOURCE],
             [compiler, "-shared", "-o", linked, compiled, "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True)
@@ -98,9 +102,9 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _side(stored: Stored, sequence: int) -> _Side:
-    buffers = (stored.exact, stored.codes[8], stored.scales[8], stored.codes[4], stored.scales[4], stored.anchors)
-    return _Side(*(t.data_ptr() + sequence * t.stride(0) * t.element_size() if t.numel() else None for t in buffers))
+def _side(stored: Buffers, sequence: int) -> _Side:
+    every = tensors(stored)
+    return _Side(*(t.data_ptr() + sequence * t.stride(0) * t.element_size() if t.numel() else None for t in every))
 
 
 def _rows(layout: LayerLayout) -> torch.Tensor:
@@ -116,8 +120,8 @@ def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 def one_token(
     query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     seen: Sequence[int] | torch.Tensor,
     scaling: float,
@@ -142,8 +146,8 @@ def one_token(
 
 
 def append(
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     scores: torch.Tensor,
     layout: LayerLayout,
     new_keys: torch.Tensor,

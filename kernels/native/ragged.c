@@ -13,12 +13,14 @@
 #define LEAST 50.0f  /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */
 
 /* `layout.HeadRow`, and the kinds of heads there. */
-enum { CAPACITY, SINK, RECENT, KIND, SCORE, SLOT, K_WIDTH, K_ROW, K_ANCHOR, V_WIDTH, V_ROW, V_ANCHOR, FIELDS };
+enum { CAPACITY, SINK, RECENT, KIND, SCORE, SLOT, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR, FIELDS };
 enum { RING, SCORED, OTHER };
-/* Types of exact rows. */
+/* Types of rows in the cache dtype. */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Codecs by their ids, which the launcher sets from `codecs`; EXACT rows are in the cache dtype. */
+enum { EXACT, INT8 = KVC_INT8, INT4 = KVC_INT4 };
 
-/* Keys or values of one sequence, as in `Stored`. */
+/* Keys or values of one sequence, as in `Buffers`. */
 typedef struct {
     void *exact;
     uint8_t *codes8;
@@ -50,25 +52,25 @@ ALWAYS void write_number(void *at, int64_t i, int type, float x) {
     }
 }
 
-/* Vectors of 4-bit rows are kept as their even and then their odd elements, as the two codes of a byte come apart. */
-ALWAYS int place(int i, int width, int dim) { return width == 4 ? (i & 1) * (dim / 2) + i / 2 : i; }
+/* Vectors of int4 rows are kept as their even and then their odd elements, as the two codes of a byte come apart. */
+ALWAYS int place(int i, int codec, int dim) { return codec == INT4 ? (i & 1) * (dim / 2) + i / 2 : i; }
 
-ALWAYS void read_exact(float *x, const void *rows, int64_t row, int type, int width, int dim) {
-    if (width != 4) {
+ALWAYS void read_exact(float *x, const void *rows, int64_t row, int type, int codec, int dim) {
+    if (codec != INT4) {
         for (int i = 0; i < dim; i++) x[i] = read_number(rows, row * dim + i, type);
     } else {
-        for (int i = 0; i < dim; i++) x[place(i, 4, dim)] = read_number(rows, row * dim + i, type);
+        for (int i = 0; i < dim; i++) x[place(i, INT4, dim)] = read_number(rows, row * dim + i, type);
     }
 }
 
-ALWAYS void read_row(float *restrict x, const Side *side, int64_t row, int type, int width, int dim, int groups) {
-    if (width == 0) {
-        read_exact(x, side->exact, row, type, 0, dim);
+ALWAYS void read_row(float *restrict x, const Side *side, int64_t row, int type, int codec, int dim, int groups) {
+    if (codec == EXACT) {
+        read_exact(x, side->exact, row, type, EXACT, dim);
         return;
     }
     const int size = dim / groups;
     for (int g = 0; g < groups; g++) {
-        if (width == 8) {
+        if (codec == INT8) {
             const uint8_t *restrict c = side->codes8 + row * dim + g * size;
             const float scale = (float)side->scales8[row * groups + g];
             for (int i = 0; i < size; i++) x[g * size + i] = ((float)c[i] - 127.5f) * scale;
@@ -104,13 +106,13 @@ ALWAYS float exp2_negative(float x) {
 /* Logits of the slots [from, to) of a head, `weights` [group, filled]. */
 ALWAYS void keys_of(
     const float *query, const Side *keys, const int32_t *head, int type, int group, int64_t seen, int64_t window,
-    int64_t filled, int64_t from, int64_t to, float *weights, int width, int dim, int groups
+    int64_t filled, int64_t from, int64_t to, float *weights, int codec, int dim, int groups
 ) {
     const int64_t capacity = head[CAPACITY];
     float x[MOST_DIM];
     for (int64_t s = from; s < to; s++) {
-        if (s == 0 && head[K_ANCHOR] >= 0) read_exact(x, keys->anchors, head[K_ANCHOR], type, width, dim);
-        else read_row(x, keys, head[K_ROW] + s, type, width, dim, groups);
+        if (s == 0 && head[K_ANCHOR] >= 0) read_exact(x, keys->anchors, head[K_ANCHOR], type, codec, dim);
+        else read_row(x, keys, head[K_ROW] + s, type, codec, dim, groups);
         /* A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring. */
         const int hidden = window > 0 && seen - 1 - (seen - 1 - s) % capacity <= seen - 1 - window;
         for (int r = 0; r < group; r++) {
@@ -125,7 +127,7 @@ ALWAYS void keys_of(
 /* The slots' values times their weights, added up in `out` [group, dim]. */
 ALWAYS void values_of(
     const Side *values, const int32_t *head, int type, int group, int64_t filled, int64_t from, int64_t to,
-    const float *weights, float *out, int width, int dim, int groups
+    const float *weights, float *out, int codec, int dim, int groups
 ) {
     float x[MOST_DIM];
     memset(out, 0, sizeof(float) * group * dim);
@@ -133,8 +135,8 @@ ALWAYS void values_of(
         float used = 0;
         for (int r = 0; r < group; r++) used += weights[r * filled + s];
         if (used == 0) continue;
-        if (s == 0 && head[V_ANCHOR] >= 0) read_exact(x, values->anchors, head[V_ANCHOR], type, width, dim);
-        else read_row(x, values, head[V_ROW] + s, type, width, dim, groups);
+        if (s == 0 && head[V_ANCHOR] >= 0) read_exact(x, values->anchors, head[V_ANCHOR], type, codec, dim);
+        else read_row(x, values, head[V_ROW] + s, type, codec, dim, groups);
         for (int r = 0; r < group; r++) {
             const float w = weights[r * filled + s];
             float *restrict o = out + r * dim;
@@ -154,32 +156,32 @@ static void softmax(float *restrict w, int64_t count) {
     for (int64_t s = 0; s < count; s++) w[s] /= total;
 }
 
-/* Both for every width, and for the usual head sizes as constants: `keys_8_64` and so on. */
+/* Both for every codec, and for the usual head sizes as constants: `keys_INT8_64` and so on. */
 typedef void KeysOf(const float *, const Side *, const int32_t *, int, int, int64_t, int64_t, int64_t, int64_t, int64_t,
                     float *, int, int);
 typedef void ValuesOf(const Side *, const int32_t *, int, int, int64_t, int64_t, int64_t, const float *, float *, int, int);
-#define MADE(W, NAME, D, G) \
-    static void keys_##W##_##NAME( \
+#define MADE(C, NAME, D, G) \
+    static void keys_##C##_##NAME( \
         const float *query, const Side *keys, const int32_t *head, int type, int group, int64_t seen, int64_t window, \
         int64_t filled, int64_t from, int64_t to, float *weights, int dim, int groups \
     ) { \
         (void)dim, (void)groups; \
-        keys_of(query, keys, head, type, group, seen, window, filled, from, to, weights, W, D, G); \
+        keys_of(query, keys, head, type, group, seen, window, filled, from, to, weights, C, D, G); \
     } \
-    static void values_##W##_##NAME( \
+    static void values_##C##_##NAME( \
         const Side *values, const int32_t *head, int type, int group, int64_t filled, int64_t from, int64_t to, \
         const float *weights, float *out, int dim, int groups \
     ) { \
         (void)dim, (void)groups; \
-        values_of(values, head, type, group, filled, from, to, weights, out, W, D, G); \
+        values_of(values, head, type, group, filled, from, to, weights, out, C, D, G); \
     }
-#define EVERY_WIDTH(NAME, D, G) MADE(0, NAME, D, G) MADE(8, NAME, D, G) MADE(4, NAME, D, G)
-EVERY_WIDTH(64, 64, 1)
-EVERY_WIDTH(128, 128, 2)
-EVERY_WIDTH(any, dim, groups)
+#define EVERY_CODEC(NAME, D, G) MADE(EXACT, NAME, D, G) MADE(INT8, NAME, D, G) MADE(INT4, NAME, D, G)
+EVERY_CODEC(64, 64, 1)
+EVERY_CODEC(128, 128, 2)
+EVERY_CODEC(any, dim, groups)
 #define ROW_OF(KIND) \
-    {{KIND##_0_64, KIND##_8_64, KIND##_4_64}, {KIND##_0_128, KIND##_8_128, KIND##_4_128}, \
-     {KIND##_0_any, KIND##_8_any, KIND##_4_any}}
+    {{KIND##_EXACT_64, KIND##_INT8_64, KIND##_INT4_64}, {KIND##_EXACT_128, KIND##_INT8_128, KIND##_INT4_128}, \
+     {KIND##_EXACT_any, KIND##_INT8_any, KIND##_INT4_any}}
 static KeysOf *const KEYS[3][3] = ROW_OF(keys);
 static ValuesOf *const VALUES[3][3] = ROW_OF(values);
 
@@ -190,18 +192,18 @@ void kvc_decode(
     int64_t seen, int64_t window, float *out, float *scratch, int threads, int dim, int groups
 ) {
     const int shape = dim == 64 && groups == 1 ? 0 : (dim == 128 && groups == 2 ? 1 : 2), size = group * dim;
-    float *turned = scratch, *sums = scratch + size, *weights = sums + (int64_t)threads * size;
+    float *halves = scratch, *sums = scratch + size, *weights = sums + (int64_t)threads * size;
     for (int h = 0; h < heads; h++) {
         const int32_t *head = rows + h * FIELDS;
         const int64_t filled = seen < head[CAPACITY] ? seen : head[CAPACITY];
         const float *q = query + (int64_t)h * size;
         float *o = out + (int64_t)h * size;
-        if (head[K_WIDTH] == 4) {
-            for (int j = 0; j < size; j++) turned[j / dim * dim + place(j % dim, 4, dim)] = q[j];
-            q = turned;
+        if (head[K_CODEC] == INT4) {
+            for (int j = 0; j < size; j++) halves[j / dim * dim + place(j % dim, INT4, dim)] = q[j];
+            q = halves;
         }
-        KeysOf *const by_keys = KEYS[shape][head[K_WIDTH] == 0 ? 0 : (head[K_WIDTH] == 8 ? 1 : 2)];
-        ValuesOf *const by_values = VALUES[shape][head[V_WIDTH] == 0 ? 0 : (head[V_WIDTH] == 8 ? 1 : 2)];
+        KeysOf *const by_keys = KEYS[shape][head[K_CODEC] == EXACT ? 0 : (head[K_CODEC] == INT8 ? 1 : 2)];
+        ValuesOf *const by_values = VALUES[shape][head[V_CODEC] == EXACT ? 0 : (head[V_CODEC] == INT8 ? 1 : 2)];
         int parts = filled < 256 ? 1 : threads;
 #pragma omp parallel num_threads(parts)
         {
@@ -220,21 +222,21 @@ void kvc_decode(
         }
         for (int part = 1; part < parts; part++)
             for (int j = 0; j < size; j++) sums[j] += sums[(int64_t)part * size + j];
-        for (int j = 0; j < size; j++) o[j] = sums[j / dim * dim + place(j % dim, head[V_WIDTH], dim)];
+        for (int j = 0; j < size; j++) o[j] = sums[j / dim * dim + place(j % dim, head[V_CODEC], dim)];
     }
 }
 
 static void write_row(
-    const float *x, Side *side, int64_t row, int64_t anchor, int type, int width, int dim, int groups
+    const float *x, Side *side, int64_t row, int64_t anchor, int type, int codec, int dim, int groups
 ) {
     if (anchor >= 0)
         for (int i = 0; i < dim; i++) write_number(side->anchors, anchor * dim + i, type, x[i]);
-    if (width == 0) {
+    if (codec == EXACT) {
         for (int i = 0; i < dim; i++) write_number(side->exact, row * dim + i, type, x[i]);
         return;
     }
     const int size = dim / groups;
-    const float half = width == 8 ? 128.0f : 8.0f;
+    const float half = codec == INT8 ? 128.0f : 8.0f;
     for (int g = 0; g < groups; g++) {
         float largest = 0;
         for (int i = 0; i < size; i++) largest = fabsf(x[g * size + i]) > largest ? fabsf(x[g * size + i]) : largest;
@@ -246,7 +248,7 @@ static void write_row(
             const float code = floorf(x[g * size + i] / (float)kept);
             codes[i] = (uint8_t)((code < -half ? -half : (code > half - 1 ? half - 1 : code)) + half);
         }
-        if (width == 8) {
+        if (codec == INT8) {
             side->scales8[row * groups + g] = kept;
             memcpy(side->codes8 + row * dim + g * size, codes, size);
         } else {
@@ -257,11 +259,11 @@ static void write_row(
     }
 }
 
-static void move_row(Side *side, int64_t from, int64_t to, int type, int width, int dim, int groups) {
-    if (width == 0) {
+static void move_row(Side *side, int64_t from, int64_t to, int type, int codec, int dim, int groups) {
+    if (codec == EXACT) {
         const int64_t size = (int64_t)dim * (type == FLOAT32 ? 4 : 2);
         memcpy((char *)side->exact + to * size, (char *)side->exact + from * size, size);
-    } else if (width == 8) {
+    } else if (codec == INT8) {
         memcpy(side->codes8 + to * dim, side->codes8 + from * dim, dim);
         memcpy(side->scales8 + to * groups, side->scales8 + from * groups, 2 * groups);
     } else {
@@ -288,19 +290,19 @@ void kvc_append(
                 float worst = (float)held[victim];
                 for (int64_t s = victim + 1; s < ring; s++) {
                     const float one = (float)held[s];
-                    if (one < worst) worst = one, victim = s;
+                    if (one <= worst) worst = one, victim = s; /* of equal ones the lower slot stays */
                 }
                 if ((float)held[slot] > worst) {
-                    move_row(keys, head[K_ROW] + slot, head[K_ROW] + victim, type, head[K_WIDTH], dim, groups);
-                    move_row(values, head[V_ROW] + slot, head[V_ROW] + victim, type, head[V_WIDTH], dim, groups);
+                    move_row(keys, head[K_ROW] + slot, head[K_ROW] + victim, type, head[K_CODEC], dim, groups);
+                    move_row(values, head[V_ROW] + slot, head[V_ROW] + victim, type, head[V_CODEC], dim, groups);
                     held[victim] = held[slot];
                 }
             }
             held[slot] = (_Float16)score[h];
         }
         write_row(new_keys + (int64_t)h * dim, keys, head[K_ROW] + slot, slot ? -1 : head[K_ANCHOR], type,
-                  head[K_WIDTH], dim, groups);
+                  head[K_CODEC], dim, groups);
         write_row(new_values + (int64_t)h * dim, values, head[V_ROW] + slot, slot ? -1 : head[V_ANCHOR], type,
-                  head[V_WIDTH], dim, groups);
+                  head[V_CODEC], dim, groups);
     }
 }

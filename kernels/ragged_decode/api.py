@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import native
-from kvcompile.kernels.buffers import Stored
+from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
@@ -18,8 +18,8 @@ MOST_ROWS = 64
 
 def ragged_decode(
     query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     seen: Sequence[int] | torch.Tensor,
     *,
@@ -33,7 +33,7 @@ def ragged_decode(
     Args:
         query: [B, num_heads, T, D], query heads of one KV head side by side, in storage order.
         keys, values: what the layer stores; RoPE is already applied to keys, so slots have no order. Where heads are
-            rounded, queries and new keys and values come turned, and the output is to be turned back.
+            quantised, queries and new keys and values come transformed, and the output is to be restored (`Transform`).
         layout: the layer's classes; `num_heads` is a multiple of its KV heads.
         seen: tokens stored so far, one number a sequence; a head of capacity C has `min(seen, C)` filled slots.
         scaling: factor on the logits.
@@ -59,10 +59,10 @@ def ragged_decode(
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:
         raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
-    if takes_kernels(query) and length * num_heads // layout.num_kv_heads <= MOST_ROWS:
+    if takes_kernels(query, layout) and length * num_heads // layout.num_kv_heads <= MOST_ROWS:
         from kvcompile.kernels.ragged_decode import triton
 
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
-    if new_keys is None and native.usable(query, head_dim):
+    if new_keys is None and native.usable(query, head_dim, layout):
         return native.one_token(query, keys, values, layout, seen, scaling)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from kvcompile.kernels.buffers import Stored
+from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.ragged_decode.columns import one_token
 
@@ -21,8 +21,8 @@ MASK_ELEMENTS = 1 << 24
 
 def ragged_decode(
     query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     seen: Sequence[int] | torch.Tensor,
     scaling: float,
@@ -39,8 +39,8 @@ def ragged_decode(
 
 def _several_tokens(
     query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     seen: Sequence[int],
     scaling: float,

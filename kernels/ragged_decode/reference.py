@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from kvcompile.kernels.buffers import Stored
+from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import LayerLayout
 
 
 def ragged_decode(
     query: torch.Tensor,
-    keys: Stored,
-    values: Stored,
+    keys: Buffers,
+    values: Buffers,
     layout: LayerLayout,
     seen: Sequence[int],
     *,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 
 
@@ -19,7 +20,8 @@ class WorkList:
 
 def slot_weight(row: HeadRow, head_dim: int, exact_bits: int) -> float:
     """Bytes of a slot's key and value, scales aside."""
-    return sum((width or exact_bits) * head_dim / 8 for width in (row.k_width, row.v_width))
+    codecs = (row.k_codec, row.v_codec)
+    return sum(codec_of(id).code_bytes(head_dim) if id else exact_bits * head_dim / 8 for id in codecs)
 
 
 def work_list(layout: LayerLayout, head_dim: int, exact_bits: int, programs: int, block: int) -> WorkList:

@@ -1,106 +1,28 @@
-"""Allocators by name; a new one is a file here and a line below."""
+"""Problem -> Plan, one file a method; `registry` has them by name, `refine` improves a plan by measuring it."""
 
-from __future__ import annotations
+from kvcompile.allocators.base import Allocator
+from kvcompile.allocators.refine import solve
+from kvcompile.allocators.registry import (
+    ALLOCATORS,
+    FILE,
+    allocate,
+    check_policy,
+    default_policy,
+    named,
+    register,
+)
+from kvcompile.allocators.rows import least_bytes, plan_bytes
 
-import dataclasses
-import time
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-from kvcompile.allocators.baklava import BaKlaVa
-from kvcompile.allocators.duo import DuoAttention
-from kvcompile.allocators.optimal import Optimal
-from kvcompile.allocators.predicted import predicted_loss
-from kvcompile.allocators.pyramid import PyramidKV
-from kvcompile.allocators.rows import all_full, least_bytes, plan_bytes
-from kvcompile.allocators.squeeze import SqueezeAttention
-from kvcompile.allocators.surfacelogic import SurfaceLogicKV
-from kvcompile.allocators.uniform import Uniform
-from kvcompile.artifacts import TargetError
-from kvcompile.stages import Plan, Problem, Tools
-
-ALLOCATORS: dict[str, Any] = {
-    "optimal": Optimal,
-    "uniform": Uniform,
-    "baklava": BaKlaVa,
-    "squeeze": SqueezeAttention,
-    "surfacelogic": SurfaceLogicKV,
-    "pyramid": PyramidKV,
-    "duo": DuoAttention,
-}
-
-FILE = "file:"
-"""Before the path of another system's file, in place of an allocator's name; see `kvcompile.formats`."""
-
-__all__ = ["ALLOCATORS", "FILE", "allocate", "check_policy", "default_policy", "least_bytes", "plan_bytes", "solve"]
-
-
-def named(name: str) -> Any:
-    """The allocator of a name, or of `file:PATH`.
-
-    Raises:
-        TargetError: an unknown allocator.
-        ExchangeError: a file that cannot be used.
-    """
-    if name.startswith(FILE):
-        from kvcompile.formats import read  # which needs what is here
-
-        return read(Path(name.removeprefix(FILE)))
-    if name not in ALLOCATORS:
-        raise TargetError(f"there is no allocator {name!r}: expected one of {', '.join(ALLOCATORS)}, or {FILE}PATH")
-    return ALLOCATORS[name]()
-
-
-def default_policy(name: str) -> str:
-    """The token policy that the allocator was published with. Raises as `named` does."""
-    policy: str = named(name).policies[0]
-    return policy
-
-
-def check_policy(name: str, policy: str) -> None:
-    """Refuse a token policy that the allocator cannot work with.
-
-    Raises:
-        TargetError: such a policy; and as `named` does.
-    """
-    policies = named(name).policies
-    if policy not in policies:
-        raise TargetError(
-            f"the allocator {name} cannot work with the policy {policy!r}: expected one of {', '.join(policies)}"
-        )
-
-
-def solve(name: str, problem: Problem, tools: Tools | None = None, rounds: int = 0) -> Plan:
-    """As `allocate`; where a model is at hand, with its perplexity, and improved by measuring in so many `rounds`."""
-    if tools is None:
-        return allocate(name, problem)
-    problem = dataclasses.replace(problem, perplexity=tools.perplexity(problem))
-    plan = allocate(name, problem)
-    if not rounds or name != "optimal":
-        return plan
-    from kvcompile.allocators.refine import refine_plan  # which needs `allocate`
-
-    return refine_plan(problem, plan, partial(tools.kl, problem), rounds)
-
-
-def allocate(name: str, problem: Problem) -> Plan:
-    """Divide the target among the heads. A target at or above the full cache is the full cache, whoever divides it.
-
-    Raises:
-        TargetError: an unknown allocator, a policy it cannot work with, or a target below `least_bytes`.
-    """
-    check_policy(name, problem.policy)
-    allocator = named(name)
-    least = least_bytes(problem)
-    if problem.target < least:
-        raise TargetError(
-            f"{problem.target} bytes are too few for a sequence: the sinks and one recent token of every head, and the "
-            f"sliding windows, take {least}"
-        )
-    start = time.perf_counter()
-    full = all_full(problem)
-    whole = plan_bytes(problem, full) <= problem.target
-    plan: Plan = dataclasses.replace(full, loss=predicted_loss(problem, full)) if whole else allocator(problem)
-    assert plan_bytes(problem, plan) <= problem.target, f"{name} went over the target"
-    return dataclasses.replace(plan, seconds=time.perf_counter() - start)
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "FILE",
+    "allocate",
+    "check_policy",
+    "default_policy",
+    "least_bytes",
+    "named",
+    "plan_bytes",
+    "register",
+    "solve",
+]

@@ -1,4 +1,4 @@
-"""Every choice that a head has: policy x tokens x key width x value width, with its bytes and losses."""
+"""Every choice that a head has: policy x tokens x key bits x value bits, with its bytes and losses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.predicted import evicted, grid, narrowed
+from kvcompile.allocators.predicted import evicted, grid, quantised
 from kvcompile.artifacts import POLICIES
 from kvcompile.stages import Plan, Problem
 
 
 @dataclass(frozen=True)
 class Choices:
-    """N heads with X choices each, in the order (share, tokens, key width, value width).
+    """N heads with X choices each, in the order (share, tokens, key bits, value bits).
 
     `heads` i64 [N, 2]: layer and KV head. `tokens` i64 [T] and `shape` = (P, T, W, W) unravel a choice. `size` i64 [X]
     bytes; `loss` float64 [F, N, X] nats a token.
@@ -27,7 +27,7 @@ class Choices:
     loss: NDArray[np.float64]
 
     def unravel(self, choice: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
-        """Share, tokens (not their place), key width and value width of choices, the last two as places."""
+        """Share, tokens (not their place), key bits and value bits of choices, the last two as places."""
         share, place, k, v = np.unravel_index(choice, self.shape)
         return share, self.tokens[place], k, v
 
@@ -40,16 +40,16 @@ def choices(problem: Problem) -> Choices:
     around = np.concatenate([np.floor(grid(problem)), np.ceil(grid(problem)), [floor, limit]])
     tokens = np.unique(np.clip(around, floor, limit)).astype(np.int64)
     loss = evicted(problem, tokens)[:, heads[:, 0], heads[:, 1]][..., None, None]
-    keys = narrowed(problem, "key")[:, heads[:, 0], heads[:, 1]][:, :, None, None, :, None]
-    values = narrowed(problem, "value")[:, heads[:, 0], heads[:, 1]][:, :, None, None, None, :]
+    keys = quantised(problem, "key")[:, heads[:, 0], heads[:, 1]][:, :, None, None, :, None]
+    values = quantised(problem, "value")[:, heads[:, 0], heads[:, 1]][:, :, None, None, None, :]
     table = loss + keys + values
     slots = np.array(
         [
-            [[problem.slot_bytes(policy_of(problem, p), k, v) for v in problem.widths] for k in problem.widths]
+            [[problem.slot_bytes(policy_of(problem, p), k, v) for v in problem.bits] for k in problem.bits]
             for p in range(len(problem.profile.shares))
         ]
     )
-    anchors = np.array([[problem.anchor_bytes(k, v) for v in problem.widths] for k in problem.widths])
+    anchors = np.array([[problem.anchor_bytes(k, v) for v in problem.bits] for k in problem.bits])
     size = slots[:, None] * tokens[:, None, None] + anchors
     shape = (size.shape[0], size.shape[1], size.shape[2], size.shape[3])
     return Choices(heads, tokens, shape, size.ravel(), table.reshape(*table.shape[:2], -1))
@@ -79,10 +79,10 @@ def assigned(
         full, POLICIES.index("full"), np.where(part >= 1, POLICIES.index("recent"), POLICIES.index("scored"))
     )
     tables = {name: getattr(base, name).copy() for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")}
-    widths = np.array(problem.widths)
+    bits = np.array(problem.bits)
     for name, values in (
         ("policy", code), ("capacity", tokens), ("sink", sink), ("recent", np.where(full, tokens - sink, ring)),
-        ("k_bits", widths[k]), ("v_bits", widths[v]),
+        ("k_bits", bits[k]), ("v_bits", bits[v]),
     ):  # fmt: skip
         tables[name][at] = values
     return Plan(**tables, loss=float("nan"))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import comb
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.allocators.choices import Choices
+from kvcompile.allocators.programme import Relaxed
 from kvcompile.stages import Problem
-
-if TYPE_CHECKING:
-    from kvcompile.allocators.choices import Choices
-    from kvcompile.allocators.optimal import Relaxed
 
 SUBSETS = 20_000
 """Sets of classes that are all tried; beyond, classes are exchanged one by one while that helps."""

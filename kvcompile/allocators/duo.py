@@ -42,9 +42,9 @@ def streaming_tokens(problem: Problem, sink: int, recent: int) -> int:
 
 
 def streaming_and_full(
-    problem: Problem, worth: NDArray[np.float64], eligible: NDArray[np.bool_], sink: int, recent: int
+    problem: Problem, score: NDArray[np.float64], eligible: NDArray[np.bool_], sink: int, recent: int
 ) -> Plan:
-    """Of the `eligible` heads [L, H] as many full ones as the target holds, those of the largest `worth` [L, H] first;
+    """Of the `eligible` heads [L, H] as many full ones as the target holds, those of the largest `score` [L, H] first;
     the others stream."""
     active = ~problem.fixed
     tokens = limits(problem)
@@ -53,15 +53,15 @@ def streaming_and_full(
     spare = free_tokens(problem) - streaming * int(active.sum()) * problem.num_kv_heads
     count = min(len(heads), spare // (limit - streaming)) if limit > streaming else len(heads)
     tokens[active] = streaming
-    for i, h in heads[np.argsort(-worth[tuple(heads.T)], kind="stable")[:count]]:
+    for i, h in heads[np.argsort(-score[tuple(heads.T)], kind="stable")[:count]]:
         tokens[i, h] = limit
 
     plan = rows(problem, tokens, report={"full_heads": int(count), "streaming_tokens": streaming})
     first = min(sink, max(1, streaming * sink // (sink + recent)), streaming - 1)
-    narrow = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
+    streams = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
     plan = dataclasses.replace(
         plan,
-        sink=np.where(narrow, first, plan.sink).astype(np.int32),
-        recent=np.where(narrow, streaming - first, plan.recent).astype(np.int32),
+        sink=np.where(streams, first, plan.sink).astype(np.int32),
+        recent=np.where(streams, streaming - first, plan.recent).astype(np.int32),
     )
     return dataclasses.replace(plan, loss=predicted_loss(problem, plan))

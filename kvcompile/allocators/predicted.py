@@ -32,14 +32,21 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return problem.profile.factor * np.where(full[:, None, None, :], 0.0, table)
 
 
-def narrowed(problem: Problem, kind: str) -> NDArray[np.float64]:
-    """Predicted loss of storing keys or values (`kind`) in each of the problem's widths: [F, L, H, W]."""
+def quantised(problem: Problem, kind: str) -> NDArray[np.float64]:
+    """Predicted loss of storing keys or values (`kind`) in each of the problem's bits: [F, L, H, W]. 0 for
+    the cache dtype, and for a codec without curves: such a one was asked for by name and is that of every head, so that
+    no choice depends on it (`unmeasured`)."""
     loss = getattr(problem.profile, f"{kind}_loss").astype(np.float64)
     if kind == "key":
         loss = loss * np.asarray(problem.key_growth)[..., None]
     known = problem.profile.bits.tolist()
-    columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in problem.widths]
+    columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in problem.bits]
     return problem.profile.factor * np.stack(columns, axis=-1)
+
+
+def unmeasured(problem: Problem) -> bool:
+    """Whether the problem has a codec whose loss was not profiled."""
+    return bool({*problem.bits} - {problem.dtype_bits, *problem.profile.bits.tolist()})
 
 
 def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
@@ -50,7 +57,7 @@ def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
         return np.full(len(problem.profile.families), math.nan)
     shares = problem.profile.shares
     total = np.zeros(len(problem.profile.families))
-    keys, values = narrowed(problem, "key"), narrowed(problem, "value")
+    keys, values = quantised(problem, "key"), quantised(problem, "value")
     for layer in np.flatnonzero(~problem.fixed).tolist():
         table = evicted(problem, plan.capacity[layer].astype(np.int64))[:, layer]
         for head in range(problem.num_kv_heads):
@@ -60,8 +67,8 @@ def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
                 return np.full(len(total), math.nan)
             share = int(np.abs(np.where(shares < 1, shares, math.inf) - part).argmin()) if scored else 0
             total += table[:, head, share, head]
-            total += keys[:, layer, head, problem.widths.index(int(plan.k_bits[layer, head]))]
-            total += values[:, layer, head, problem.widths.index(int(plan.v_bits[layer, head]))]
+            total += keys[:, layer, head, problem.bits.index(int(plan.k_bits[layer, head]))]
+            total += values[:, layer, head, problem.bits.index(int(plan.v_bits[layer, head]))]
     return total
 
 
@@ -71,5 +78,6 @@ def objective(families: NDArray[np.float64]) -> float:
 
 
 def predicted_loss(problem: Problem, plan: Plan) -> float:
-    """Predicted KL of a plan, the mean over families, in nats a token; NaN where it uses a policy without curves."""
-    return float(family_losses(problem, plan).mean())
+    """Predicted KL of a plan, the mean over families, in nats a token; NaN where it uses a policy, or the problem a
+    codec, without curves."""
+    return math.nan if unmeasured(problem) else float(family_losses(problem, plan).mean())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kvcompile.allocators import allocate
-from kvcompile.allocators.optimal import gap
-from kvcompile.allocators.predicted import family_losses, objective
-from kvcompile.stages import Plan, Problem, Profile
+from kvcompile.allocators.predicted import family_losses, objective, predicted_loss
+from kvcompile.allocators.programme import gap
+from kvcompile.allocators.registry import allocate
+from kvcompile.stages import Plan, Problem, Profile, Tools
 
 TILTS = (
     ("narrow", 2.0),
@@ -23,7 +24,17 @@ TILTS = (
 )
 """What a round doubts, and the factor it believes in instead: the losses of fewer bits, of eviction, of the later or
 earlier half of the layers, or how unequal heads are (`worst` multiplies the losses of the tenth of heads that lose
-most)."""
+most). The names stand in the solver's report of an artifact."""
+
+
+def solve(name: str, problem: Problem, tools: Tools | None = None, rounds: int = 0) -> Plan:
+    """As `allocate`; where a model is at hand, with its perplexity, and the plan of `optimal` improved by measuring in
+    so many `rounds`."""
+    if tools is None:
+        return allocate(name, problem)
+    problem = dataclasses.replace(problem, perplexity=tools.perplexity(problem))
+    plan = allocate(name, problem)
+    return refine_plan(problem, plan, partial(tools.kl, problem), rounds) if rounds and name == "optimal" else plan
 
 
 def refine_plan(problem: Problem, plan: Plan, kl: Callable[[Plan], float], rounds: int) -> Plan:
@@ -52,7 +63,9 @@ def refine_plan(problem: Problem, plan: Plan, kl: Callable[[Plan], float], round
         "refined": tried,
         "measured_kl": least,
     }
-    return dataclasses.replace(best, loss=float(families.mean()), report=report)
+    if "target_used" in best.report:
+        report["target_used"] = best.report["target_used"]
+    return dataclasses.replace(best, loss=predicted_loss(problem, best), report=report)
 
 
 def tilted(profile: Profile, doubt: str, factor: float) -> Profile:
@@ -64,13 +77,14 @@ def tilted(profile: Profile, doubt: str, factor: float) -> Profile:
     elif doubt == "early":
         heads[:half] = factor
     elif doubt == "worst":
+        # Of every head [L, H] the loss at the middle budget, the mean over families, under its best policy.
         middle = profile.loss[..., profile.loss.shape[-1] // 2].mean(0).min(-1)
         heads[middle >= np.quantile(middle, 0.9)] = factor
-    narrow = factor if doubt == "narrow" else 1.0
+    quantised = factor if doubt == "narrow" else 1.0
     evict = factor if doubt == "evict" else 1.0
     return dataclasses.replace(
         profile,
         loss=(profile.loss * heads[..., None, None] * evict).astype(np.float32),
-        key_loss=(profile.key_loss * heads[..., None] * narrow).astype(np.float32),
-        value_loss=(profile.value_loss * heads[..., None] * narrow).astype(np.float32),
+        key_loss=(profile.key_loss * heads[..., None] * quantised).astype(np.float32),
+        value_loss=(profile.value_loss * heads[..., None] * quantised).astype(np.float32),
     )

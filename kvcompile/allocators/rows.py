@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.artifacts import POLICIES, Budgets, resident_bytes
+from kvcompile.artifacts import POLICIES, Budgets, resident_bytes, vector_bytes
 from kvcompile.stages import Plan, Problem
 
 OBSERVED = 32
@@ -29,10 +29,11 @@ def floors(problem: Problem) -> NDArray[np.int64]:
 
 
 def least_bytes(problem: Problem) -> int:
-    """Bytes of one sequence below which no plan exists: every head at its fewest tokens, in the narrowest widths that
-    the allocator may choose."""
+    """Bytes of one sequence below which no plan exists: every head at its fewest tokens, in the fewest bits that the
+    allocator may choose."""
     fewest = rows(problem, floors(problem))
-    narrowest = np.where(problem.fixed[:, None], fewest.k_bits, min(problem.widths)).astype(np.uint8)
+    least = min(problem.bits, key=lambda bits: vector_bytes(problem.head_dim, bits))
+    narrowest = np.where(problem.fixed[:, None], fewest.k_bits, least).astype(np.uint8)
     # Four bits can take more than sixteen where a head has few slots, for its exact copy of token 0.
     return min(plan_bytes(problem, plan) for plan in (fewest, replace(fewest, k_bits=narrowest, v_bits=narrowest)))
 
@@ -52,7 +53,7 @@ def free_bytes(problem: Problem) -> int:
 
 
 def all_full(problem: Problem) -> Plan:
-    """The full cache, in the first of the problem's widths; `loss` is for the allocator to say."""
+    """The full cache, in the first of the problem's bits; `loss` is for the allocator to say."""
     return rows(problem, limits(problem))
 
 
@@ -81,7 +82,7 @@ def rows(
     }[problem.policy]
     full, fixed = tokens == most, np.broadcast_to(problem.fixed[:, None], tokens.shape)
     policy = np.where(full, POLICIES.index("full"), POLICIES.index(problem.policy))
-    bits = np.where(fixed, problem.dtype_bits, problem.widths[0]).astype(np.uint8)
+    bits = np.where(fixed, problem.dtype_bits, problem.bits[0]).astype(np.uint8)
     return Plan(
         policy=np.where(fixed, POLICIES.index("recent"), policy).astype(np.uint8),
         capacity=tokens.astype(np.int32),

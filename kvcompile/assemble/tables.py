@@ -60,10 +60,10 @@ def stored_profile(artifact: Artifact) -> Profile:
     axes = {name: arrays[name] for name in ("tokens", "shares", "bits") if name in arrays}
     sizes = {name: len(axis) for name, axis in axes.items() if axis.ndim == 1}
     names = bytes(arrays.get("families", NONE)).decode(errors="replace").split("\n")
-    points, shares, widths = (sizes.get(name, -1) for name in ("tokens", "shares", "bits"))
+    points, shares, codecs = (sizes.get(name, -1) for name in ("tokens", "shares", "bits"))
     shapes = {
         "window": (1,), "tokens": (points,), "shares": (shares,), "loss": (len(names), *heads, shares, points),
-        "bits": (widths,), "key_loss": (len(names), *heads, widths), "value_loss": (len(names), *heads, widths),
+        "bits": (codecs,), "key_loss": (len(names), *heads, codecs), "value_loss": (len(names), *heads, codecs),
         "factor": (1,), "baklava": heads, "squeeze": heads[:1], "surfacelogic": heads,
     }  # fmt: skip
     for name, shape in shapes.items():

@@ -74,13 +74,13 @@ def _ours(
     query: torch.Tensor,
 ) -> tuple[Callable[[], Any], int]:  # fmt: skip
     """A decode step's attention over a full store, and the bytes of that store's keys and values."""
-    from kvcompile.kernels import Stored, ragged_decode
+    from kvcompile.kernels import Buffers, ragged_decode
     from kvcompile.runtime.attach import layer_layouts
 
     plan = ragged_plan(model, context, batch, share, dtype, widths, uniform=uniform)
     layout = layer_layouts(plan)[model.num_layers // 2]
     keys, values = (
-        Stored(layout, [getattr(c, name) for c in layout.classes], model.head_dim, query.dtype, query.device, batch)
+        Buffers(layout, [getattr(c, name) for c in layout.classes], model.head_dim, query.dtype, query.device, batch)
         for name in ("k_bits", "v_bits")
     )
     for stored in (keys, values):

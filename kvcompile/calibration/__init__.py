@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts.errors import CalibrationError
 from kvcompile.calibration.authored import authored_families
-from kvcompile.calibration.episodes import CONTINUATION, Episode, FollowUp, draw_episodes
+from kvcompile.calibration.episodes import Episode, FollowUp, draw_episodes
 from kvcompile.calibration.family import Family, Stream
 from kvcompile.calibration.probes import Probe, draw_probes
 from kvcompile.calibration.python_text import python_families
 from kvcompile.calibration.user import user_family
 
-__all__ = ["Calibration", "Episode", "FollowUp", "Probe", "calibrate", "draw_episodes", "evaluation_families"]
+__all__ = ["Calibration", "Episode", "FollowUp", "Probe", "calibrate", "check_length", "draw_episodes"]
 
 FIT_EPISODES = 2
 """Episodes of each family that the scorer and the quantiser are fitted on."""
@@ -81,7 +81,7 @@ def calibrate(
     families = python_families() + authored_families()
     if path is not None:
         families.append(user_family(Path(path)))
-    _check(tokenizer, families[-1], LEAST_TOKENS)
+    check_length(tokenizer, families[-1], LEAST_TOKENS)
     drawn = [
         tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay, part=part))
         for count, replay, part in ((fit, True, (0, 2)), (measure, False, (1, 2)))
@@ -91,21 +91,12 @@ def calibrate(
     return Calibration(names, drawn[0], drawn[1], asked, seed, _digest(drawn[0] + drawn[1], asked, seed))
 
 
-def evaluation_families(tokenizer: Any, length: int, path: Path | None) -> list[Family]:
-    """What to measure on: the user's text at `path`, or the families that calibration draws from.
+def check_length(tokenizer: Any, family: Family, least: int) -> None:
+    """Refuse a family of fewer than `least` tokens.
 
     Raises:
-        CalibrationError: a path without usable text, or with too little for one context of `length` tokens and its
-            continuation.
+        CalibrationError: there are fewer.
     """
-    if path is None:
-        return python_families() + authored_families()
-    family = user_family(path)
-    _check(tokenizer, family, length + min(CONTINUATION, length // 4))
-    return [family]
-
-
-def _check(tokenizer: Any, family: Family, least: int) -> None:
     found = len(Stream(tokenizer, family, "check").take(least))
     if found < least:
         raise CalibrationError(

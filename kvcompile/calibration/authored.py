@@ -16,8 +16,13 @@ SECTION = "\n\n\n"
 
 
 def authored_families() -> list[Family]:
-    """Conversations, essays and scientific papers; every section of a file is a document."""
-    texts = sorted((files("kvcompile.calibration") / "texts").iterdir(), key=lambda file: file.name)
+    """Conversations, essays and scientific papers to calibrate on."""
+    return families_in(files("kvcompile.calibration") / "texts")
+
+
+def families_in(folder: Traversable) -> list[Family]:
+    """A family for each of KINDS; every section of a file is a document."""
+    texts = sorted(folder.iterdir(), key=lambda file: file.name)
     documents = {kind: [d for t in texts if t.name.startswith(f"{kind}-") for d in _sections(t)] for kind in KINDS}
     return [Family(kind, tuple(found)) for kind, found in documents.items()]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from kvcompile.calibration.family import Family
 
 NO_PROSE = {"encodings", "pydoc_data", "lib2to3", "idlelib", "turtledemo", "ensurepip", "this"}
 """Standard library parts left out: code tables, the language reference, and what not every installation has."""
+
+HELD_OUT = {"doctest", "unittest", "idlelib", "turtledemo"}
+"""Parts that no calibration reads, for evaluation: the first two, which every installation has, are left out by
+`python_families` for their names, the others are in `NO_PROSE`. Not lib2to3, half of which is a copy of tokenize."""
 
 LEAST_BYTES = 2048
 """Shorter source files are mostly re-exports."""
@@ -25,10 +29,20 @@ def python_families() -> list[Family]:
     docstrings, from other files, with the language reference ("reference"), so that no passage comes in both. A family
     whose files are not installed is left out. Nothing is imported but the reference itself.
     """
-    sources = _sources()
+    paths = _paths(sys.stdlib_module_names - NO_PROSE)
+    sources = [path for path in paths if not any("test" in part for part in _parts(path))]
+    return _families(sources, _reference())
+
+
+def held_out_python_families() -> list[Family]:
+    """The same two kinds from `HELD_OUT`, the tests of these parts left out: text for evaluation."""
+    return _families([path for path in _paths(HELD_OUT) if not any("test" in part for part in _parts(path)[1:])], ())
+
+
+def _families(sources: list[Path], reference: tuple[Callable[[], str], ...]) -> list[Family]:
     families = [
         Family("code", tuple(partial(_read, path) for path in sources[0::2])),
-        Family("reference", (*_reference(), *(partial(_docstrings, path) for path in sources[1::2]))),
+        Family("reference", (*reference, *(partial(_docstrings, path) for path in sources[1::2]))),
     ]
     return [family for family in families if family.documents]
 
@@ -42,17 +56,16 @@ def _reference() -> tuple[Callable[[], str], ...]:
     return tuple(partial(str, topics[name]) for name in sorted(topics))
 
 
-def _sources() -> list[Path]:
-    """Source files of the standard library, sorted by their path within it; tests and foreign packages excluded."""
+def _paths(modules: Set[str]) -> list[Path]:
+    """Source files of these modules of the standard library, sorted by their path within it; short ones left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    modules = sys.stdlib_module_names - NO_PROSE
-    found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        is_test = any("test" in part for part in parts)
-        if parts[0] in modules and not is_test and path.stat().st_size >= LEAST_BYTES:
-            found.append(path)
+    found = [path for path in root.rglob("*.py") if _parts(path)[0] in modules and path.stat().st_size >= LEAST_BYTES]
     return sorted(found, key=lambda path: path.relative_to(root).parts)
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    """`("email", "mime", "base")` of a source file of the standard library."""
+    return path.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
 
 
 def _read(path: Path) -> str:

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from kvcompile.artifacts import TargetError, fetch, identify
-from kvcompile.cli import display
+from kvcompile.cli import output, progress, tables
 from kvcompile.problem import check_out
 from kvcompile.problem.memory import parse_memory
 
@@ -25,25 +23,33 @@ PARTS = ("kernels", "decode", "prefill")
 
 @click.command("bench", short_help="measure the speed of kernels, decoding and prefill")
 @click.argument("artifact", metavar="[ARTIFACT.kvb]", required=False)
-@click.option("--random-weights", metavar="NAME", help="Instead of an artifact: a model's shape, with ragged budgets.")
-@click.option("--model", metavar="NAME", help="Where the artifact's model is, if not where it was.")
+@click.option(
+    "--random-weights", metavar="NAME", help="Instead of an artifact: a known model's shape, with ragged budgets."
+)
+@click.option("--model", metavar="NAME", help="Where to load the model from.  [default: as the artifact says]")
 @click.option("--parts", default=",".join(PARTS), show_default=True, metavar="NAMES", help="What to measure.")
-@click.option("--context", type=click.IntRange(256), help="Tokens of a sequence.  [default: the artifact's, or 8192]")
-@click.option("--batch", type=click.IntRange(1), help="Sequences.  [default: the artifact's, or 1]")
-@click.option("--mem", default="25%", show_default=True, help="Share of the full cache, with --random-weights.")
-@click.option("--widths", type=click.Choice(["16", "8", "4", "mixed"]), default="16", show_default=True,
-              help="Bits of keys and values, with --random-weights.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of weights and cache.")
-@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Decode steps.")
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True, help="Of kernels and prefill.")
+@click.option("--context", type=click.IntRange(256), help="Tokens in a sequence.  [default: the artifact's, or 8192]")
+@click.option("--batch", type=click.IntRange(1), help="Sequences at once.  [default: the artifact's, or 1]")
+@click.option("--mem", default="25%", show_default=True, help="Share of the full cache, for --random-weights.")
+@click.option("--widths", "bits", type=click.Choice(["16", "8", "4", "mixed"]), default="16", show_default=True,
+              help="Bits of keys and values, for --random-weights.")  # fmt: skip
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of weights and cache.  [default: the artifact's]",
+)
+@click.option("--tokens", type=click.IntRange(1), default=64, show_default=True, help="Decode steps to time.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=9, show_default=True, help="Repetitions, for kernels and prefill."
+)
 @click.option("--json", "json_out", metavar="FILE", help="Write everything measured as JSON.")
 def command(
     artifact: str | None, random_weights: str | None, model: str | None, parts: str, context: int | None,
-    batch: int | None, mem: str, widths: str, dtype: str | None, tokens: int, rounds: int, json_out: str | None,
+    batch: int | None, mem: str, bits: str, dtype: str | None, tokens: int, rounds: int, json_out: str | None,
 ) -> None:  # fmt: skip
     """Measure an artifact's model, or a known shape with random weights: attention of one layer against the bytes it
     reads, decoding end to end beside transformers' full cache, and what the compiled scorer costs at prefill. All
-    figures of a table are from one run in which the methods take turns."""
+    figures in a table come from one run in which the methods take turns."""
     if (artifact is None) == (random_weights is None):
         raise click.UsageError("expected either an ARTIFACT.kvb or --random-weights NAME")
     chosen = [part.strip() for part in parts.split(",")]
@@ -60,7 +66,7 @@ def command(
     from kvcompile.bench.subjects import ragged_plan, random_model
     from kvcompile.models import load
 
-    with display.quiet_transformers():
+    with output.quiet_transformers():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if plan is not None:
             kind = dtype or plan.model.dtype
@@ -71,18 +77,18 @@ def command(
             kind = dtype or "bfloat16"
             subject = random_model(random_weights, getattr(torch, kind), device)
             context, batch, identity = context or 8192, batch or 1, identify(subject, random_weights)
-            plan = ragged_plan(identity, context, batch, float(share.amount) / 100, kind, widths)
+            plan = ragged_plan(identity, context, batch, float(share.amount) / 100, kind, bits)
         found: dict[str, Any] = {"setting": _setting(device, identity.name, context, batch, kind, plan)}
-        with display.progress_bars() as report:
+        with progress.stages() as report:
             for number, part in enumerate(chosen):
                 report("measuring", number, len(chosen))
                 found[part] = _measure(part, subject, plan, context, batch, kind, tokens, rounds)
     if json_out is not None:
-        display.write_text(Path(json_out), json.dumps(found, indent=1) + "\n")
-    console = display.stdout if display.stdout.is_terminal else Console(width=120)
+        output.write_text(Path(json_out), json.dumps(found, indent=1) + "\n")
+    console = output.wide()
     console.print(", ".join(f"{name} {value}" for name, value in found["setting"].items()))
     for part in chosen:
-        console.print(_table(part, found[part]))
+        console.print(tables.speed(part, found[part]))
 
 
 def _measure(part: str, model: Any, plan: Any, context: int, batch: int, dtype: str, tokens: int, rounds: int) -> Any:
@@ -113,27 +119,3 @@ def _setting(device: Any, name: str, context: int, batch: int, dtype: str, plan:
         "python": platform.python_version(), **{package: importlib.metadata.version(package) for package in packages},
         "date": datetime.date.today().isoformat(),
     }  # fmt: skip
-
-
-def _table(part: str, found: Any) -> Table:
-    if part == "prefill":
-        table = Table("prefill", "seconds", "of full cache", title_justify="left")
-        for name, seconds in found.items():
-            table.add_row(name, f"{seconds:.3f}", f"{seconds / found['full cache']:.3f}")
-        return table
-    if part == "decode":
-        table = Table("decode", "cache", "ms a step", "tokens/s", "of copy bandwidth", "host waits")
-        for row in found:
-            waits = "-" if row["host_syncs"] is None else str(row["host_syncs"])
-            table.add_row(
-                row["method"], f"{row['cache_bytes'] / 1e6:.1f} MB", f"{row['seconds'] * 1e3:.2f}",
-                f"{row['tokens_per_second']:.1f}", f"{row['of_copy']:.0%}", waits,
-            )  # fmt: skip
-        return table
-    table = Table("attention of a layer", "bytes", "of full", "us", "of copy bandwidth", "times the best full")
-    for row in found:
-        table.add_row(
-            row["method"], f"{row['bytes'] / 1e6:.1f} MB", f"{row['share']:.1%}", f"{row['seconds'] * 1e6:.1f}",
-            f"{row['of_copy']:.0%}", f"{row['speedup']:.2f}",
-        )  # fmt: skip
-    return table

@@ -11,8 +11,9 @@ import click
 from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
 from kvcompile.artifacts import Artifact, TargetError, fetch
-from kvcompile.cli import display
-from kvcompile.problem import KV_DTYPES, WIDTHS, Options, check_out
+from kvcompile.cli import output, progress
+from kvcompile.kernels.codecs import names
+from kvcompile.problem import KV_DTYPES, Options, check_out
 from kvcompile.problem.memory import parse_memory
 from kvcompile.report.summary import summary
 from kvcompile.stages import PROFILE_TOKENS
@@ -22,7 +23,9 @@ class AllocatorName(click.Choice[str]):
     """A name, or `file:PATH` for a file of another system."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return value if str(value).startswith(FILE) else super().convert(value, param, ctx)
+        if str(value).startswith(FILE) or value in ALLOCATORS:  # registered after this module was imported
+            return value
+        return super().convert(value, param, ctx)
 
 
 POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
@@ -30,34 +33,48 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 
 @click.command("build", short_help="profile a model, solve for a memory target, write an artifact")
 @click.option("--model", metavar="NAME", help="Alias (smollm2-135m), hub id, folder or GGUF file.")
-@click.option("--from", "old", metavar="FILE", help="Solve anew from this artifact's curves, without the model.")
+@click.option(
+    "--from", "old", metavar="FILE", help="Solve another target from this artifact's loss curves, without the model."
+)
 @click.option(
     "--mem", required=True, metavar="SIZE",
-    help="8GB, 512MiB, or a share of the full cache such as 25%; several, parted by commas, write a file each.",
+    help="Bytes of the cache: 8GB, 512MiB, or a share of the full cache such as 25%. Several, separated by commas, "
+    "write one file each.",
 )  # fmt: skip
-@click.option("--context", type=click.IntRange(1), help="Tokens a sequence.  [default: the model's]")
-@click.option("--batch", type=click.IntRange(1), help="Sequences.  [default: 1]")
+@click.option("--context", type=click.IntRange(1), help="Tokens in a sequence.  [default: the model's]")
+@click.option("--batch", type=click.IntRange(1), help="Sequences at once.  [default: 1]")
 @click.option(
     "--allocator", type=AllocatorName(list(ALLOCATORS)), default="optimal", show_default=True,
-    help="Or file:PATH, a file of another system (see `kvcompile export`), as importance or as the plan.",
+    help="How budgets are chosen; or file:PATH, another system's plan or importance scores (see `kvcompile export`).",
 )  # fmt: skip
-@click.option("--policy", type=click.Choice(POLICIES), help="Token policy.  [default: the allocator's own]")
 @click.option(
-    "--kv-dtype", type=click.Choice(["auto", *KV_DTYPES, *WIDTHS]), default="auto",
-    show_default=True, help="Element type of the cache; auto: the model's, and 8 or 4 bits where that is better.",
+    "--policy", type=click.Choice(POLICIES), help="Which tokens a head keeps.  [default: the allocator's own]"
+)
+@click.option(
+    "--kv-dtype", type=click.Choice(["auto", *KV_DTYPES, *names()]), default="auto",
+    show_default=True,
+    help="How keys and values are stored; auto: in the model's dtype, and in 8 or 4 bits where the loss is then "
+    "smaller.",
 )  # fmt: skip
-@click.option("--classes-per-layer", type=click.IntRange(1), metavar="K", help="At most K distinct choices a layer.")
+@click.option(
+    "--classes-per-layer",
+    type=click.IntRange(1),
+    metavar="K",
+    help="At most K different budgets among the heads of a layer.",
+)
 @click.option("--tp", type=click.IntRange(1), metavar="N", help="Place the heads on N tensor-parallel ranks.")
 @click.option(
     "--refine", type=click.IntRange(0), default=0, metavar="N",
-    help="Measure the plan and N others, and keep what measures best.",
+    help="Measure the plan and N others with the model, and keep the best.",
 )  # fmt: skip
-@click.option("--calib", metavar="PATH", help="Text to calibrate on beside our own: a file, a folder, jsonl.")
+@click.option(
+    "--calib", metavar="PATH", help="Text to calibrate on, beside the built-in families: a file, a folder or JSONL."
+)
 @click.option(
     "--profile-tokens", type=click.IntRange(64), metavar="N",
-    help=f"Longest context that is profiled.  [default: {PROFILE_TOKENS}]",
+    help=f"Longest context to profile, in tokens.  [default: {PROFILE_TOKENS}]",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the calibration text.")
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
@@ -67,16 +84,18 @@ def command(
 ) -> None:  # fmt: skip
     """Profile a model, solve for per-head budgets under a memory target, and write an artifact.
 
-    With several targets the file of each has it in its name: x.kvb becomes x-25pct.kvb, x-2GB.kvb.
+    With several targets, each file is named after its own: x.kvb becomes x-25pct.kvb, x-2GB.kvb.
     """
     if (model is None) == (old is None):
         raise click.UsageError("give either --model NAME or --from FILE")
     if old is not None and refine:
         raise click.UsageError("--refine measures with the model: give --model NAME instead of --from FILE")
     if old is not None and profile_tokens is not None:
-        raise click.UsageError("--profile-tokens profiles the model: give --model NAME instead of --from FILE")
+        raise click.UsageError(
+            "--profile-tokens is about profiling the model: give --model NAME instead of --from FILE"
+        )
     if refine and allocator != "optimal":
-        raise click.UsageError("--refine improves the plans of --allocator optimal alone")
+        raise click.UsageError("--refine works with --allocator optimal only")
     source = Path(model or old or "")
     stem = source.name.removesuffix(".gguf").removesuffix(".kvb") or "artifact"
     # Without a name of its own, what is solved anew must not take its source's place.
@@ -98,7 +117,7 @@ def command(
             {"artifact": str(file), **summary(one), "seconds": seconds}
             for file, one in zip(wanted.values(), built, strict=True)
         ]
-        display.print_json(reports[0] if len(reports) == 1 else reports)
+        output.print_json(reports[0] if len(reports) == 1 else reports)
         return
     for file, one in zip(wanted.values(), built, strict=True):
         _print(one, file)
@@ -127,10 +146,10 @@ def _from_model(
 ) -> list[Artifact]:
     from kvcompile.models import load
 
-    with display.quiet_transformers():
-        with display.stderr.status(f"loading {name}"):
+    with output.quiet_transformers():
+        with progress.waiting(f"loading {name}"):
             loaded = load(name)
-        with display.progress_bars() as report:
+        with progress.stages() as report:
             return compiler.build_many(
                 loaded.model, loaded.tokenizer, dict(wanted), options, calib=calib, refine=refine, seed=seed,
                 profile_tokens=tokens, name=loaded.name, report=report,
@@ -140,14 +159,14 @@ def _from_model(
 def _print(artifact: Artifact, path: Path) -> None:
     account, solver = artifact.bytes, artifact.solver
     click.echo(f"{path}: {artifact.model.name} at {artifact.target.context} tokens, batch {artifact.target.batch}")
-    click.echo(f"  target    {display.human(artifact.target.bytes)}")
-    click.echo(
-        f"  resident  {display.human(account.resident)}, {account.resident / account.full:.1%} of the full cache"
-    )
-    click.echo(f"  prefill   {display.human(account.transient)} more for one layer at a time")
-    click.echo(f"  weights   {display.human(account.scorer)} of scorer and quantiser, once")
+    click.echo(f"  target    {output.human(artifact.target.bytes)}")
+    click.echo(f"  resident  {output.human(account.resident)}, {account.resident / account.full:.1%} of the full cache")
+    click.echo(f"  prefill   {output.human(account.transient)} more, for one layer at a time")
+    click.echo(f"  weights   {output.human(account.scorer)} of scorer and quantiser, loaded once")
     if "bound" in solver:
+        loss = artifact.predicted_loss
+        predicted = f"{loss:.4g} nats a token predicted" if loss == loss else "not predicted, as no profile measures it"
         click.echo(
-            f"  loss      {artifact.predicted_loss:.4g} nats a token predicted; objective {solver['objective']:.4g}, "
+            f"  loss      {predicted}; objective {solver['objective']:.4g}, "
             f"bound {solver['bound']:.4g}, gap {solver['gap']:.2g}"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from kvcompile.artifacts import Artifact, ExchangeError, fetch
-from kvcompile.cli import display
+from kvcompile.cli import output, progress
 
 
 @click.command("export", short_help="write an artifact's plan for another system")
@@ -27,21 +27,21 @@ def command(artifact: str, target: str, out: str, model: str | None, as_json: bo
     plan = fetch(artifact)
     if target == "onnx":
         report = write_onnx(plan, model or plan.model.name, Path(out))
-        display.print_json(report) if as_json else _print_onnx(report)
+        output.print_json(report) if as_json else _print_onnx(report)
         return
     if model is not None:
         raise ExchangeError(f"--model is for onnx alone: {target} is written from the artifact")
-    from kvcompile import formats
+    from kvcompile.export import EXPORTS, export, write
 
-    if target not in formats.FORMATS:
-        raise ExchangeError(f"there is no format {target!r}: expected one of onnx, {', '.join(formats.FORMATS)}")
-    with display.stderr.status(f"writing {out}"):
-        made = formats.export(plan, target)
-        formats.write(made.files, formats.FORMATS[target], Path(out))
+    if target not in EXPORTS:
+        raise ExchangeError(f"there is no format {target!r}: expected one of onnx, {', '.join(EXPORTS)}")
+    with progress.waiting(f"writing {out}"):
+        made = export(plan, target)
+        write(made, Path(out))
     before, after = (None if loss != loss else loss for loss in (plan.predicted_loss, made.loss))
     if as_json:
         report = {"out": out, "format": target, "lost": made.lost, "predicted_loss": before, "exported_loss": after}
-        display.print_json(report)
+        output.print_json(report)
         return
     click.echo(f"{out}: {target}")
     click.echo(f"  lost      {made.lost or 'nothing: reading it gives the same budgets'}")
@@ -63,10 +63,10 @@ def write_onnx(plan: Artifact, name: str, out: Path) -> dict[str, Any]:
 
     from kvcompile.models import load
 
-    with display.quiet_transformers():
-        with display.stderr.status("loading the model"):
+    with output.quiet_transformers():
+        with progress.waiting("loading the model"):
             loaded = load(name, dtype=torch.float32, device="cpu")
-        with display.stderr.status(f"writing {out}"):
+        with progress.waiting(f"writing {out}"):
             made = export(plan, loaded.model, loaded.tokenizer, out)
     return {
         "out": str(out), "format": "onnx", "lost": None, "cache_bytes": made.cache, "weight_bytes": made.weights,
@@ -77,5 +77,5 @@ def write_onnx(plan: Artifact, name: str, out: Path) -> dict[str, Any]:
 def _print_onnx(report: dict[str, Any]) -> None:
     click.echo(f"{report['out']}: onnx, {report['nodes']} nodes")
     click.echo("  lost      nothing")
-    click.echo(f"  cache     {display.human(report['cache_bytes'])}, as the artifact promises")
-    click.echo(f"  weights   {display.human(report['weight_bytes'])} in float32")
+    click.echo(f"  cache     {output.human(report['cache_bytes'])}, as the artifact promises")
+    click.echo(f"  weights   {output.human(report['weight_bytes'])} in float32")

@@ -2,51 +2,78 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import click
 
 from kvcompile.artifacts import Artifact, CacheError, fetch
-from kvcompile.cli import display
+from kvcompile.cli import output, progress
 
 
 @click.command("run", short_help="answer a prompt inside an artifact's budget")
 @click.argument("artifact", metavar="ARTIFACT.kvb")
 @click.option("--prompt", required=True, metavar="FILE", help="A text file; - reads stdin.")
 @click.option("--model", metavar="NAME", help="Where to load the model from.  [default: as the artifact says]")
-@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: greedy.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--top-k", type=click.IntRange(0), default=0, show_default=True, help="0: all.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True,
+    help="Sample from the likeliest tokens that together have this probability.",
+)  # fmt: skip
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Sample from this many likeliest tokens; 0: from all.",
+)
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
+@click.option("--compare", is_flag=True, help="Answer with the full cache too, and show where the answers part.")
 @click.option("--json", "as_json", is_flag=True, help="The answer and its figures as JSON on stdout.")
 def command(
     artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-    seed: int, raw: bool, as_json: bool,
+    seed: int, raw: bool, compare: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr."""
+    """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr. With --compare both answers are
+    shown when both are done, with their figures."""
     plan = fetch(artifact)
     text = read_prompt(prompt)
 
     import torch
 
+    from kvcompile.cli.answer import Asked, prompt_ids, with_budget, with_full_cache
     from kvcompile.models import fast_dtype, load
+    from kvcompile.runtime import Sampling
 
-    with display.quiet_transformers():
-        with display.stderr.status("loading the model"):
+    with output.quiet_transformers():
+        with progress.waiting("loading the model"):
             loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
-        torch.manual_seed(seed)
-        from kvcompile.runtime import Sampling
+        ids = prompt_ids(loaded.tokenizer, text, raw)
+        asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed)
+        _note_length(ids.shape[1], plan.target.context)
+        if not compare:
+            answer = with_budget(loaded, plan, asked, silent=as_json)
+            result = figures(plan, ids.shape[1], answer)
+            output.print_json(result) if as_json else _print(result)
+            return
+        from kvcompile.cli.comparison import Comparison, part, show
 
-        result = answer(loaded, plan, text, raw, as_json, max_new_tokens, Sampling(temperature, top_p, top_k))
+        with progress.waiting("answering with the artifact"):
+            budget = with_budget(loaded, plan, asked, silent=True)
+        with progress.waiting("answering with the full cache"):
+            full = with_full_cache(loaded, asked, getattr(torch, plan.target.dtype))
+    parting = part(loaded.tokenizer, budget.tokens, full.tokens)
     if as_json:
-        display.print_json(result)
+        output.print_json({
+            **figures(plan, ids.shape[1], budget), "full_cache": _own(full), "same": parting is None,
+            "parting": None if parting is None else dataclasses.asdict(parting),
+        })  # fmt: skip
     else:
-        _print(result)
+        show(output.stdout, Comparison(plan.target.context, ids.shape[1], budget, full, parting))
 
 
 def read_prompt(path: str) -> str:
@@ -60,56 +87,41 @@ def read_prompt(path: str) -> str:
     except OSError as error:
         raise CacheError(f"the prompt {path} cannot be read ({error.strerror}): expected a text file") from None
     except UnicodeDecodeError:
-        raise CacheError(f"the prompt {path} is no UTF-8 text: expected a text file") from None
+        raise CacheError(f"the prompt {path} is not UTF-8 text: expected a text file") from None
     if not text.strip():
         raise CacheError(f"the prompt {path} is empty: expected some text to answer")
     return text
 
 
-def answer(
-    loaded: Any, plan: Artifact, text: str, raw: bool, silent: bool, max_new_tokens: int, sampling: Any
-) -> dict[str, Any]:
-    """Generate inside the budget, streaming to stdout unless `silent`; the text and its figures."""
-    from kvcompile.cli.streamer import TimedStreamer
-    from kvcompile.models import ending_tokens
-    from kvcompile.runtime import attach, generate
-
-    tokenizer, model = loaded.tokenizer, loaded.model
-    if not raw and tokenizer.chat_template:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
-    else:
-        ids = tokenizer(text, return_tensors="pt").input_ids
-    cache = attach(model, plan).new_cache()
-    if ids.shape[1] > plan.target.context:
-        click.echo(
-            f"note: the prompt has {ids.shape[1]} tokens and the artifact was built for {plan.target.context}; "
-            "what does not fit its budget is dropped",
-            err=True,
-        )
-    streamer = TimedStreamer(tokenizer, silent)
-    streamer.put(ids)
-    ids = ids.to(model.device)
-    output = generate(
-        model, cache, ids, max_new_tokens=max_new_tokens, sampling=sampling, eos=ending_tokens(model, tokenizer),
-        on_token=streamer.put,
-    )  # fmt: skip
-    streamer.end()
-    end = time.perf_counter()
-    new = output[0]
-    decoding = max(end - streamer.first_token, 1e-9)
+def figures(plan: Artifact, prompt_tokens: int, answer: Any) -> dict[str, Any]:
+    """What `--json` says of an answer inside the budget; bytes are those of one sequence."""
     return {
-        "text": tokenizer.decode(new, skip_special_tokens=True),
-        "prompt_tokens": int(ids.shape[1]),
-        "new_tokens": len(new),
-        "prefill_seconds": streamer.first_token - streamer.start,
-        "tokens_per_second": (len(new) - 1) / decoding,
-        "cache_bytes": cache.nbytes,
+        **_own(answer),
+        "prompt_tokens": prompt_tokens,
         "artifact_bytes": plan.bytes.resident // plan.target.batch,
         "target_bytes": plan.target.bytes // plan.target.batch,
         "full_bytes": plan.bytes.full // plan.target.batch,
     }
+
+
+def _own(answer: Any) -> dict[str, Any]:
+    """An answer's own figures."""
+    return {
+        "text": answer.text,
+        "new_tokens": len(answer.tokens),
+        "prefill_seconds": answer.prefill_seconds,
+        "tokens_per_second": answer.tokens_per_second,
+        "cache_bytes": answer.cache_bytes,
+    }
+
+
+def _note_length(tokens: int, context: int) -> None:
+    if tokens > context:
+        click.echo(
+            f"note: the prompt has {tokens} tokens, more than the {context} that the artifact was built for; the cache "
+            "keeps its size, so a smaller share of them is kept",
+            err=True,
+        )
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -117,7 +129,7 @@ def _print(result: dict[str, Any]) -> None:
     click.echo(
         f"\n{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.1f} s, "
         f"{result['new_tokens']} new ones at {result['tokens_per_second']:.1f} a second\n"
-        f"cache: {display.human(result['cache_bytes'])} in use, {share:.1%} of the full one\n"
-        f"target: {display.human(result['target_bytes'])}",
+        f"cache: {output.human(result['cache_bytes'])} in use, {share:.1%} of the full one\n"
+        f"target: {output.human(result['target_bytes'])}",
         err=True,
     )

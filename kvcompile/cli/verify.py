@@ -7,25 +7,27 @@ from typing import Any
 import click
 
 from kvcompile.artifacts import Artifact, ArtifactError, fetch
-from kvcompile.cli import display
+from kvcompile.cli import output, progress
 
 
 @click.command("verify", short_help="check an artifact, and its byte account against a model")
 @click.argument("artifact", metavar="ARTIFACT.kvb")
-@click.option("--model", metavar="NAME", help="Also check that it is for this model, and allocate its cache.")
+@click.option("--model", metavar="NAME", help="Also check that the artifact is for this model, and allocate a cache.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(artifact: str, model: str | None, as_json: bool) -> None:
-    """Check a file field by field; with a model, check its fingerprint and measure the bytes that a cache takes."""
+    """Check a file field by field; with --model, the model's fingerprint and the bytes of a real cache too."""
     plan = fetch(artifact)
     report: dict[str, Any] = {"artifact": artifact, "valid": True, "resident_bytes": plan.bytes.resident}
     if model is not None:
         report |= {"model": model, "measured_bytes": measured_bytes(plan, artifact, model)}
     if as_json:
-        display.print_json(report)
+        output.print_json(report)
         return
-    click.echo(f"{artifact}: valid, {display.human(plan.bytes.resident)} for {plan.model.name}")
+    click.echo(f"{artifact}: valid, {output.human(plan.bytes.resident)} for {plan.model.name}")
     if model is not None:
-        click.echo(f"{model}: is the model it is for, and a cache takes {display.human(report['measured_bytes'])}")
+        click.echo(
+            f"{model}: the model that the artifact is for; a cache takes {output.human(report['measured_bytes'])}"
+        )
 
 
 def measured_bytes(plan: Artifact, source: str, model: str) -> int:
@@ -40,7 +42,7 @@ def measured_bytes(plan: Artifact, source: str, model: str) -> int:
     from kvcompile.models import load
     from kvcompile.runtime import attach
 
-    with display.quiet_transformers(), display.stderr.status(f"loading {model}"):
+    with output.quiet_transformers(), progress.waiting(f"loading {model}"):
         loaded = load(model, dtype=getattr(torch, plan.model.dtype))
         measured = attach(loaded.model, plan).new_cache(plan.target.batch).nbytes
     if measured != plan.bytes.resident:

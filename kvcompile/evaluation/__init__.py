@@ -1,7 +1,8 @@
 """Quality after compression: text that goes on, quotes and questions, at equal bytes for every method."""
 
+from kvcompile.evaluation.held_out import evaluation_families
 from kvcompile.evaluation.methods import METHODS, Contender, contenders
 from kvcompile.evaluation.run import Row, evaluate
 from kvcompile.evaluation.summary import Summary, summarise
 
-__all__ = ["METHODS", "Contender", "Row", "Summary", "contenders", "evaluate", "summarise"]
+__all__ = ["METHODS", "Contender", "Row", "Summary", "contenders", "evaluate", "evaluation_families", "summarise"]

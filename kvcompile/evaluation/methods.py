@@ -20,7 +20,7 @@ METHODS: dict[str, tuple[str, str | None]] = {
     "snapkv": ("uniform", "snapkv"),
     "scored": ("uniform", "scored"),
 }
-"""Allocator and token policy (None: the allocator's own) of every method; all but `optimal` keep the cache's own type.
+"""Allocator and token policy (None: the allocator's own) of every method; all but `optimal` store in the cache dtype.
 `h2o`, `snapkv` and `scored` are these policies with equal budgets."""
 
 

@@ -62,7 +62,7 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
         panel.set_yscale("log")
         panel.set_xticks(shares, [f"{share:.1%}" for share in shares], rotation=45)
         panel.minorticks_off()
-        panel.set_xlabel("bytes of the full cache")
+        panel.set_xlabel("share of the full cache's bytes")
         panel.set_title(label)
         panel.grid(alpha=0.3)
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)

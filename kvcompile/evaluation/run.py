@@ -37,8 +37,8 @@ def evaluate(
 ) -> list[Row]:
     """Rows of the full cache first (method `full cache`), then of every plan; the model is as before afterwards.
 
-    The prompt is exact for all plans and the first row of a continuation is predicted by its own first token, so every
-    judged token is predicted from the compressed cache.
+    Prefill is exact for all plans, and a continuation is judged from its second token on, so every judged token is
+    predicted from the compressed cache.
     """
     from transformers import DynamicCache
 

@@ -1,1 +1,5 @@
-"""An artifact -> another system: plans for other caches, and whole models as ONNX (`export.onnx`)."""
+"""An artifact -> another system: plans as its files (`plans`), and whole models as ONNX (`export.onnx`)."""
+
+from kvcompile.export.plans import EXPORTS, Export, Exporter, export, register, write
+
+__all__ = ["EXPORTS", "Export", "Exporter", "export", "register", "write"]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.artifacts import Artifact, ExchangeError, token_limits
+from kvcompile.artifacts import ExchangeError
 
 MOST = 1 << 28
 """Bytes of a file that is looked at."""
@@ -83,12 +83,5 @@ def count(path: Path, found: Mapping[str, Any], name: str, least: int) -> int:
 
 
 def json_object(value: Mapping[str, Any]) -> bytes:
-    """One line of JSON, as HeadKV reads it."""
+    """One line of JSON."""
     return json.dumps(value).encode() + b"\n"
-
-
-def kept_shares(artifact: Artifact) -> NDArray[np.float64]:
-    """The part of its tokens that every head keeps, [L, H]."""
-    limits = np.array(token_limits(artifact.model.windows, artifact.target.context))
-    shares: NDArray[np.float64] = artifact.budgets.capacity / limits[:, None]
-    return shares

@@ -10,28 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcompile.allocators.foreign import Gates
-from kvcompile.artifacts import POLICIES, Artifact
-from kvcompile.formats.common import count, json_object, kept_shares, numbers, parsed, whole
+from kvcompile.formats.base import Format
+from kvcompile.formats.common import count, json_object, numbers, parsed, whole
+from kvcompile.formats.values import Gates
 
 TABLE, CONFIG = "full_attention_heads.tsv", "config.json"
-SINK, RECENT = 128, 256
-"""Streaming heads as the paper has them."""
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
-    """Full heads have gate 1. Where all others are alike and of policy `recent` they have gate 0, and their sinks and
-    ring are the configuration; otherwise the gate is the share of tokens kept, and streaming heads are the paper's."""
-    budgets, gates = artifact.budgets, kept_shares(artifact)
-    narrow = gates < 1
-    shapes = {tuple(row) for row in np.stack([budgets.policy, budgets.sink, budgets.recent], -1)[narrow].tolist()}
-    sink, recent = SINK, RECENT
-    if len(shapes) == 1 and next(iter(shapes))[0] == POLICIES.index("recent"):
-        _, sink, recent = next(iter(shapes))
-        gates = np.where(narrow, 0.0, gates)
-    table = io.BytesIO()
-    np.savetxt(table, gates, fmt="%.10f", delimiter="\t")
-    return {TABLE: table.getvalue(), CONFIG: json_object({"sink_size": int(sink), "recent_size": int(recent)})}
+def owns(path: Path) -> bool:
+    return path.is_dir() or path.suffix == ".tsv"
 
 
 def read(path: Path) -> Gates:
@@ -42,4 +29,14 @@ def read(path: Path) -> Gates:
     config = folder / CONFIG
     sizes = parsed(config, whole)
     sink, recent = count(config, sizes, "sink_size", 0), count(config, sizes, "recent_size", 1)
+    # A gate is trained freely and clipped where it is used.
     return Gates(str(path), np.clip(numbers(table, {"gates": gates}, "gates"), 0, 1), sink, recent)
+
+
+def write(value: Gates) -> dict[str, bytes]:
+    table = io.BytesIO()
+    np.savetxt(table, value.gates, fmt="%.10f", delimiter="\t")
+    return {TABLE: table.getvalue(), CONFIG: json_object({"sink_size": value.sink, "recent_size": value.recent})}
+
+
+FORMAT = Format(read, write, owns, looks="a folder of DuoAttention's, or .tsv", folder=True)

@@ -10,19 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from kvcompile.allocators.foreign import Importance
-from kvcompile.artifacts import Artifact, ExchangeError
+from kvcompile.artifacts import ExchangeError
+from kvcompile.formats.base import Format
 from kvcompile.formats.common import json_object, numbers, parsed, whole
+from kvcompile.formats.values import Importance
 
 FILE = "head_scores.json"
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
-    """The score of a query head is the number of tokens of its KV head, so that a division in proportion gives them."""
-    group = artifact.model.num_attention_heads // artifact.model.num_kv_heads
-    tokens = np.repeat(artifact.budgets.capacity, group, axis=1).tolist()
-    scores = {f"{layer}-{head}": [n] for layer, row in enumerate(tokens) for head, n in enumerate(row)}
-    return {FILE: json_object(scores)}
+def owns(path: Path) -> bool:
+    return path.suffix == ".json"
 
 
 def read(path: Path) -> Importance:
@@ -36,3 +33,16 @@ def read(path: Path) -> Importance:
     for place, key in zip(places, scores, strict=True):
         table[place] = np.mean(numbers(path, scores, key, 0))
     return Importance(str(path), table)
+
+
+def write(value: Importance) -> dict[str, bytes]:
+    """A list of one score for every head of `value.weights`; whole numbers are written as such."""
+    scores = {
+        f"{layer}-{head}": [int(score) if score.is_integer() else score]
+        for layer, row in enumerate(value.weights.tolist())
+        for head, score in enumerate(row)
+    }
+    return {FILE: json_object(scores)}
+
+
+FORMAT = Format(read, write, owns, looks=".json")

@@ -5,39 +5,22 @@ Format: kvpress (`LUKVPress`) and github.com/baidu-baige/LU-KV, arXiv 2602.08585
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from pathlib import Path
 
 import numpy as np
 
-from kvcompile.allocators import least_bytes
-from kvcompile.allocators.foreign import Curves
-from kvcompile.allocators.optimal import Optimal
-from kvcompile.artifacts import Artifact, ExchangeError
-from kvcompile.assemble import stored_parts
+from kvcompile.artifacts import ExchangeError
+from kvcompile.formats.base import Format
 from kvcompile.formats.common import numbers, parsed
-from kvcompile.problem import Options, pose_with
+from kvcompile.formats.values import Curves
 
 LEVELS = 99
 FILE = "curves.npy"
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
-    """Solved anew at every level from the artifact's curves, with elements of the cache's own type."""
-    target = artifact.target
-    parts = stored_parts(artifact)
-    options = Options(target.context, target.batch, kv_dtype=target.dtype)
-    problem = pose_with(artifact.model, parts, target, options)
-    full = artifact.bytes.full // target.batch
-    pruned = []
-    for level in range(1, LEVELS + 1):
-        size = max(full * (LEVELS + 1 - level) // (LEVELS + 1), least_bytes(problem))
-        plan = Optimal(integer_search=False)(dataclasses.replace(problem, target=size))
-        pruned.append(1 - plan.capacity / problem.limit[:, None])
-    file = io.BytesIO()
-    np.save(file, np.asarray(pruned, np.float32), allow_pickle=False)
-    return {FILE: file.getvalue()}
+def owns(path: Path) -> bool:
+    return path.suffix == ".npy"
 
 
 def read(path: Path) -> Curves:
@@ -49,3 +32,15 @@ def read(path: Path) -> Curves:
             f"{path} has the shape {pruned.shape}: expected [{LEVELS}, layers, heads] of shares from 0 to 1"
         )
     return Curves(str(path), 1 - pruned)
+
+
+def write(value: Curves) -> dict[str, bytes]:
+    """Raises ExchangeError for another number of levels."""
+    if len(value.kept) != LEVELS:
+        raise ExchangeError(f"LU-KV's file has no place for {len(value.kept)} levels: expected {LEVELS}")
+    file = io.BytesIO()
+    np.save(file, np.asarray(1 - value.kept, np.float32), allow_pickle=False)
+    return {FILE: file.getvalue()}
+
+
+FORMAT = Format(read, write, owns, looks=".npy")

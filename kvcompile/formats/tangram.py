@@ -14,39 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.allocators.foreign import Curves, Importance
-from kvcompile.artifacts import Artifact, ExchangeError, token_limits
-from kvcompile.formats.common import count, kept_shares, numbers, parsed
+from kvcompile.artifacts import ExchangeError
+from kvcompile.formats.base import Format
+from kvcompile.formats.common import count, numbers, parsed
+from kvcompile.formats.values import Curves, Importance
 
 FILE = "cluster_map.npz"
 GROUPS = (4, 2, 1)
 """Heads in a cluster: the first that divides their number; 4 is what Tangram's own maps have."""
+ARRAYS = ("ratio_per_head", "rank_score", "cluster_of", "page_group_size")
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
-    """A map over all layers (scope `global`)."""
-    limits = np.array(token_limits(artifact.model.windows, artifact.target.context))
-    static = np.flatnonzero(limits == artifact.target.context)
-    score = kept_shares(artifact)[static].astype(np.float32)
-    size = next(size for size in GROUPS if score.size % size == 0)
-    clusters = np.argsort(-score, axis=None, kind="stable").reshape(-1, size)
-    members = np.stack(np.unravel_index(np.sort(clusters, axis=1), score.shape), -1).astype(np.int32)
-    cluster_of, column_of = (np.zeros(score.shape, np.int32) for _ in range(2))
-    for cluster, heads in enumerate(members):
-        for column, (layer, head) in enumerate(heads):
-            cluster_of[layer, head], column_of[layer, head] = cluster, column
-    meta = {
-        "source_model": artifact.model.name, "page_group_size": size, "num_layers": len(static),
-        "static_layer_ids": static.tolist(), "num_kv_heads": score.shape[1], "num_clusters": len(members),
-        "cluster_scope": "global",
-    }  # fmt: skip
-    file = io.BytesIO()
-    np.savez(
-        file, cluster_of=cluster_of, column_of=column_of, cluster_members=members, rank_score=score,
-        page_group_size=np.int32(size), base_ratio=np.float32(score.mean()),
-        meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
-    )  # fmt: skip
-    return {FILE: file.getvalue()}
+def owns(path: Path) -> bool:
+    return path.suffix == ".npz"
 
 
 def read(path: Path) -> Importance | Curves:
@@ -68,9 +48,35 @@ def read(path: Path) -> Importance | Curves:
     return Importance(str(path), largest[clusters])
 
 
-ARRAYS = ("ratio_per_head", "rank_score", "cluster_of", "page_group_size")
+def write(value: Importance) -> dict[str, bytes]:
+    """A cluster map over all layers that have any weight (scope `global`), for the model that `value.source` names."""
+    static = np.flatnonzero(value.weights.any(axis=1))
+    score = value.weights[static].astype(np.float32)
+    size = next(size for size in GROUPS if score.size % size == 0)
+    # Neighbours in order of score make a cluster; within it heads stand in order of layer and head.
+    clusters = np.argsort(-score, axis=None, kind="stable").reshape(-1, size)
+    members = np.stack(np.unravel_index(np.sort(clusters, axis=1), score.shape), -1).astype(np.int32)
+    cluster_of, column_of = (np.zeros(score.shape, np.int32) for _ in range(2))
+    for cluster, heads in enumerate(members):
+        for column, (layer, head) in enumerate(heads):
+            cluster_of[layer, head], column_of[layer, head] = cluster, column
+    meta = {
+        "source_model": value.source, "page_group_size": size, "num_layers": len(static),
+        "static_layer_ids": static.tolist(), "num_kv_heads": score.shape[1], "num_clusters": len(members),
+        "cluster_scope": "global",
+    }  # fmt: skip
+    file = io.BytesIO()
+    np.savez(
+        file, cluster_of=cluster_of, column_of=column_of, cluster_members=members, rank_score=score,
+        page_group_size=np.int32(size), base_ratio=np.float32(score.mean()),
+        meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+    )  # fmt: skip
+    return {FILE: file.getvalue()}
 
 
 def _arrays(data: bytes) -> dict[str, NDArray[np.generic]]:
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         return {name: file[name] for name in ARRAYS if name in file}
+
+
+FORMAT = Format(read, write, owns, looks=".npz")

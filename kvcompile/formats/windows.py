@@ -5,25 +5,20 @@ tokens, and `sink_token_length`. The names are those of TensorRT-LLM's `KvCacheC
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from kvcompile.allocators.foreign import Windows
-from kvcompile.artifacts import DTYPE_BITS, Artifact, ExchangeError, head_bytes, slot_bytes, token_limits
+from kvcompile.artifacts import ExchangeError
+from kvcompile.formats.base import Format
 from kvcompile.formats.common import MOST_TOKENS, count, json_object, numbers, parsed, whole
+from kvcompile.formats.values import Windows
 
 FILE = "windows.json"
 
 
-def contents(artifact: Artifact) -> dict[str, bytes]:
-    """The window of a layer takes, in the cache's own type, at most the bytes that the layer takes now."""
-    bits = DTYPE_BITS[artifact.target.dtype]
-    size = head_bytes(artifact.budgets, artifact.model.head_dim, bits).sum(1)
-    tokens = size // (artifact.model.num_kv_heads * slot_bytes("recent", artifact.model.head_dim, bits, bits))
-    windows = np.minimum(tokens, token_limits(artifact.model.windows, artifact.target.context))
-    whole_layers = windows >= artifact.target.context
-    sinks = artifact.budgets.sink[~whole_layers] if not whole_layers.all() else artifact.budgets.sink
-    return {FILE: json_object({"max_attention_window": windows.tolist(), "sink_token_length": int(sinks.max())})}
+def owns(path: Path) -> bool:
+    return path.suffix == ".json" and "max_attention_window" in parsed(path, whole)
 
 
 def read(path: Path) -> Windows:
@@ -34,3 +29,13 @@ def read(path: Path) -> Windows:
         raise ExchangeError(f"{path} has max_attention_window {windows.shape}: expected a list of tokens, a layer each")
     sink = count(path, found, "sink_token_length", 0) if "sink_token_length" in found else None
     return Windows(str(path), windows.clip(max=MOST_TOKENS).astype(np.int64), sink)
+
+
+def write(value: Windows) -> dict[str, bytes]:
+    said: dict[str, Any] = {"max_attention_window": value.windows.tolist()}
+    if value.sink is not None:
+        said["sink_token_length"] = value.sink
+    return {FILE: json_object(said)}
+
+
+FORMAT = Format(read, write, owns, looks=".json")

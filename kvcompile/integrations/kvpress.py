@@ -23,7 +23,6 @@ from kvpress.presses.base_press import BasePress
 
 from kvcompile.artifacts import (
     POLICIES,
-    QUANTISED_BITS,
     Artifact,
     CacheError,
     ModelError,
@@ -31,11 +30,12 @@ from kvcompile.artifacts import (
     fetch,
     identify,
 )
-from kvcompile.kernels import HeadClass, LayerLayout, Turn
-from kvcompile.kernels.quantise.api import decode, encode
+from kvcompile.kernels import HeadClass, LayerLayout, Transform
+from kvcompile.kernels.codecs import codec_of, is_quantised
+from kvcompile.kernels.codecs.api import read_back
 from kvcompile.runtime.attach import LayerScorer, layer_layouts
 from kvcompile.runtime.store import kept_tokens
-from kvcompile.runtime.transforms import layer_turn
+from kvcompile.runtime.transforms import layer_transform
 
 SUPPORTED = ("full", "recent", "scored")
 
@@ -109,7 +109,7 @@ class _Layer:
 
     heads: list[HeadClass]
     scorer: LayerScorer | None
-    turn: Turn | None
+    transform: Transform | None
     dtype: torch.dtype
     sliding: bool
 
@@ -119,8 +119,8 @@ class _Layer:
         heads = [replace(head, start=head.start + i, count=1) for head in layout.classes for i in range(head.count)]
         scored = any(head.policy == "scored" for head in heads)
         scorer = LayerScorer(plan.scorer, index, order, like) if scored and plan.scorer is not None else None
-        turn = layer_turn(plan.quantiser, index, order, layout, like.device)
-        return cls(heads, scorer, turn, getattr(torch, plan.target.dtype), layout.window > 0)
+        transform = layer_transform(plan.quantiser, index, order, layout, like.device)
+        return cls(heads, scorer, transform, getattr(torch, plan.target.dtype), layout.window > 0)
 
     def dropped(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, ...] | None:
         """Sequences, heads and tokens of all that is not kept of `count` tokens, or None."""
@@ -135,20 +135,24 @@ class _Layer:
         return gone.nonzero(as_tuple=True) if bool(gone.any()) else None
 
     def stored(self, vectors: torch.Tensor, side: int) -> torch.Tensor:
-        """Keys (`side` 0) or values [B, H, n, D] as they are read back: in the cache's own type, or rounded."""
+        """Keys (`side` 0) or values [B, H, n, D] as they are read back: in the cache dtype, or quantised."""
         found = vectors.to(self.dtype).to(vectors.dtype)
         for h, head in enumerate(self.heads):
             bits = (head.k_bits, head.v_bits)[side]
-            if bits not in QUANTISED_BITS or self.turn is None:
+            if not is_quantised(bits):
                 continue
             where = slice(h, h + 1)
-            turned = (self.turn.keys, self.turn.values)[side](vectors[:, where], where).to(vectors.dtype)
-            read = decode(*encode(turned, bits), bits, torch.float32)
-            if head.sink:  # token 0 is kept exactly
-                read[:, :, 0] = turned[:, :, 0].to(self.dtype).float()
-            back, mean = (
-                (self.turn.key_inverse, self.turn.key_mean),
-                (self.turn.value_inverse, self.turn.value_mean),
-            )[side]
-            found[:, where] = (read @ back[where].mT + mean[where, None]).to(vectors.dtype)
+            y = vectors[:, where]
+            if self.transform is not None:
+                y = (self.transform.keys, self.transform.values)[side](y, where).to(vectors.dtype)
+            read = read_back(y, bits)
+            if head.sink and codec_of(bits).needs_anchor:  # token 0 is kept exactly
+                read[:, :, 0] = y[:, :, 0].to(self.dtype).float()
+            if self.transform is not None:
+                inverse, mean = (
+                    (self.transform.key_inverse, self.transform.key_mean),
+                    (self.transform.value_inverse, self.transform.value_mean),
+                )[side]
+                read = read @ inverse[where].mT + mean[where, None]
+            found[:, where] = read.to(vectors.dtype)
         return found

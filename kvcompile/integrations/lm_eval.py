@@ -2,7 +2,8 @@
 
     python -m kvcompile.integrations.lm_eval --model kvcompile --model_args artifact=a.kvb --tasks hellaswag
 
-is `lm_eval` with that model known to it; from Python, importing this module is enough.
+is `lm_eval` with that model registered; from Python, importing this module registers it. The harness (0.4.13) looks for
+models in a table of its own and reads no entry points, so `lm_eval --model kvcompile` alone cannot find ours.
 """
 
 from __future__ import annotations

@@ -2,14 +2,13 @@
 
 from kvcompile.problem.checks import check, check_out, check_positions, resolve_target
 from kvcompile.problem.memory import Memory, parse_memory
-from kvcompile.problem.options import KV_DTYPES, WIDTHS, Options
+from kvcompile.problem.options import KV_DTYPES, Options
 from kvcompile.problem.posing import pose, pose_with, resolve_policy, solver_report, unmeasured
 
 __all__ = [
     "KV_DTYPES",
     "Memory",
     "Options",
-    "WIDTHS",
     "check",
     "check_out",
     "check_positions",

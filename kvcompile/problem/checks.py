@@ -7,16 +7,17 @@ from pathlib import Path
 
 from kvcompile.allocators import check_policy, least_bytes
 from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, TargetError, full_bytes
+from kvcompile.kernels.codecs import codec_of, names
 from kvcompile.problem.memory import Memory, parse_memory
-from kvcompile.problem.options import KV_DTYPES, WIDTHS, Options
-from kvcompile.problem.posing import pose_with, quantised_widths, resolve_policy, roundable, unmeasured
+from kvcompile.problem.options import KV_DTYPES, Options
+from kvcompile.problem.posing import may_quantise, pose_with, resolve_policy, unmeasured
 from kvcompile.stages import Parts
 
 
 def check_positions(artifact: Artifact, parts: Parts, target: Target, options: Options) -> None:
     """Refuse to quantise keys for positions that the artifact says nothing about."""
     context, keys = target.context, parts.profile.keys
-    if context == artifact.target.context or not quantised_widths(artifact.model, options):
+    if context == artifact.target.context or not may_quantise(artifact.model, options):
         return
     advice = "build anew with --model, or give --kv-dtype bf16 for a plan without quantised heads"
     if keys is None and context > parts.profile.window and parts.quantiser is not None:
@@ -38,10 +39,10 @@ def resolve_target(
     if context < 1 or batch < 1:
         raise TargetError(f"a context of {context} tokens and a batch of {batch} were given: expected at least 1")
     dtype = own or identity.dtype
-    if kv_dtype != "auto" and kv_dtype not in WIDTHS:
+    if kv_dtype != "auto" and kv_dtype not in names():
         dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
     if dtype not in KV_DTYPES.values():
-        known = ", ".join((*KV_DTYPES, *WIDTHS))
+        known = ", ".join((*KV_DTYPES, *names()))
         raise TargetError(f"there is no cache type {kv_dtype!r}: expected one of auto, {known}")
     full = batch * full_bytes(identity, context, dtype)
     return Target(bytes=memory.bytes(full), context=context, batch=batch, dtype=dtype)
@@ -70,11 +71,12 @@ def check(
         raise TargetError(f"the allocator {options.allocator} knows no --classes-per-layer: use --allocator optimal")
     if options.classes is not None and options.classes < 1:
         raise TargetError(f"{options.classes} classes a layer were asked for: expected at least 1")
-    if options.kv_dtype in WIDTHS and not roundable(identity):
+    codec = codec_of(names()[options.kv_dtype]) if options.kv_dtype in names() else None
+    if codec is not None and not codec.fits(identity.head_dim):
         raise TargetError(f"keys and values of {identity.head_dim} elements cannot be quantised: use --kv-dtype auto")
     if options.policy == "scored" and parts is not None and parts.scorer is None:
         raise TargetError("the artifact has no scorer, as it is of format version 1: build anew with --model")
-    if options.kv_dtype in WIDTHS and parts is not None and parts.quantiser is None:
+    if codec is not None and codec.needs_transform and parts is not None and parts.quantiser is None:
         raise TargetError("the artifact has no quantiser, as it is of format version 1: build anew with --model")
     parts = parts or Parts(unmeasured(identity, target.context), None, None)
     problem = pose_with(identity, parts, target, options)

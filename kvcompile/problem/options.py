@@ -6,10 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 KV_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Names of `--kv-dtype` that are the cache's own element type; `auto` is the model's."""
-
-WIDTHS = {"int8": 8, "int4": 4}
-"""Names of `--kv-dtype` under which every key and value is quantised."""
+"""Names of `--kv-dtype` that are cache dtypes; `auto` is the model's. The others are names of codecs
+(`kvcompile.kernels.codecs.names`), under which every key and value is quantised."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +17,8 @@ class Options:
     `context` and `batch` default to the model's longest context, or the artifact's, and 1. `allocator` is a name from
     `kvcompile.allocators.ALLOCATORS`; `policy` is `recent`, `window` (recent without sinks), `h2o`, `snapkv` or
     `scored`, by default the allocator's own. `kv_dtype` is `auto` (the model's type; the allocator `optimal` may also
-    choose 8 and 4 bits), `bf16`, `fp16`, `fp32`, `int8` or `int4`. `classes` is the most distinct choices in a layer,
-    `ranks` the number of tensor-parallel ranks to place heads on.
+    choose codecs that were profiled), `bf16`, `fp16`, `fp32` or the name of a codec. `classes` is the most distinct
+    choices in a layer, `ranks` the number of tensor-parallel ranks to place heads on.
     """
 
     context: int | None = None

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.allocators import default_policy
-from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, Target, groups, token_limits
-from kvcompile.problem.options import WIDTHS, Options
+from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, Target, token_limits
+from kvcompile.kernels.codecs import CODECS, codec_of, names, profiled
+from kvcompile.problem.options import Options
 from kvcompile.quantiser import Positions, key_growth, layer_positions
 from kvcompile.stages import DEFAULT_SINK, Parts, Problem, Profile
 
@@ -19,27 +20,29 @@ def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Op
     """The problem of one target under the options."""
     policy, sink = resolve_policy(options.allocator, options.policy)
     own = DTYPE_BITS[target.dtype]
-    widths: tuple[int, ...] = (own,)
-    if options.kv_dtype in WIDTHS:
-        widths = (WIDTHS[options.kv_dtype],)
-    elif quantised_widths(identity, options):
-        widths = (own, *sorted((int(bits) for bits in parts.profile.bits), reverse=True))
+    bits: tuple[int, ...] = (own,)
+    if options.kv_dtype in names():
+        bits = (names()[options.kv_dtype],)
+    elif may_quantise(identity, options):
+        bits = (own, *measured(identity, parts.profile))
     profile = parts.profile
     if options.allocator == "optimal" and options.policy in ("recent", "window"):
         ring = profile.shares >= 1
         profile = dataclasses.replace(profile, shares=profile.shares[ring], loss=profile.loss[..., ring, :])
-    return pose(identity, profile, target, policy, sink, widths, options.classes)
+    return pose(identity, profile, target, policy, sink, bits, options.classes)
 
 
-def quantised_widths(identity: ModelIdentity, options: Options) -> bool:
+def measured(identity: ModelIdentity, profile: Profile) -> tuple[int, ...]:
+    """The codecs, by id, that the profile knows the losses of and that fit the model's keys and values; those of more
+    bits first."""
+    known = [codec_of(int(bits)) for bits in profile.bits if int(bits) in CODECS]
+    return tuple(c.id for c in sorted(known, key=lambda c: -c.bits) if c.fits(identity.head_dim))
+
+
+def may_quantise(identity: ModelIdentity, options: Options) -> bool:
     """Whether a plan under the options may have quantised heads."""
-    joint = options.kv_dtype == "auto" and options.allocator == "optimal" and roundable(identity)
-    return joint or options.kv_dtype in WIDTHS
-
-
-def roundable(identity: ModelIdentity) -> bool:
-    """Whether keys and values split into groups of pairs of elements, as 4 and 8 bits need."""
-    return identity.head_dim % (2 * groups(identity.head_dim)) == 0
+    some = any(codec_of(bits).fits(identity.head_dim) for bits in profiled())
+    return options.kv_dtype in names() or (options.kv_dtype == "auto" and options.allocator == "optimal" and some)
 
 
 def resolve_policy(allocator: str, policy: str | None) -> tuple[str, int]:
@@ -54,14 +57,15 @@ def pose(
     target: Target,
     policy: str,
     sink: int,
-    widths: tuple[int, ...] | None = None,
+    bits: tuple[int, ...] | None = None,
     classes: int | None = None,
 ) -> Problem:
-    """One sequence's share of a target, as a problem for an allocator; `widths` default to the target's own alone."""
+    """One sequence's share of a target, as a problem for an allocator; `bits` default to those of the cache dtype
+    alone."""
     limit = np.array(token_limits(model.windows, target.context), np.int32)
-    bits = DTYPE_BITS[target.dtype]
+    own = DTYPE_BITS[target.dtype]
     growth: NDArray[np.float64] | float = 1.0
-    if profile.keys is not None and set(widths or ()) - {bits}:
+    if profile.keys is not None and set(bits or ()) - {own}:
         measured = (Positions(0, profile.window),) * model.num_layers
         growth = key_growth(profile.keys, measured, layer_positions(limit.tolist(), target.context))
     return Problem(
@@ -70,8 +74,8 @@ def pose(
         fixed=limit < target.context,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        dtype_bits=bits,
-        widths=widths or (bits,),
+        dtype_bits=own,
+        bits=bits or (own,),
         target=target.bytes // target.batch,
         context=target.context,
         key_growth=growth,
@@ -85,10 +89,11 @@ def unmeasured(identity: ModelIdentity, context: int) -> Profile:
     """A profile of the right shape that says nothing."""
     heads = (identity.num_layers, identity.num_kv_heads)
     table = np.zeros((1, *heads, 1), np.float32)
+    codecs = np.repeat(table, len(profiled()), -1)
     return Profile(
         families=("text",), window=context, tokens=np.array([context], np.int32), shares=np.ones(1, np.float32),
-        loss=table[..., None], bits=np.array([8, 4], np.int32), key_loss=np.repeat(table, 2, -1),
-        value_loss=np.repeat(table, 2, -1), factor=1.0, correlation=float("nan"), baklava=table[0, ..., 0],
+        loss=table[..., None], bits=np.array(profiled(), np.int32), key_loss=codecs,
+        value_loss=codecs, factor=1.0, correlation=float("nan"), baklava=table[0, ..., 0],
         squeeze=table[0, :, 0, 0], surfacelogic=table[0, ..., 0],
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES
+from kvcompile.kernels.codecs import codec_of
 from kvcompile.profile.context import pack, read_context
 from kvcompile.profile.eviction import ring
 from kvcompile.profile.fit import Fit
@@ -25,8 +26,9 @@ CHECKS = 12
 PRICES = (3e-5, 3e-2)
 """Nats a token that a whole head's full cache may cost, from the dearest plan to the cheapest."""
 
-NOISE = 1e-3
-"""Predicted KL below this is about what rounding in bfloat16 costs anyway, whatever the plan."""
+ADDITIVE = (1e-3, 1e-2)
+"""Predicted KL between which losses of heads add up. Below, what is measured is what bfloat16 costs anyway, whatever
+the plan; above, nearly everything is cut, and up to 40 times the sum is measured."""
 
 CACHE_BITS = 16
 """What an element of the cache dtype counts as here, where only proportions matter."""
@@ -86,8 +88,9 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
     keys, values = np.pad(profile.key_loss, pad), np.pad(profile.value_loss, pad)
     loss = loss + keys[:, :, :, None, None, :, None] + values[:, :, :, None, None, None, :]
     bits = np.array([CACHE_BITS, *profile.bits.tolist()])
+    element_bits = np.array([CACHE_BITS, *(codec_of(int(id)).bits for id in profile.bits)])
     # As a share of the head's full cache, [C, 1 + Q, 1 + Q]. Scales and anchors hardly count.
-    size = profile.tokens[:, None, None] * (bits[:, None] + bits) / (2.0 * CACHE_BITS * profile.window)
+    size = profile.tokens[:, None, None] * (element_bits[:, None] + element_bits) / (2.0 * CACHE_BITS * profile.window)
     mean = loss.mean(0)
     # argmin of loss + price x size: the Lagrangian of a memory target, so these are plans that solving would propose.
     price = np.geomspace(*PRICES, CHECKS)[number]
@@ -115,12 +118,12 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
 
 
 def agreement(checks: NDArray[np.float64]) -> tuple[float, float]:
-    """From predicted and measured KL [N, 2]: the factor from one to the other (the median, of plans that are clear of
-    noise) and Spearman's rank correlation (of all)."""
+    """From predicted and measured KL [N, 2]: the factor from one to the other (the median, of plans whose losses add
+    up) and Spearman's rank correlation (of all)."""
     usable = checks[(checks > 0).all(1)]
     if len(usable) < 3:
         return 1.0, float("nan")
-    clear = usable[usable[:, 0] > NOISE] if (usable[:, 0] > NOISE).sum() > 2 else usable
-    # Not a mean: where nearly everything is cut, losses of heads no longer add up, and measure 40 times what they say.
-    factor = float(np.median(clear[:, 1] / clear[:, 0]))
+    additive = (usable[:, 0] > ADDITIVE[0]) & (usable[:, 0] < ADDITIVE[1])
+    trusted = usable[additive] if additive.sum() > 2 else usable
+    factor = float(np.median(trusted[:, 1] / trusted[:, 0]))
     return factor, float(scipy.stats.spearmanr(usable[:, 0], usable[:, 1]).statistic)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, follow, over_context, pack, read_context
 from kvcompile.profile.eviction import SHARES, keep_table
@@ -16,9 +17,6 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
 from kvcompile.profile.structure import Tick, heads, layers
 from kvcompile.profile.utility import scores
-
-BITS = (8, 4)
-"""Bits that are measured beside those of the cache dtype."""
 
 
 class Curves:
@@ -34,8 +32,8 @@ class Curves:
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
-            "key_loss": np.zeros((*each, len(BITS))),
-            "value_loss": np.zeros((*each, len(BITS))),
+            "key_loss": np.zeros((*each, len(profiled()))),
+            "value_loss": np.zeros((*each, len(profiled()))),
         }
 
     def add(self, sums: Sums, number: int, tick: Tick) -> None:
@@ -70,6 +68,6 @@ class Curves:
 def _read_back(context: Context, fitted: Fitted, layer: int) -> ReadBack:
     def each(kind: str, stored: Tensor) -> tuple[Tensor, ...]:
         transform, mean = matrices(fitted.quantiser, layer, kind, stored.device)
-        return tuple(quantised(stored, transform, mean, bits) for bits in BITS)
+        return tuple(quantised(stored, transform, mean, bits) for bits in profiled())
 
     return ReadBack(each("key", context.keys[layer]), each("value", context.values[layer]))

@@ -1,4 +1,4 @@
-"""What a key or value reads as after it has been stored in 4 or 8 bits: FORMAT.md's quantisation and its inverse."""
+"""What a key or value reads as after it has been stored in a codec: transformed, encoded, and all of that undone."""
 
 from __future__ import annotations
 
@@ -8,23 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompile.artifacts import Quantiser, groups
+from kvcompile.artifacts import Quantiser
+from kvcompile.kernels.codecs import codec_of
+from kvcompile.kernels.codecs.api import read_back
 from kvcompile.profile.rotation import rotated, unrotated
 from kvcompile.stages import Rotary
 
 
 def quantised(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
-    """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact."""
+    """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact where
+    the codec has anchors. A codec that does not fit the size leaves all as it is, and no plan uses it."""
+    codec = codec_of(bits)
+    if not codec.fits(stored.shape[-1]):
+        return stored.float()
+    if not codec.needs_transform:
+        transform, mean = torch.eye(stored.shape[-1], device=stored.device), torch.zeros_like(mean)
     transformed = (stored.float() - mean[..., None, :]) @ transform.mT
-    parts = transformed.reshape(*transformed.shape[:-1], groups(transformed.shape[-1]), -1)
-    # The largest element of a group is mapped to the end of the codes' range; scales are stored in half precision.
-    scale = (parts.abs().amax(-1, keepdim=True) / 2 ** (bits - 1)).half().float()
-    least = torch.finfo(torch.float16).tiny
-    scale = scale.clamp_min(least)
-    # Code c stands for [c, c + 1) and is read back as the middle: errors are half a step at most.
-    code = (parts / scale).floor().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    decoded = ((code + 0.5) * scale).flatten(-2)
-    decoded[..., 0, :] = transformed[..., 0, :]
+    decoded = read_back(transformed, bits)
+    if codec.needs_anchor:
+        decoded[..., 0, :] = transformed[..., 0, :]
     # As the runtime does, which inverts in float64.
     inverse = torch.linalg.inv(transform.double()).float()
     back: Tensor = decoded @ inverse.mT + mean[..., None, :]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompile.profile.curves import BITS
+from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.eviction import SHARES
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import scaled
@@ -26,7 +26,7 @@ def profile_of(sums: Sums, setting: Setting) -> Profile:
         tokens=setting.budgets,
         shares=np.array(SHARES, np.float32),
         loss=(sums["loss"] / each[..., None]).astype(np.float32),
-        bits=np.array(BITS, np.int32),
+        bits=np.array(profiled(), np.int32),
         key_loss=(sums["key_loss"] / each).astype(np.float32),
         value_loss=(sums["value_loss"] / each).astype(np.float32),
         factor=1.0,

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Quantiser, Scorer
+from kvcompile.artifacts import POLICIES, Quantiser, Scorer
+from kvcompile.kernels.codecs import CODECS
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
 from kvcompile.profile.eviction import survivors
 from kvcompile.profile.quantised import Shift, matrices, quantised
@@ -109,7 +110,7 @@ def apply_plan(
 def _read_back(
     stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str, shift: Shift | None = None
 ) -> Tensor:
-    chosen = np.isin(bits, QUANTISED_BITS)
+    chosen = np.isin(bits, list(CODECS))
     if quantiser is None or not chosen.any():
         return stored
     transform, mean = matrices(quantiser, layer, kind, stored.device)

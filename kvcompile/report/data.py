@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompile.allocators.predicted import evicted, grid, narrowed
+from kvcompile.allocators.predicted import evicted, grid, quantised
 from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact, ArtifactError, TargetError, head_bytes, token_limits
 from kvcompile.assemble import stored_parts
 from kvcompile.compiler import resolve
@@ -52,16 +52,16 @@ def report_data(artifact: Artifact) -> dict[str, Any]:
 
 
 def _curves(problem: Problem) -> dict[str, Any]:
-    """Losses of every family and head over tokens, by share of recent tokens; of K and V by width."""
+    """Losses of every family and head over tokens, by share of recent tokens; of K and V by bits."""
     tokens = np.unique(np.clip(np.rint(grid(problem)), 1, problem.context)).astype(np.int64)
     return {
         "families": list(problem.profile.families),
         "tokens": tokens.tolist(),
         "shares": [round(float(share), 4) for share in problem.profile.shares],
         "loss": _rounded(evicted(problem, tokens)),
-        "widths": list(problem.widths),
-        "key_loss": _rounded(narrowed(problem, "key")),
-        "value_loss": _rounded(narrowed(problem, "value")),
+        "widths": list(problem.bits),
+        "key_loss": _rounded(quantised(problem, "key")),
+        "value_loss": _rounded(quantised(problem, "value")),
     }
 
 

@@ -30,7 +30,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class News:
+class NewTokens:
     """Several new tokens on a filled cache: `query` [B, count, group, T, D]; `stored` keys [B, count, capacity, D]
     before any write, empty for policies that do not observe; `new` [B, count, T, D] their own keys; `real` bool [B, T]
     False for padding; `score` f32 [B, count, T] by the compiled scorer, where there is one."""
@@ -60,7 +60,7 @@ class Policy:
     def score(
         self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Worth of each prompt token, f32 [H, n], higher is better; None where only its place counts.
+        """Utility of each prompt token, f32 [H, n], higher is better; None where only its place counts.
 
         One sequence, without padding: `query` [H, group, n, D], `keys` [H, n, D], `by_scorer` [H, n].
         """
@@ -86,11 +86,13 @@ class Policy:
         """Learn from one decode step: `query` [B, count, group, D] over the class's slots `keys` [B, count, capacity,
         D], after its token was written; `seen` counts that token."""
 
-    def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
+    def extend(
+        self, state: list[torch.Tensor], cls: HeadClass, new_tokens: NewTokens, seen: Sequence[int]
+    ) -> Placement:
         """Where several new tokens go."""
-        slot = torch.full((len(seen), cls.count, news.new.shape[2]), -1)
+        slot = torch.full((len(seen), cls.count, new_tokens.new.shape[2]), -1)
         for b, n in enumerate(seen):
-            slot[b, :, news.real[b].cpu()] = ring_slots(cls, n, int(news.real[b].sum()))
+            slot[b, :, new_tokens.real[b].cpu()] = ring_slots(cls, n, int(new_tokens.real[b].sum()))
         return Placement.at(slot)
 
 

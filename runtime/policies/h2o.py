@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass
-from kvcompile.runtime.policies.base import News, Placement, Policy
+from kvcompile.runtime.policies.base import NewTokens, Placement, Policy
 
 QUERY_BLOCK = 256
 """Prompt queries whose attention is formed at once."""
@@ -43,14 +43,15 @@ class H2O(Policy):
         number[b, :, : token.shape[1]] = token
 
     def place(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int]) -> torch.Tensor:
-        """A free slot, or that of the least attended token that is neither sink nor recent."""
+        """A free slot, or that of the least attended token that is neither sink nor recent (of equal ones the last)."""
         attention, number = state
         count = torch.tensor(seen, device=attention.device).view(-1, 1, 1)
         slot = torch.arange(cls.capacity, device=attention.device)
         # The new token is itself recent, so of those stored the last `recent - 1` are protected.
         protected = (number < cls.sink) | (number > count - cls.recent)
         rank = attention.masked_fill(protected, INF).masked_fill(slot >= count, -INF)
-        victim = torch.where(count < cls.capacity, count, rank.argmin(2, keepdim=True))
+        least = cls.capacity - 1 - rank.flip(2).argmin(2, keepdim=True)
+        victim = torch.where(count < cls.capacity, count, least)
         attention.scatter_(2, victim, 0.0)
         number.scatter_(2, victim, count.expand_as(victim).int())
         return victim
@@ -69,13 +70,15 @@ class H2O(Policy):
         logits = query.float() @ keys.float().mT * scaling
         state[0] += logits.masked_fill(empty, -INF).softmax(-1).sum(2)
 
-    def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
-        slot = torch.full(news.new.shape[:3], -1, device=news.new.device)
+    def extend(
+        self, state: list[torch.Tensor], cls: HeadClass, new_tokens: NewTokens, seen: Sequence[int]
+    ) -> Placement:
+        slot = torch.full(new_tokens.new.shape[:3], -1, device=new_tokens.new.device)
         for b, stored in enumerate(seen):
-            real = news.real[b]
+            real = new_tokens.real[b]
             slot[b, :, real] = self._extend_one(
-                state[0][b], state[1][b], cls, news.query[b][:, :, real], news.stored[b], news.new[b][:, real], stored,
-                news.scaling,
+                state[0][b], state[1][b], cls, new_tokens.query[b][:, :, real], new_tokens.stored[b],
+                new_tokens.new[b][:, real], stored, new_tokens.scaling,
             )  # fmt: skip
         return Placement.at(slot)
 
@@ -102,7 +105,9 @@ class H2O(Policy):
 
         protected = (numbers < cls.sink) | (numbers >= stored + length - cls.recent)
         kept = min(cls.capacity, filled + length)
-        best = drawn.masked_fill(protected, INF).topk(kept, dim=1).indices
+        # Stable, so that of equal ones those in lower slots stay, and stored ones before new ones.
+        ranked = drawn.masked_fill(protected, INF).sort(dim=1, descending=True, stable=True).indices
+        best = ranked[:, :kept]
         keep = torch.zeros_like(drawn, dtype=torch.bool).scatter_(1, best, True)
 
         slot = torch.full((cls.count, length), -1, device=new.device)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass, overwrite
-from kvcompile.runtime.policies.base import News, Placement, Policy, ring_slots
+from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, ring_slots
 
 
 class Scored(Policy):
@@ -15,7 +15,8 @@ class Scored(Policy):
 
     When a head is full, the oldest token of the ring has to leave it. If it scores above the worst of the tokens
     between sinks and ring, it takes that one's slot, else it is lost; the new token takes its place in the ring. So the
-    worst token that is neither a sink nor recent is the one that goes.
+    worst token that is neither a sink nor recent is the one that goes; of equal ones those in lower slots stay, and
+    those between sinks and ring before the one that leaves it.
     """
 
     def score(
@@ -29,14 +30,16 @@ class Scored(Policy):
         assert score is not None
         state[0][b, :, : token.shape[1]] = score.gather(1, token).half()
 
-    def extend(self, state: list[torch.Tensor], cls: HeadClass, news: News, seen: Sequence[int]) -> Placement:
-        assert news.score is not None
-        length, device = news.new.shape[2], news.new.device
+    def extend(
+        self, state: list[torch.Tensor], cls: HeadClass, new_tokens: NewTokens, seen: Sequence[int]
+    ) -> Placement:
+        assert new_tokens.score is not None
+        length, device = new_tokens.new.shape[2], new_tokens.new.device
         slot = torch.full((len(seen), cls.count, length), -1, device=device)
         moves: list[tuple[torch.Tensor, torch.Tensor]] = []
         for b, n in enumerate(seen):
-            real = news.real[b]
-            own, source, to_slot = self._extend_one(state[0][b], cls, news.score[b][:, real].half(), n)
+            real = new_tokens.real[b]
+            own, source, to_slot = self._extend_one(state[0][b], cls, new_tokens.score[b][:, real].half(), n)
             slot[b, :, real] = own
             moves.append((source, to_slot))
         most = max(source.shape[1] for source, _ in moves)
@@ -70,7 +73,7 @@ class Scored(Policy):
         filling = filling[(filling >= cls.sink) & (filling < cls.capacity - cls.recent)]
         heavy[:, filling - cls.sink] = score[:, filling - seen]
 
-        # A stable sort, so that of equal scores the one that was there first stays.
+        # A stable sort: of equal scores the one in the lower slot stays, before those that leave the ring.
         order = torch.cat([heavy, leaving], dim=1).sort(dim=1, descending=True, stable=True).indices
         stays = torch.zeros(cls.count, heavy.shape[1] + gone, dtype=torch.bool, device=device)
         stays.scatter_(1, order[:, : heavy.shape[1]], True)

@@ -14,7 +14,6 @@ from safetensors.numpy import load, save
 from kvcompile.artifacts import (
     DTYPE_BITS,
     POLICIES,
-    QUANTISED_BITS,
     Artifact,
     ArtifactError,
     Budgets,
@@ -29,6 +28,7 @@ from kvcompile.artifacts import (
     resident_bytes,
     to_bytes,
 )
+from kvcompile.kernels.codecs import CODECS
 
 
 def build_artifact(
@@ -68,7 +68,7 @@ def build_artifact(
     order = np.stack([np.roll(np.arange(num_kv_heads, dtype=np.int32), layer) for layer in range(num_layers)])
     budgets = Budgets(policy, capacity, sink, recent, k_bits, v_bits, order)
     scorer = build_scorer(*shape, hidden_size) if (policy == POLICIES.index("scored")).any() else None
-    quantised = np.isin([k_bits, v_bits], QUANTISED_BITS).any()
+    quantised = np.isin([k_bits, v_bits], list(CODECS)).any()
     quantiser = build_quantiser(*shape, head_dim) if quantised else None
     samples = np.linspace(-1, 1, 33, dtype=np.float32)
     model = ModelIdentity(

@@ -20,9 +20,10 @@ from hypothesis.extra import numpy as hnp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvcompile.artifacts
-import kvcompile.kernels.quantise.api as quantise
-from kvcompile.artifacts import POLICIES, anchor_bytes, groups, identify, slot_bytes, vector_bytes, write
+from kvcompile.artifacts import POLICIES, anchor_bytes, identify, slot_bytes, vector_bytes, write
 from kvcompile.assemble.tables import key_arrays
+from kvcompile.kernels import decode, encode
+from kvcompile.kernels.codecs import codec_of
 from kvcompile.stages import KeyMoments, Moment, Profile, Rotary
 
 TEXT = (Path(kvcompile.artifacts.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
@@ -178,7 +179,7 @@ vectors = st.sampled_from([2, 64, 66, 80, 96, 128, 192]).flatmap(
 
 @given(y=vectors, bits=st.sampled_from([4, 8]))
 def test_quantisation_as_described(described, y, bits):
-    size = groups(len(y))
+    size = codec_of(bits).groups(len(y))
     hypothesis.assume(len(y) % (2 * size) == 0)
     stored, scales = described.encode(y, bits)
     assert (stored.dtype, scales.dtype, len(scales)) == (np.uint8, np.float16, size)
@@ -191,12 +192,12 @@ def test_quantisation_as_described(described, y, bits):
 
 @given(y=vectors, bits=st.sampled_from([4, 8]))
 def test_the_runtime_quantises_as_described(described, y, bits):
-    hypothesis.assume(len(y) % (2 * groups(len(y))) == 0)
+    hypothesis.assume(codec_of(bits).fits(len(y)))
     stored, scales = described.encode(y, bits)
-    found_stored, found_scales = quantise.encode(torch.from_numpy(y), bits)
+    found_stored, found_scales = encode(torch.from_numpy(y), bits)
     np.testing.assert_array_equal(found_stored.numpy(), stored)
     np.testing.assert_array_equal(found_scales.numpy(), scales)
-    found = quantise.decode(found_stored, found_scales, bits, torch.float32)
+    found = decode(found_stored, found_scales, bits, torch.float32)
     np.testing.assert_array_equal(found.numpy(), described.decode(stored, scales, bits))
 
 

@@ -12,9 +12,12 @@ import pytest
 from safetensors.numpy import load, save
 
 import kvcompile.artifacts.checks as checks
-from kvcompile.artifacts import ArtifactError, from_bytes, read, to_bytes, write
+from kvcompile.artifacts import FORMAT_VERSION, ArtifactError, from_bytes, read, to_bytes, write
+from kvcompile.kernels.codecs import CODECS
 
 MISSING = object()
+QUANTISED = ", ".join(map(str, sorted(CODECS)))
+"""The ids of codecs, as refusals list them."""
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +133,8 @@ def test_numbers_beyond_f64(data, unpack, pack, refusal):
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("format_version", 3, "reads up to version 2, upgrade"),
-        ("format_version", 10**50, "reads up to version 2, upgrade"),
+        ("format_version", FORMAT_VERSION + 1, f"reads up to version {FORMAT_VERSION}, upgrade"),
+        ("format_version", 10**50, f"reads up to version {FORMAT_VERSION}, upgrade"),
         ("format_version", 0, "expected an integer from 1 to 2"),
         ("format_version", "1", "expected an integer"),
         ("model.num_layers", 0, "from 1 to 1024"),
@@ -191,9 +194,9 @@ def test_tensor_of_another_shape(with_tensor, name, make):
         ("policy", (2, 1), 2, "policy[2, 1] is h2o, expected recent in a sliding-window layer"),
         ("policy", (0, 1), 0, "capacity[0, 1] is 20, expected all 64 tokens"),
         ("policy", (1, 0), 1, "recent[1, 0] is 10, expected capacity - sink = 20 with policy recent"),
-        ("k_bits", (0, 0), 32, "k_bits[0, 0] is 32, expected one of 4, 8, 16 for a float16 cache"),
-        ("v_bits", (2, 1), 5, "v_bits[2, 1] is 5, expected one of 4, 8, 16"),
-        ("v_bits", (2, 1), 0, "v_bits[2, 1] is 0, expected one of 4, 8, 16"),
+        ("k_bits", (0, 0), 32, f"k_bits[0, 0] is 32, expected one of {QUANTISED}, 16 for a float16 cache"),
+        ("v_bits", (2, 1), 5, f"v_bits[2, 1] is 5, expected one of {QUANTISED}, 16"),
+        ("v_bits", (2, 1), 0, f"v_bits[2, 1] is 0, expected one of {QUANTISED}, 16"),
         ("capacity", (1, 0), -24, "capacity[1, 0] is -24, expected 1 to 64 tokens"),
         ("capacity", (1, 0), -(2**31), "capacity[1, 0] is -2147483648"),
         ("capacity", (1, 0), 2**31 - 1, "capacity[1, 0] is 2147483647, expected 1 to 64"),

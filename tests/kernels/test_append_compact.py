@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompile.kernels import HeadSpec, LayerLayout, Stored, Turn, append, compact
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, compact
 from kvcompile.kernels.append import dense as append_dense
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.compact import reference as compact_reference
 
 POLICIES = ["full", "recent", "snapkv", "scored", "scored", "h2o"]
-WIDTHS = [4, 8, 16]
+BITS = [4, 8, 16]
 CPU = torch.device("cpu")
 
 
@@ -25,13 +27,13 @@ def specs(draw: st.DrawFn) -> HeadSpec:
     sink = draw(st.integers(0, min(4, capacity - 1)))
     return HeadSpec(
         draw(st.sampled_from(POLICIES)), capacity, sink, draw(st.integers(1, capacity - sink)),
-        draw(st.sampled_from(WIDTHS)), draw(st.sampled_from(WIDTHS)),
+        draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS)),
     )  # fmt: skip
 
 
-def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int) -> list[Stored]:
+def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int) -> list[Buffers]:
     return [
-        Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, CPU, batch)
+        Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, CPU, batch)
         for name in ("k_bits", "v_bits")
     ]
 
@@ -69,6 +71,48 @@ def test_append(
             assert all(torch.equal(a, b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
 
 
+def operation(name: str) -> Callable[..., None]:
+    if name == "triton":
+        pytest.importorskip("triton")
+    return append if name == "api" else importlib.import_module(f"kvcompile.kernels.append.{name}").append
+
+
+@pytest.mark.parametrize("heavy", [4, 2500])
+@pytest.mark.parametrize("name", ["reference", "dense", "api", "triton"])
+def test_of_equal_scores_the_lower_slot_stays_and_a_heavy_one_before_one_that_leaves(name: str, heavy: int) -> None:
+    """In C where there is a compiler, behind `api`."""
+    device = torch.device("cuda" if name == "triton" and torch.cuda.is_available() else "cpu")
+    capacity = heavy + 3
+    layout = LayerLayout.from_heads([HeadSpec("scored", capacity, 1, 2, 32, 32)])
+    stores = [Buffers(layout, [32], 2, torch.float32, device, 1) for _ in range(2)]
+    for stored in stores:
+        stored.exact[0] = torch.arange(capacity)[:, None]  # every token's number is its key and its value
+    # A sink, heavy tokens (the second and the last equally low), a ring of two.
+    start = [9.0, 1.0, 0.0, *[2.0] * (heavy - 3), 0.0, 1.0, 0.0]
+    scores = torch.tensor([start], dtype=torch.float16, device=device)
+    last = capacity - 3
+    expected = torch.arange(capacity)
+    for step, (score, victim) in enumerate(
+        [
+            (1.0, last),  # the ring loses 1: above two equally low ones, of which the last goes
+            (5.0, None),  # 0, no better than the other one that is left: it is lost
+            (1.0001, 2),  # 1.0, above that one
+            (0.0, last),  # 5.0, above three equally low ones, of which the last goes
+            (0.0, None),  # 1.0001, as float16 no better than the two that are left
+        ]
+    ):
+        ring = capacity - 2 + step % 2
+        if victim is not None:
+            expected[victim] = expected[ring]
+        expected[ring] = capacity + step
+        new = torch.full((1, 1, 2), float(capacity + step), device=device)
+        given_score = torch.tensor([[score]], device=device)
+        operation(name)(*stores, scores, layout, new, new, given_score, [capacity + step])
+        for stored in stores:
+            assert stored.exact[0, :, 0].tolist() == expected.tolist(), f"step {step}"
+    assert scores[0].tolist() == [9.0, 1.0, 1.0, *[2.0] * (heavy - 3), 5.0, 0.0, 0.0]
+
+
 def test_append_refuses_shapes_that_do_not_fit() -> None:
     layout = LayerLayout.from_heads([HeadSpec("scored", 5, 1, 2)] * 2)
     stores, scores = sides(layout, 8, torch.float32, 2), torch.zeros(2, 10, dtype=torch.float16)
@@ -81,14 +125,14 @@ def test_append_refuses_shapes_that_do_not_fit() -> None:
         append(*stores, scores, layout, new, new, None, [0, 0])
 
 
-def turn_of(layout: LayerLayout, head_dim: int, generator: torch.Generator) -> Turn:
+def transform_of(layout: LayerLayout, head_dim: int, generator: torch.Generator) -> Transform:
     """Well-conditioned matrices that are no rotations."""
     parts = []
     for _ in range(2):
         matrix = torch.eye(head_dim) + torch.randn(layout.num_kv_heads, head_dim, head_dim, generator=generator) * 0.1
         mean = torch.randn(layout.num_kv_heads, head_dim, generator=generator)
         parts += [matrix, torch.linalg.inv(matrix), mean]
-    return Turn(*parts)
+    return Transform(*parts)
 
 
 @settings(max_examples=60, deadline=None)
@@ -97,13 +141,15 @@ def turn_of(layout: LayerLayout, head_dim: int, generator: torch.Generator) -> T
     head_dim=st.sampled_from([2, 16, 96]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     count=st.integers(1, 20),
-    turned=st.booleans(),
+    transformed=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_compact(heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, count: int, turned: bool, seed: int) -> None:
+def test_compact(
+    heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, count: int, transformed: bool, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     layout = LayerLayout.from_heads(heads)
-    turn = turn_of(layout, head_dim, generator) if turned else None
+    transform = transform_of(layout, head_dim, generator) if transformed else None
     ours = sides(layout, head_dim, dtype, 2)
     theirs = copy.deepcopy(ours)
     k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
@@ -111,14 +157,14 @@ def test_compact(heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, count
         torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
         for c in layout.classes
     ]
-    compact(*ours, layout, 1, k, v, tokens, turn)
-    compact_reference.compact(*theirs, layout, 1, k, v, tokens, turn)
+    compact(*ours, layout, 1, k, v, tokens, transform)
+    compact_reference.compact(*theirs, layout, 1, k, v, tokens, transform)
     for one, two in zip(ours, theirs, strict=True):
         for cls in layout.classes:
             # A product of matrices may round to the other side of a code's edge: then the code differs by one.
             for a, b in zip(one.views(cls), two.views(cls), strict=True):
                 if a.dtype == torch.uint8:
-                    bits = one.places[cls.start].width
+                    bits = one.places[cls.start].codec
                     low = torch.tensor(15, dtype=torch.uint8) if bits == 4 else torch.tensor(255, dtype=torch.uint8)
                     parts = [(a & low, b & low), (a >> 4, b >> 4)] if bits == 4 else [(a, b)]
                     assert all((x.int() - y.int()).abs().max() <= 1 for x, y in parts)

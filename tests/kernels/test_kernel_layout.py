@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompile.artifacts import anchor_bytes, slot_bytes
-from kvcompile.kernels import HeadClass, HeadSpec, LayerLayout, Stored, compact
+from kvcompile.kernels import Buffers, HeadClass, HeadSpec, LayerLayout, compact
 
 
 def test_equal_neighbours_form_a_class() -> None:
@@ -35,7 +35,7 @@ def test_a_store_takes_the_bytes_that_the_format_counts(
     specs = [HeadSpec("recent", capacity, min(4, capacity - 1), 1, k, v) for capacity, k, v in heads]
     layout = LayerLayout.from_heads(specs)
     stores = [
-        Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.float16, torch.device("cpu"), batch)
+        Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.float16, torch.device("cpu"), batch)
         for name in ("k_bits", "v_bits")
     ]
     held = sum(tensor.untyped_storage().nbytes() for store in stores for tensor in store.tensors())
@@ -48,7 +48,7 @@ def test_a_store_takes_the_bytes_that_the_format_counts(
 
 def test_views_cover_the_store_without_a_copy() -> None:
     layout = LayerLayout.from_heads([HeadSpec("recent", 5, 1, 4)] * 2 + [HeadSpec("recent", 3, 0, 3, 8, 8)])
-    store = Stored(layout, [16, 8], 4, torch.float32, torch.device("cpu"), 2)
+    store = Buffers(layout, [16, 8], 4, torch.float32, torch.device("cpu"), 2)
     for cls in layout.classes:
         for view in store.views(cls):
             view.fill_(1)
@@ -61,10 +61,10 @@ def test_views_cover_the_store_without_a_copy() -> None:
 def test_what_is_written_is_read_back() -> None:
     bits = 8
     layout = LayerLayout.from_heads([HeadSpec("scored", 6, 1, 2, bits, bits)] * 2)
-    store, cls = Stored(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
+    store, cls = Buffers(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
     prompt = torch.randn(2, 9, 16)
     token = torch.tensor([[0, 2, 3, 5, 7, 8], [0, 1, 4, 6, 7, 8]])
-    compact(store, Stored(layout, [16], 16, torch.float32, torch.device("cpu"), 1), layout, 0, prompt, prompt, [token])
+    compact(store, Buffers(layout, [16], 16, torch.float32, torch.device("cpu"), 1), layout, 0, prompt, prompt, [token])
     expected = prompt.gather(1, token[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(store.read(cls, 6, torch.float32)[0], expected, atol=0.02, rtol=0)
     assert torch.equal(store.read(cls, 6, torch.float32)[0, :, 0], prompt[:, 0]), "token 0 is exact"
@@ -97,7 +97,7 @@ def test_a_ring_holds_the_first_and_the_last_tokens(capacity: int, ring: int, to
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_view_of_one_class_in_a_batch_is_writable(count: int) -> None:
     layout = LayerLayout.from_heads([HeadSpec("recent", 4, 0, 4)] * count)
-    store = Stored(layout, [16], 2, torch.float32, torch.device("cpu"), 3)
+    store = Buffers(layout, [16], 2, torch.float32, torch.device("cpu"), 3)
     store.views(layout.classes[0])[0][1, count - 1, 2] = 7
     assert store.exact[1, (count - 1) * 4 + 2].tolist() == [7.0, 7.0]
     assert store.exact.count_nonzero() == 2

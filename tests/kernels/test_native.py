@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompile.kernels import HeadSpec, LayerLayout, Stored, native, ragged_decode
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, native, ragged_decode
 from kvcompile.kernels.ragged_decode import reference
 
 LAYOUT = LayerLayout.from_heads(
@@ -36,8 +36,8 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     native._library.cache_clear()
 
 
-def full_store(bits: str, batch: int, head_dim: int, dtype: torch.dtype) -> Stored:
-    store = Stored(LAYOUT, [getattr(c, bits) for c in LAYOUT.classes], head_dim, dtype, torch.device("cpu"), batch)
+def full_store(bits: str, batch: int, head_dim: int, dtype: torch.dtype) -> Buffers:
+    store = Buffers(LAYOUT, [getattr(c, bits) for c in LAYOUT.classes], head_dim, dtype, torch.device("cpu"), batch)
     generator = torch.Generator().manual_seed(len(bits) + head_dim)
     for cls in LAYOUT.classes:
         slot = torch.arange(cls.capacity).expand(batch, cls.count, -1)
@@ -55,7 +55,7 @@ def test_head_sizes(group: int, head_dim: int, dtype: torch.dtype) -> None:
     """Long enough for the threads to share a head; sharp enough that most weights are 0."""
     generator = torch.Generator().manual_seed(group)
     query = (3 * torch.randn(2, LAYOUT.num_kv_heads * group, 1, head_dim, generator=generator)).to(dtype)
-    assert native.usable(query, head_dim)
+    assert native.usable(query, head_dim, LAYOUT)
     args = (query, full_store("k_bits", 2, head_dim, dtype), full_store("v_bits", 2, head_dim, dtype), LAYOUT)
     out = ragged_decode(*args, [2000, 290], scaling=head_dim**-0.5)
     expected = reference.ragged_decode(*args, [2000, 290], scaling=head_dim**-0.5)
@@ -65,16 +65,16 @@ def test_head_sizes(group: int, head_dim: int, dtype: torch.dtype) -> None:
 
 def test_it_leaves_to_torch_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KVCOMPILE_KERNELS", raising=False)
-    assert not native.usable(torch.zeros(1, dtype=torch.float64), 64)
-    assert not native.usable(torch.zeros(1), native.MOST_DIM + 1)
-    assert not native.usable(torch.zeros(1, device="meta"), 64)
+    assert not native.usable(torch.zeros(1, dtype=torch.float64), 64, LAYOUT)
+    assert not native.usable(torch.zeros(1), native.MOST_DIM + 1, LAYOUT)
+    assert not native.usable(torch.zeros(1, device="meta"), 64, LAYOUT)
     monkeypatch.setenv("KVCOMPILE_KERNELS", "torch")
-    assert not native.usable(torch.zeros(1), 64)
+    assert not native.usable(torch.zeros(1), 64, LAYOUT)
 
 
 def test_without_a_compiler_everything_goes_through_torch(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert not native.usable(torch.zeros(1), 64)
+    assert not native.usable(torch.zeros(1), 64, LAYOUT)
     assert not list(afresh.iterdir())
 
 
@@ -84,18 +84,18 @@ def test_a_source_that_does_not_compile_is_said_once(afresh: Path, monkeypatch: 
     broken.write_text("no C", encoding="utf-8")
     monkeypatch.setattr(native, "SOURCE", broken)
     with pytest.warns(UserWarning, match="goes through torch"):
-        assert not native.usable(torch.zeros(1), 64)
-    assert not native.usable(torch.zeros(1), 64)
+        assert not native.usable(torch.zeros(1), 64, LAYOUT)
+    assert not native.usable(torch.zeros(1), 64, LAYOUT)
     assert not list((afresh / "native").iterdir())
 
 
 @needs_compiler
 def test_it_is_compiled_once(afresh: Path) -> None:
-    assert native.usable(torch.zeros(1), 64)
+    assert native.usable(torch.zeros(1), 64, LAYOUT)
     (made,) = (afresh / "native").iterdir()
     before = made.stat()
     native._library.cache_clear()
-    assert native.usable(torch.zeros(1), 64)
+    assert native.usable(torch.zeros(1), 64, LAYOUT)
     assert made.stat().st_ino == before.st_ino
 
 

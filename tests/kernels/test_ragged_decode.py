@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvcompile.kernels import HeadSpec, LayerLayout, Stored, ragged_decode
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, ragged_decode
 from kvcompile.kernels.ragged_decode import dense, reference
 
 SMALL = HeadSpec("recent", 5, 4, 1)
@@ -13,7 +13,7 @@ LAYOUTS = {
     "one slot": LayerLayout.from_heads([HeadSpec("recent", 1, 0, 1)]),
     "uniform": LayerLayout.from_heads([HeadSpec("recent", 13, 4, 9)] * 3),
     "ragged": LayerLayout.from_heads([HeadSpec("full", 31, 4, 27), SMALL, SMALL, HeadSpec("snapkv", 17, 4, 6)]),
-    "rounded": LayerLayout.from_heads(
+    "quantised": LayerLayout.from_heads(
         [HeadSpec("full", 31, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 1, 8, 16, 8)]
     ),
     "window": LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7),
@@ -21,10 +21,10 @@ LAYOUTS = {
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-def stored(layout: LayerLayout, bits: str, batch: int, head_dim: int, dtype: torch.dtype, seed: int) -> Stored:
+def stored(layout: LayerLayout, bits: str, batch: int, head_dim: int, dtype: torch.dtype, seed: int) -> Buffers:
     """A store full of random vectors."""
     generator = torch.Generator().manual_seed(seed)
-    store = Stored(layout, [getattr(c, bits) for c in layout.classes], head_dim, dtype, torch.device("cpu"), batch)
+    store = Buffers(layout, [getattr(c, bits) for c in layout.classes], head_dim, dtype, torch.device("cpu"), batch)
     for cls in layout.classes:
         slot = torch.arange(cls.capacity).expand(batch, cls.count, -1)
         new = torch.randn(batch, cls.count, cls.capacity, head_dim, generator=generator).to(dtype)

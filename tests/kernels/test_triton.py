@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from kvcompile.kernels import HeadSpec, LayerLayout, Stored, Turn
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.compact import reference as compact_reference
 from kvcompile.kernels.ragged_decode import reference as decode_reference
@@ -32,23 +32,23 @@ ONE = LayerLayout.from_heads([HeadSpec("recent", 1, 0, 1)])
 RAGGED = LayerLayout.from_heads(
     [HeadSpec("full", 130, 4, 27), HeadSpec("recent", 5, 4, 1), HeadSpec("snapkv", 71, 4, 6)]
 )
-ROUNDED = LayerLayout.from_heads(
+QUANTISED = LayerLayout.from_heads(
     [
         HeadSpec("full", 131, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 0, 8, 16, 8),
         HeadSpec("scored", 40, 1, 8, 8, 8), HeadSpec("scored", 67, 2, 8, 4, 16),
     ]
 )  # fmt: skip
 WINDOW = LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7)
-LAYOUTS = {"one": ONE, "ragged": RAGGED, "rounded": ROUNDED, "window": WINDOW}
+LAYOUTS = {"one": ONE, "ragged": RAGGED, "quantised": QUANTISED, "window": WINDOW}
 LENGTHS = [[400], [2], [150, 3, 61]]
 
 
-def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, seed: int = 0) -> list[Stored]:
+def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, seed: int = 0) -> list[Buffers]:
     """Keys and values, full of random vectors."""
     generator = torch.Generator().manual_seed(seed)
     stores = []
     for name in ("k_bits", "v_bits"):
-        stored = Stored(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, DEVICE, batch)
+        stored = Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, DEVICE, batch)
         for cls in layout.classes:
             slot = torch.arange(cls.capacity).expand(batch, cls.count, -1).to(DEVICE)
             new = torch.randn(batch, cls.count, cls.capacity, head_dim, generator=generator).to(DEVICE, dtype)
@@ -58,12 +58,12 @@ def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, se
     return stores
 
 
-def on_cpu(stored: Stored) -> Stored:
+def on_cpu(stored: Buffers) -> Buffers:
     """A copy for the reference."""
     copied = copy.deepcopy(stored)
     copied.exact, copied.anchors = copied.exact.cpu(), copied.anchors.cpu()
-    copied.codes = {width: t.cpu() for width, t in copied.codes.items()}
-    copied.scales = {width: t.cpu() for width, t in copied.scales.items()}
+    copied.codes = {id: t.cpu() for id, t in copied.codes.items()}
+    copied.scales = {id: t.cpu() for id, t in copied.scales.items()}
     return copied
 
 
@@ -96,14 +96,14 @@ def test_ragged_decode(
 
 def test_padding_among_new_tokens_is_not_seen() -> None:
     seen, length, head_dim = [9, 140], 3, 64
-    keys, values = sides(ROUNDED, head_dim, torch.float32, 2)
-    shape = (2, ROUNDED.num_kv_heads, length, head_dim)
+    keys, values = sides(QUANTISED, head_dim, torch.float32, 2)
+    shape = (2, QUANTISED.num_kv_heads, length, head_dim)
     query, new_keys, new_values = (torch.randn(shape, device=DEVICE) for _ in range(3))
     mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril().repeat(2, 1, 1, 1)
     mask[0, :, :, :2] = False
-    out = decode_kernel.ragged_decode(query, keys, values, ROUNDED, seen, 0.1, new_keys, new_values, mask)
+    out = decode_kernel.ragged_decode(query, keys, values, QUANTISED, seen, 0.1, new_keys, new_values, mask)
     expected = decode_reference.ragged_decode(
-        query.cpu(), on_cpu(keys), on_cpu(values), ROUNDED, seen, scaling=0.1, new_keys=new_keys.cpu(),
+        query.cpu(), on_cpu(keys), on_cpu(values), QUANTISED, seen, scaling=0.1, new_keys=new_keys.cpu(),
         new_values=new_values.cpu(), new_mask=mask.cpu(),
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), expected, atol=2e-5, rtol=2e-5)
@@ -125,7 +125,7 @@ def test_items_have_nearly_equal_bytes() -> None:
         [HeadSpec("scored", n, 4, 64, b, b) for n, b in ((20_000, 16), (9_000, 8), (3_000, 4))]
     )
     work = work_list(layout, 128, 16, 64, 64)
-    sizes = [(stop - start) * (layout.rows[h].k_width or 16) for h, start, stop in work.items]
+    sizes = [(stop - start) * (layout.rows[h].k_codec or 16) for h, start, stop in work.items]  # int8 is 8, int4 is 4
     assert max(sizes) < 1.15 * sum(sizes) / len(sizes)
 
 
@@ -137,8 +137,8 @@ def test_append_and_compact(trial: int) -> None:
         capacity = rng.randint(1, 12)
         sink = rng.randint(0, min(4, capacity - 1))
         policy = rng.choice(["full", "recent", "snapkv", "scored", "scored", "h2o"])
-        widths = rng.choice([4, 8, 16]), rng.choice([4, 8, 16])
-        heads.append(HeadSpec(policy, capacity, sink, rng.randint(1, capacity - sink), *widths))
+        bits = rng.choice([4, 8, 16]), rng.choice([4, 8, 16])
+        heads.append(HeadSpec(policy, capacity, sink, rng.randint(1, capacity - sink), *bits))
     layout = LayerLayout.from_heads(heads)
     head_dim, dtype = rng.choice([16, 64, 96, 128]), rng.choice(list(TOLERANCE))
     lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 3))]
@@ -163,8 +163,8 @@ def test_append_and_compact(trial: int) -> None:
         matrix = torch.eye(head_dim) + torch.randn(shape, generator=generator) * 0.1
         mean = torch.randn(layout.num_kv_heads, head_dim, generator=generator)
         parts += [matrix, torch.linalg.inv(matrix), mean]
-    turn = rng.choice([None, Turn(*parts)])
-    moved = None if turn is None else Turn(*(part.to(DEVICE) for part in parts))
+    transform = rng.choice([None, Transform(*parts)])
+    moved = None if transform is None else Transform(*(part.to(DEVICE) for part in parts))
     k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
     tokens = [
         torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
@@ -172,7 +172,7 @@ def test_append_and_compact(trial: int) -> None:
     ]
     last = len(lengths) - 1
     compact_kernel.compact(*ours, layout, last, k.to(DEVICE), v.to(DEVICE), [t.to(DEVICE) for t in tokens], moved)
-    compact_reference.compact(*theirs, layout, last, k, v, tokens, turn)
+    compact_reference.compact(*theirs, layout, last, k, v, tokens, transform)
     for one, two in zip(ours, theirs, strict=True):
         # A product of matrices may round to the other side of a code's edge.
         for a, b in zip(one.tensors(), two.tensors(), strict=True):

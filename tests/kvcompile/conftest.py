@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,8 +34,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or writes the user's cache of profiles, but all share one."""
-    monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path_factory.getbasetemp() / "kvcompile-cache"))
+    """No test reads or writes the user's cache of profiles, but all share one, whatever process they run in."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(shared / "kvcompile-cache"))
 
 
 @pytest.fixture

@@ -196,13 +196,14 @@ def test_h2o_evicts_the_least_attended_token(llama, make_artifact) -> None:
     cache = attach(llama, make_artifact(llama, 9, policy="h2o", sink=2, recent=3)).new_cache()
     llama(prompt(40), past_key_values=cache)
     for step in range(30):
+        cache.layers[1].store.state[0][0].div_(8).round_()  # so that many are equal
         score, number = (t.clone() for t in cache.layers[1].store.state[0])
         llama(prompt(1, seed=step), past_key_values=cache)
         after = cache.layers[1].store.state[0][1]
         for head in range(3):
             now = 40 + step
             open_slots = [s for s in range(9) if 2 <= number[0, head, s] <= now - 3]
-            victim = min(open_slots, key=lambda s, head=head: score[0, head, s].item())
+            victim = min(open_slots, key=lambda s, head=head: (score[0, head, s].item(), -s))
             changed = (after[0, head] != number[0, head]).nonzero().flatten().tolist()
             assert changed == [victim]
             assert after[0, head, victim] == now

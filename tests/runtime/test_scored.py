@@ -29,28 +29,44 @@ def kept(scores: list[float], capacity: int, sink: int, recent: int) -> set[int]
         if len(held) > capacity:
             newest = set(held[-recent:])
             free = [t for t in held if t >= sink and t not in newest]
-            # The last to leave the ring goes where it is no better than the worst.
-            held.remove(min(free, key=lambda t: (scores[t], t == max(free))) if free else held[-recent - 1])
+            # Of equal ones the last token goes, also where it is the one that leaves the ring.
+            held.remove(min(free, key=lambda t: (scores[t], -t)) if free else held[-recent - 1])
     return set(held)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     capacity=st.integers(1, 12),
     sink=st.integers(0, 3),
     recent=st.integers(1, 12),
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=8),
+    every=st.sampled_from([0, 2, 7]),
     seed=st.integers(0, 10_000),
 )
 def test_pieces_of_any_size_leave_the_same_tokens(
-    capacity: int, sink: int, recent: int, pieces: list[int], seed: int
+    capacity: int, sink: int, recent: int, pieces: list[int], every: int, seed: int
 ) -> None:
+    """Where no two scores are equal, and where all are one of two numbers."""
     sink = min(sink, capacity - 1)
-    recent = min(recent, capacity - sink)
+    check_pieces(capacity, sink, min(recent, capacity - sink), pieces, every, seed)
+
+
+@pytest.mark.parametrize("pieces", [[60], [1] * 60, [30, *[1] * 30], [5, 25, *[1] * 10, 20], [20, 1, 9, *[1] * 30]])
+@pytest.mark.parametrize("every", [7, 20, 100])
+def test_of_equal_scores_those_of_the_earlier_tokens_stay(pieces: list[int], every: int) -> None:
+    for seed in range(5):
+        check_pieces(12, 1, 3, pieces, every, seed)
+
+
+def check_pieces(capacity: int, sink: int, recent: int, pieces: list[int], every: int, seed: int) -> None:
+    """That a head keeps what it is to keep, if it gets so many tokens at a time. Scores all differ, or, where `every`
+    is not 0, every so many-th is high and the others are equally low."""
     generator = torch.Generator().manual_seed(seed)
     total = sum(pieces)
     # Distinct also in half precision.
     scores = torch.stack([torch.randperm(total, generator=generator).float() - 5 for _ in range(2)])
+    if every:
+        scores = (scores % every == 0).float()
     layout = LayerLayout.from_heads([HeadSpec("scored", capacity, sink, recent)] * 2)
     store = LayerStore(layout, 4, torch.float32, torch.device("cpu"), 1)
     number = torch.arange(total).float().view(1, 1, -1, 1).expand(1, 2, total, 4) + 1

@@ -1,4 +1,4 @@
-"""Attention of one token over rounded keys and values, without restoring them.
+"""Attention of one token over quantised keys and values, without restoring them.
 
 Codes are multiplied as the numbers that they are; what makes vectors of them is applied to the query and to the few
 sums that come out. That leaves one pass over the store where decoding it would take four.
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcompile.artifacts import groups as parts_of
 from kvcompile.export.onnx.builder import Builder
 from kvcompile.export.onnx.groups import Buffer, Group, Side
-from kvcompile.export.onnx.quantisation import plain, restoring
 from kvcompile.export.onnx.slots import Clock
 
 
 @dataclass(frozen=True)
-class News:
-    """What a call brings to one group: `query` [B, heads, T, D], turned; `keys` and `values` [B, count, T, D], turned
-    but not rounded; `rows`, by buffer, what there is to store of them, [B, count, T, X]."""
+class NewTokens:
+    """What a call brings to one group: `query` [B, heads, T, D], `keys` and `values` [B, count, T, D], all transformed
+    and none quantised; `rows`, by buffer, what is to be stored of them, [B, count, T, X]."""
 
     query: str
     keys: str
@@ -42,15 +40,15 @@ class Case:
     causal: str
 
 
-def attend_rounded(b: Builder, group: Group, query: str, written: Mapping[str, str], filled: str, case: Case) -> str:
-    """Attention [B, heads, 1, D] of `query` [B, heads, 1, D] over the `filled` slots of a group with rounded keys,
+def attend_quantised(b: Builder, group: Group, query: str, written: Mapping[str, str], filled: str, case: Case) -> str:
+    """Attention [B, heads, 1, D] of `query` [B, heads, 1, D] over the `filled` slots of a group with quantised keys,
     values or both."""
     batch, size = case.clock.batch, case.head_dim
     columns = b.op("Transpose", b.reshape(query, batch, group.count, -1, size), perm=[0, 1, 3, 2])
     columns = b.op("Mul", columns, b.scalar(case.scale))  # [B, count, D, heads of one]
     logits = _logits(b, group.keys, columns, written, case)
-    there = b.op("Less", b.array(np.arange(group.capacity)), b.reshape(filled, batch, 1, 1, 1))
-    penalty = b.op("Where", there, b.scalar(0.0), b.scalar(-np.inf))
+    valid = b.op("Less", b.array(np.arange(group.capacity)), b.reshape(filled, batch, 1, 1, 1))
+    penalty = b.op("Where", valid, b.scalar(0.0), b.scalar(-np.inf))
     weights = b.op("Softmax", b.op("Add", logits, penalty), axis=-1)
     return b.reshape(_mixed(b, group.values, weights, written, case), batch, -1, 1, size)
 
@@ -63,15 +61,16 @@ def _logits(b: Builder, side: Side, columns: str, written: Mapping[str, str], ca
     if side.scales is None:
         rows = rows if side.rows.dtype == "float32" else b.cast(rows, "float32")
         return b.op("Transpose", b.op("MatMul", rows, columns), perm=[0, 1, 3, 2])
-    count = parts_of(case.head_dim)
-    width = case.head_dim // count
-    matrix = b.array(restoring(side.bits, width))
-    codes = b.split(rows, [width * side.bits // 8] * count, 3)
+    codec, onnx = side.codec, side.codec.load("onnx")
+    count = codec.groups(case.head_dim)
+    size = case.head_dim // count
+    matrix = b.array(onnx.restoring(size))
+    codes = b.split(rows, [codec.code_bytes(case.head_dim) // count] * count, 3)
     scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
     logits = ""
-    for code, scale, asked in zip(codes, scales, b.split(columns, [width] * count, 2), strict=True):
-        met, added = b.split(b.op("MatMul", matrix, asked), [width, 1], 2)
-        product = b.op("Transpose", b.op("MatMul", plain(b, code, side.bits), met), perm=[0, 1, 3, 2])
+    for code, scale, asked in zip(codes, scales, b.split(columns, [size] * count, 2), strict=True):
+        met, added = b.split(b.op("MatMul", matrix, asked), [size, 1], 2)
+        product = b.op("Transpose", b.op("MatMul", onnx.plain(b, code), met), perm=[0, 1, 3, 2])
         product = b.op("Add", product, b.op("Transpose", added, perm=[0, 1, 3, 2]))
         product = b.op("Mul", product, b.reshape(scale, batch, heads, 1, capacity))
         logits = b.op("Add", logits, product) if logits else product
@@ -87,18 +86,19 @@ def _mixed(b: Builder, side: Side, weights: str, written: Mapping[str, str], cas
     if side.scales is None:
         return b.op("MatMul", weights, rows if side.rows.dtype == "float32" else b.cast(rows, "float32"))
     batch, heads, capacity, _ = side.rows.shape
-    count = parts_of(case.head_dim)
-    width = case.head_dim // count
-    matrix = b.array(restoring(side.bits, width))
+    codec, onnx = side.codec, side.codec.load("onnx")
+    count = codec.groups(case.head_dim)
+    matrix = b.array(onnx.restoring(case.head_dim // count))
+    codes = b.split(rows, [codec.code_bytes(case.head_dim) // count] * count, 3)
     scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
     outputs = []
-    for code, scale in zip(b.split(rows, [width * side.bits // 8] * count, 3), scales, strict=True):
+    for code, scale in zip(codes, scales, strict=True):
         scale = b.reshape(scale, batch, heads, 1, capacity)
         if side.anchor is not None:  # which takes the place of the first slot
             scale = b.op("Mul", scale, b.array((np.arange(capacity) > 0).astype(np.float32)))
         scaled = b.op("Mul", weights, scale)
         total = b.op("ReduceSum", scaled, b.ints(-1), keepdims=1)
-        sums = b.op("MatMul", scaled, plain(b, code, side.bits))
+        sums = b.op("MatMul", scaled, onnx.plain(b, code))
         outputs.append(b.op("MatMul", b.concat([sums, total], 3), matrix))
     output = b.concat(outputs, 3)
     if side.anchor is None:

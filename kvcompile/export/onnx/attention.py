@@ -10,10 +10,10 @@ from torch import Tensor
 
 from kvcompile.artifacts import Artifact
 from kvcompile.export.onnx import blocks
-from kvcompile.export.onnx.attend import Case, News
+from kvcompile.export.onnx.attend import Case, NewTokens
 from kvcompile.export.onnx.builder import DTYPES, Builder, value
 from kvcompile.export.onnx.cache import one_token, several_tokens
-from kvcompile.export.onnx.folding import Block, folded, has_bias, rounds_keys
+from kvcompile.export.onnx.folding import Block, folded, has_bias, quantises_keys
 from kvcompile.export.onnx.groups import Group
 from kvcompile.export.onnx.parts import Layer
 from kvcompile.export.onnx.quantisation import encode
@@ -58,17 +58,19 @@ class Attention:
             scores = b.op("Transpose", b.reshape(b.cast(scores, "float16"), batch, -1, scored), perm=[0, 2, 1])
         x = b.op("Transpose", b.reshape(x, batch, -1, heads + 2 * kv_heads, size), perm=[0, 2, 1, 3])
         query, key, values = self._rotated(layer, x, waves, f"{name}.")
-        if rounds_keys(groups):
-            turn, shift, back = (b.weight(f"{name}.{part}", weights(part)) for part in ("keys", "shift", "queries"))
-            key = b.op("Sub", b.op("MatMul", key, turn), shift)
+        if quantises_keys(groups):
+            transform, shift, inverse = (
+                b.weight(f"{name}.{part}", weights(part)) for part in ("keys", "shift", "queries")
+            )
+            key = b.op("Sub", b.op("MatMul", key, transform), shift)
             grouped = b.reshape(query, batch, kv_heads, -1, size)
-            query = b.reshape(b.op("MatMul", grouped, back), batch, heads, -1, size)
-        news = _news(b, groups, query, key, values, scores, heads // kv_heads, size)
-        for group, new in zip(groups, news, strict=True):
+            query = b.reshape(b.op("MatMul", grouped, inverse), batch, heads, -1, size)
+        new_tokens = _new_tokens(b, groups, query, key, values, scores, heads // kv_heads, size)
+        for group, new in zip(groups, new_tokens, strict=True):
             _anchors(b, group, new, self.call.clock)
         window = model.windows[index] if model.windows[index] < self.artifact.target.context else 0
         case = Case(self.call.clock, size, layer.scale, window, self.call.steps, _causal(b, self.call, window))
-        x = self._branches(groups, news, case, index)
+        x = self._branches(groups, new_tokens, case, index)
         x = b.reshape(b.op("Transpose", x, perm=[0, 2, 1, 3]), -1, heads * size)
         return product(x, "output")
 
@@ -100,7 +102,7 @@ class Attention:
         part = {} if rotated == model.head_dim else {"rotary_embedding_dim": rotated}
         return [*b.split(b.op("RotaryEmbedding", x, *waves, **part), [heads, kv_heads], 1), values]
 
-    def _branches(self, groups: list[Group], news: list[News], case: Case, index: int) -> str:
+    def _branches(self, groups: list[Group], new_tokens: list[NewTokens], case: Case, index: int) -> str:
         """One way for a single token and one for several: attention [B, num_heads, T, D]; buffers go to their
         outputs."""
         buffers = [buffer for group in groups for buffer in group.slotted()]
@@ -108,7 +110,7 @@ class Attention:
         for single in (True, False):
             branch, parts = self.b.branch(), []
             written: dict[str, str] = {}
-            for group, new in zip(groups, news, strict=True):
+            for group, new in zip(groups, new_tokens, strict=True):
                 place = self.call.places[group.capacity, group.recent]
                 part, made = (
                     one_token(branch, group, new, case, place) if single else several_tokens(branch, group, new, case)
@@ -132,9 +134,9 @@ def _causal(b: Builder, call: Call, window: int) -> str:
     return b.op("And", call.causal, b.op("Less", distance, b.scalar(window, "int64")))
 
 
-def _news(
+def _new_tokens(
     b: Builder, groups: list[Group], query: str, key: str, values: str, scores: str, share: int, size: int
-) -> list[News]:
+) -> list[NewTokens]:
     """What each group gets of all heads' queries, keys and values [B, heads, T, D] and scores [B, scored heads, T]."""
     counts = [group.count for group in groups]
     queries = b.split(query, [count * share for count in counts], 1)
@@ -149,21 +151,21 @@ def _news(
     ]
     exact = [(side.rows, x) for _, side, x in sides if side.scales is None]
     rows |= {rows.name: x if rows.dtype == "float32" else b.cast(x, rows.dtype) for rows, x in exact}
-    rounded = [(count, side, x) for count, side, x in sides if side.scales is not None]
-    if rounded:
-        sizes, stored, vectors = zip(*rounded, strict=True)
-        made = encode(b, vectors, sizes, [side.bits for side in stored], size)
+    quantised = [(count, side, x) for count, side, x in sides if side.scales is not None]
+    if quantised:
+        sizes, stored, vectors = zip(*quantised, strict=True)
+        made = encode(b, vectors, sizes, [side.codec for side in stored], size)
         for side, (codes, scales) in zip(stored, made, strict=True):
             rows |= {side.rows.name: codes, side.scales.name: scales}
-    return [News(*parts, rows) for parts in zip(queries, keys, others, strict=True)]
+    return [NewTokens(*parts, rows) for parts in zip(queries, keys, others, strict=True)]
 
 
-def _anchors(b: Builder, group: Group, news: News, clock: Clock) -> None:
+def _anchors(b: Builder, group: Group, new: NewTokens, clock: Clock) -> None:
     """Keep token 0 exactly when it comes."""
-    for side, new in zip(group.sides(), (news.keys, news.values), strict=True):
+    for side, vectors in zip(group.sides(), (new.keys, new.values), strict=True):
         if side.anchor is None:
             continue
-        first = b.cut(new, 0, 1, 2)
+        first = b.cut(vectors, 0, 1, 2)
         comes = b.op("Equal", b.reshape(clock.seen, clock.batch, 1, 1, 1), b.scalar(0, "int64"))
         if side.anchor.dtype == "float32":
             b.into(side.anchor.present, "Where", comes, first, side.anchor.past)

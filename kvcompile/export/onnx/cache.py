@@ -10,39 +10,42 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from kvcompile.export.onnx.attend import Case, News, attend_rounded, exact
+from kvcompile.export.onnx.attend import Case, NewTokens, attend_quantised, exact
 from kvcompile.export.onnx.builder import Builder
 from kvcompile.export.onnx.groups import Group, Side
-from kvcompile.export.onnx.quantisation import decode
 from kvcompile.export.onnx.slots import Clock, Next, first_rows, ring_slot, token_of_slot
 
 
-def one_token(b: Builder, group: Group, news: News, case: Case, place: Next) -> tuple[str, dict[str, str]]:
+def one_token(b: Builder, group: Group, new_tokens: NewTokens, case: Case, place: Next) -> tuple[str, dict[str, str]]:
     """Write the token, then attend to what is stored: attention [B, heads, 1, D], and buffers by name."""
     if group.scores is not None and group.heavy:
-        written = _replaced(b, group, news, case, place)
+        written = _replaced(b, group, new_tokens, case, place)
     else:
         written = {
-            buffer.name: b.op("TensorScatter", buffer.past, news.rows[buffer.name], place.slot, axis=2)
+            buffer.name: b.op("TensorScatter", buffer.past, new_tokens.rows[buffer.name], place.slot, axis=2)
             for buffer in group.slotted()
         }
-    if group.rounded:
-        return attend_rounded(b, group, news.query, written, place.filled, case), written
+    if group.quantised:
+        return attend_quantised(b, group, new_tokens.query, written, place.filled, case), written
     keys, values = (_stored(b, side, written) for side in group.sides())
-    return b.op("Attention", news.query, keys, values, "", "", "", place.filled, scale=case.scale), written
+    return b.op("Attention", new_tokens.query, keys, values, "", "", "", place.filled, scale=case.scale), written
 
 
-def _replaced(b: Builder, group: Group, news: News, case: Case, place: Next) -> dict[str, str]:
-    """The token into its ring slot; the one that was there into the slot of the worst heavy one, if it is better."""
+def _replaced(b: Builder, group: Group, new_tokens: NewTokens, case: Case, place: Next) -> dict[str, str]:
+    """The token into its ring slot; the one that it held into the slot of the worst heavy one, if it is better."""
     assert group.scores is not None
     first = b.array(first_rows(case.clock.batch, group.count))
     at = b.op("Add", place.at, first)
     held = group.scores.past
     leaving = b.cast(b.op("GatherND", held, at), "float32")
-    heavy = b.cast(b.cut(held, group.sink, group.capacity - group.recent, 2), "float32")
-    worst, victim = b.several("TopK", 2, heavy, b.ints(1), largest=0)
+    # From the last heavy slot down to the first: TopK takes the first of equal ones, and the lower slot is to stay.
+    last = group.sink + group.heavy - 1
+    beyond = group.sink - 1 - group.capacity  # counted from the end, as -1 alone would be the last slot
+    downwards = b.op("Slice", held, b.ints(last), b.ints(beyond), b.ints(2), b.ints(-1))
+    worst, place_down = b.several("TopK", 2, b.cast(downwards, "float32"), b.ints(1), largest=0)
+    victim = b.op("Sub", b.ints(last), place_down)
     # A head that is not full loses nothing: some other slot is then written with what it holds.
-    victim = b.op("Where", place.full, b.op("Add", victim, b.ints(group.sink)), place.other)
+    victim = b.op("Where", place.full, victim, place.other)
     victim = b.op("Add", b.op("Mul", b.op("Unsqueeze", victim, b.ints(3)), b.ints(0, 0, 1)), first)
     moves = b.op("And", b.op("Greater", leaving, worst), place.full)
     source = b.op("Where", b.op("Unsqueeze", moves, b.ints(3)), at, victim)
@@ -50,7 +53,7 @@ def _replaced(b: Builder, group: Group, news: News, case: Case, place: Next) -> 
     return {
         buffer.name: b.op(
             "ScatterND", buffer.past, target,
-            b.concat([b.op("GatherND", buffer.past, source), news.rows[buffer.name]], 2),
+            b.concat([b.op("GatherND", buffer.past, source), new_tokens.rows[buffer.name]], 2),
         )
         for buffer in group.slotted()
     }  # fmt: skip
@@ -62,20 +65,20 @@ def _stored(b: Builder, side: Side, written: Mapping[str, str]) -> str:
     return b.cast(rows, "float32") if side.rows.dtype != "float32" else rows
 
 
-def several_tokens(b: Builder, group: Group, news: News, case: Case) -> tuple[str, dict[str, str]]:
+def several_tokens(b: Builder, group: Group, new_tokens: NewTokens, case: Case) -> tuple[str, dict[str, str]]:
     """Attend to what is stored and causally to the new tokens, then store what stays: attention [B, heads, T, D], and
     buffers by name."""
     filled = b.op("Min", case.clock.longest, b.ints(group.capacity))
     joined = {
-        buffer.name: b.concat([b.cut(buffer.past, 0, filled, 2), news.rows[buffer.name]], 2)
+        buffer.name: b.concat([b.cut(buffer.past, 0, filled, 2), new_tokens.rows[buffer.name]], 2)
         for buffer in group.slotted()
     }
     keys, values = (
         _seen(b, side, new, joined, filled, case)
-        for side, new in zip(group.sides(), (news.keys, news.values), strict=True)
+        for side, new in zip(group.sides(), (new_tokens.keys, new_tokens.values), strict=True)
     )
     mask = _mask(b, group, filled, case)
-    attended = b.op("Attention", news.query, keys, values, mask, scale=case.scale)
+    attended = b.op("Attention", new_tokens.query, keys, values, mask, scale=case.scale)
     source = _sources(b, group, filled, joined, case)
     # [B, count, capacity, 3], the place of every slot's new contents among the joined rows.
     index = b.op("Add", b.op("Mul", b.op("Unsqueeze", source, b.ints(3)), b.ints(0, 0, 1)),
@@ -91,7 +94,8 @@ def _seen(b: Builder, side: Side, new: str, joined: Mapping[str, str], filled: s
     stored = b.cut(rows, 0, filled, 2)
     if side.scales is None:
         return b.concat([b.cast(stored, "float32"), new], 2)
-    stored = decode(b, stored, b.cut(joined[side.scales.name], 0, filled, 2), side.bits, case.head_dim)
+    scales = b.cut(joined[side.scales.name], 0, filled, 2)
+    stored = side.codec.load("onnx").decode(b, stored, scales, case.head_dim)
     if side.anchor is None:
         return b.concat([stored, new], 2)
     anchor = b.cut(exact(b, side.anchor), 0, filled, 2)  # one row, or none where nothing is stored
@@ -103,16 +107,16 @@ def _mask(b: Builder, group: Group, filled: str, case: Case) -> str:
     clock, zero = case.clock, b.scalar(0, "int64")
     slot = b.op("Range", zero, b.op("Squeeze", filled), b.scalar(1, "int64"))
     seen = b.reshape(clock.seen, clock.batch, 1, 1, 1)
-    there = b.op("Less", slot, seen)
+    valid = b.op("Less", slot, seen)
     if case.window:
         # A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring.
         last = b.op("Sub", seen, b.ints(1))
         token = b.op("Sub", last, b.op("Mod", b.op("Sub", last, slot), b.ints(group.capacity)))
         query = b.op("Unsqueeze", case.steps, b.ints(1))
         inside = b.op("Greater", token, b.op("Sub", b.op("Add", query, seen), b.ints(case.window)))
-        there = b.op("And", there, inside)
+        valid = b.op("And", valid, inside)
     shape = b.concat([b.ints(clock.batch, 1), clock.length, filled], 0)
-    stored = b.op("Expand", there, shape)
+    stored = b.op("Expand", valid, shape)
     among = b.op("Expand", case.causal, b.concat([b.ints(clock.batch, 1), clock.length, clock.length], 0))
     return b.concat([stored, among], 3)
 
@@ -134,20 +138,20 @@ def _sources(b: Builder, group: Group, filled: str, joined: Mapping[str, str], c
     if group.scores is None or not group.heavy:
         return of_slots(0, group.capacity)
     edge = group.capacity - group.recent
-    # What competes for the heavy slots: what is there, or comes to be there first; and what leaves the ring, one token
+    # What competes for the heavy slots: what they hold, or come to hold first; and what leaves the ring, one token
     # after another, be it stored or new.
     oldest = b.op("Sub", b.op("Max", seen, b.ints(group.capacity)), b.ints(group.recent))
     leaving = b.op("Add", oldest, case.steps)
     leaves = b.op("Unsqueeze", b.op("Less", leaving, b.op("Sub", total, b.ints(group.recent))), b.ints(1))
-    there = of_slots(group.sink, edge)
-    rivals = b.concat([there, _for_heads(b, rows(leaving), group, clock)], 2)
-    worth = b.cast(b.op("GatherElements", joined[group.scores.name], rivals, axis=2), "float32")
-    held, left = b.cut(worth, 0, group.heavy, 2), b.cut(worth, group.heavy, np.iinfo(np.int64).max, 2)
-    worth = b.concat([held, b.op("Where", leaves, left, b.scalar(-np.inf))], 2)
-    chosen = b.several("TopK", 2, worth, b.ints(group.heavy), largest=1)[1]  # of equal ones the first
+    holds = of_slots(group.sink, edge)
+    rivals = b.concat([holds, _for_heads(b, rows(leaving), group, clock)], 2)
+    score = b.cast(b.op("GatherElements", joined[group.scores.name], rivals, axis=2), "float32")
+    held, left = b.cut(score, 0, group.heavy, 2), b.cut(score, group.heavy, np.iinfo(np.int64).max, 2)
+    score = b.concat([held, b.op("Where", leaves, left, b.scalar(-np.inf))], 2)
+    chosen = b.several("TopK", 2, score, b.ints(group.heavy), largest=1)[1]  # of equal ones the first
     best = b.op("GatherElements", rivals, _arranged(b, chosen, rivals, group, seen), axis=2)
     over = b.op("Unsqueeze", b.op("Greater", total, b.ints(group.capacity)), b.ints(2))
-    kept = b.op("Where", over, best, there)
+    kept = b.op("Where", over, best, holds)
     sinks = [of_slots(0, group.sink)] if group.sink else []
     return b.concat([*sinks, kept, of_slots(edge, group.capacity)], 2)
 

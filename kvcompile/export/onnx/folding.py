@@ -1,7 +1,7 @@
 """Weights of one attention block in the order and the coordinates of the cache.
 
-Values are stored turned, y = T (x - m), and outputs turned back, x = T^-1 y + m: both are linear, and so part of the
-projections of values and outputs. Keys get their rotary embedding in between and are turned in the graph.
+Values are stored transformed, y = T (x - m), and outputs restored, x = T^-1 y + m: both are linear, and so part of the
+projections of values and outputs. Keys get their rotary embedding in between and are transformed in the graph.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompile.artifacts import QUANTISED_BITS, Artifact
+from kvcompile.artifacts import Artifact
 from kvcompile.export.onnx.groups import Group
 from kvcompile.export.onnx.parts import Layer, Linear
-from kvcompile.export.onnx.quantisation import halves_first
+from kvcompile.kernels.codecs import codec_of, is_quantised
 
 
 @dataclass(frozen=True)
 class Block:
-    """Projections with heads in storage order. `into` has the rows of queries, keys, values and scores; keys are turned
-    by `keys` [H, D, D] from the right, after which `shift` [H, 1, D] is subtracted, and queries by `queries`."""
+    """Projections with heads in storage order. `into` has the rows of queries, keys, values and scores; keys are
+    transformed by `keys` [H, D, D] from the right, after which `shift` [H, 1, D] is subtracted, and queries by
+    `queries`."""
 
     into: Linear
     output: Linear
@@ -30,13 +31,13 @@ class Block:
     queries: Tensor
 
 
-def rounds_keys(groups: list[Group]) -> bool:
-    return any(group.keys.bits in QUANTISED_BITS for group in groups)
+def quantises_keys(groups: list[Group]) -> bool:
+    return any(is_quantised(group.keys.bits) for group in groups)
 
 
 def has_bias(layer: Layer, groups: list[Group]) -> tuple[bool, bool]:
     """Whether the projections into and out of attention have one."""
-    values = any(group.values.bits in QUANTISED_BITS for group in groups)
+    values = any(is_quantised(group.values.bits) for group in groups)
     scores = any(group.scores is not None for group in groups)
     given = any(part.bias is not None for part in (layer.query, layer.key, layer.value))
     return values or scores or given, values or layer.output.bias is not None
@@ -56,11 +57,13 @@ def folded(layer: Layer, artifact: Artifact, index: int, groups: list[Group]) ->
     # By KV head and query head of it: [hidden_size, H, query heads of one, D].
     output = output.view(model.hidden_size, len(order), share, model.head_dim)
 
-    turn, back, mean = _turns(artifact, "value", index, order, [g.values.bits for g in groups for _ in range(g.count)])
+    transform, inverse, mean = _transforms(
+        artifact, "value", index, order, [g.values.bits for g in groups for _ in range(g.count)]
+    )
     weight, bias = value
-    value = turn @ weight, (turn @ (bias - mean).unsqueeze(2)).squeeze(2)
+    value = transform @ weight, (transform @ (bias - mean).unsqueeze(2)).squeeze(2)
     shift = torch.einsum("ohgd,hd->o", output, mean)
-    output = torch.einsum("ohgd,hde->ohge", output, back).flatten(1)
+    output = torch.einsum("ohgd,hde->ohge", output, inverse).flatten(1)
     if layer.output.bias is not None:
         shift = shift + layer.output.bias.double()
 
@@ -73,9 +76,11 @@ def folded(layer: Layer, artifact: Artifact, index: int, groups: list[Group]) ->
         torch.cat([weight.reshape(-1, model.hidden_size) for weight, _ in parts]).float(),
         torch.cat([bias.flatten() for _, bias in parts]).float(),
     )
-    turn, back, mean = _turns(artifact, "key", index, order, [g.keys.bits for g in groups for _ in range(g.count)])
-    moved = (turn @ mean.unsqueeze(2)).mT
-    return Block(into, Linear(output.float(), shift.float()), turn.mT.float(), moved.float(), back.float())
+    transform, inverse, mean = _transforms(
+        artifact, "key", index, order, [g.keys.bits for g in groups for _ in range(g.count)]
+    )
+    moved = (transform @ mean.unsqueeze(2)).mT
+    return Block(into, Linear(output.float(), shift.float()), transform.mT.float(), moved.float(), inverse.float())
 
 
 def _rows(part: Linear, heads: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -85,19 +90,22 @@ def _rows(part: Linear, heads: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return weight, bias.view(-1, head_dim)[heads]
 
 
-def _turns(
+def _transforms(
     artifact: Artifact, side: str, index: int, order: list[int], bits: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Transforms and their inverses [H, D, D] and means [H, D] in storage order, float64; of exact heads those that
-    change nothing."""
+    change nothing. The rows of a transform are in the order of elements that the codec's graph has."""
     size = artifact.model.head_dim
-    turn = np.tile(np.eye(size), (len(order), 1, 1))
-    back, mean = turn.copy(), np.zeros((len(order), size))
+    transform = np.tile(np.eye(size), (len(order), 1, 1))
+    inverse, mean = transform.copy(), np.zeros((len(order), size))
     for position, head in enumerate(order):
-        if bits[position] in QUANTISED_BITS:
+        if not is_quantised(bits[position]):
+            continue
+        codec, matrix = codec_of(bits[position]), np.eye(size)
+        if codec.needs_transform:
             assert artifact.quantiser is not None
             matrix = getattr(artifact.quantiser, f"{side}_transform")[index, head].astype(np.float64)
-            rows = halves_first(size) if bits[position] == 4 else np.arange(size)
-            turn[position], back[position] = matrix[rows], np.linalg.inv(matrix)[:, rows]
             mean[position] = getattr(artifact.quantiser, f"{side}_mean")[index, head]
-    return torch.tensor(turn), torch.tensor(back), torch.tensor(mean)
+        rows = codec.load("onnx").order(size)
+        transform[position], inverse[position] = matrix[rows], np.linalg.inv(matrix)[:, rows]
+    return torch.tensor(transform), torch.tensor(inverse), torch.tensor(mean)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from kvcompile.artifacts import POLICIES, QUANTISED_BITS, Artifact, ExchangeError, groups
+from kvcompile.artifacts import POLICIES, Artifact, ExchangeError
+from kvcompile.kernels.codecs import CODECS, Codec, codec_of, is_quantised
 
 SUPPORTED = ("full", "recent", "scored")
 
@@ -29,13 +30,18 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Side:
-    """Keys or values of a group. Rounded ones have `rows` (codes) and `scales`, and an exact copy of token 0, the
-    `anchor`, where the heads have sinks; exact ones have `rows` alone."""
+    """Keys or values of a group. Quantised ones have `rows` (codes) and `scales`, and an exact copy of token 0, the
+    `anchor`, where the heads have sinks and the codec asks for it; exact ones have `rows` alone."""
 
     bits: int
     rows: Buffer
     scales: Buffer | None = None
     anchor: Buffer | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of a quantised side. Raises ValueError for an exact one."""
+        return codec_of(self.bits)
 
     def buffers(self) -> list[Buffer]:
         """Those that have something for every slot."""
@@ -62,7 +68,7 @@ class Group:
         return self.capacity - self.sink - self.recent
 
     @property
-    def rounded(self) -> bool:
+    def quantised(self) -> bool:
         """Whether keys or values are."""
         return self.keys.scales is not None or self.values.scales is not None
 
@@ -82,7 +88,7 @@ def layer_groups(artifact: Artifact) -> list[list[Group]]:
     """The groups of every layer, in storage order.
 
     Raises:
-        ExchangeError: heads of a policy that learns from attention.
+        ExchangeError: heads of a policy that learns from attention, or of a codec without ONNX operators.
     """
     model, target, budgets = artifact.model, artifact.target, artifact.budgets
     found = []
@@ -99,10 +105,12 @@ def layer_groups(artifact: Artifact) -> list[list[Group]]:
                     f"layer {layer} has heads of policy {POLICIES[policy]!r}: expected {', '.join(SUPPORTED)}, as "
                     "others need attention weights, which standard operators do not give: build with one of these"
                 )
+            for stored in bits:
+                _check_codec(stored, layer)
             slots = (target.batch, count, capacity)
             keys, values = (
-                _side(f"{name}.{side}", slots, model.head_dim, width, sink > 0, target.dtype)
-                for side, width in zip(("key", "value"), bits, strict=True)
+                _side(f"{name}.{side}", slots, model.head_dim, stored, sink > 0, target.dtype)
+                for side, stored in zip(("key", "value"), bits, strict=True)
             )
             scores = Buffer(f"{name}.scores", "float16", slots) if POLICIES[policy] == "scored" else None
             made.append(Group(start, count, POLICIES[policy], capacity, sink, recent, keys, values, scores))
@@ -111,13 +119,23 @@ def layer_groups(artifact: Artifact) -> list[list[Group]]:
     return found
 
 
+def _check_codec(bits: int, layer: int) -> None:
+    if is_quantised(bits) and not codec_of(bits).has("onnx"):
+        known = ", ".join(codec.name for codec in CODECS.values() if codec.has("onnx"))
+        raise ExchangeError(
+            f"layer {layer} has heads stored as {codec_of(bits).name}, which is not written in standard operators: "
+            f"expected the cache dtype or {known}: build with one of these"
+        )
+
+
 def _side(name: str, slots: tuple[int, int, int], head_dim: int, bits: int, sinks: bool, dtype: str) -> Side:
-    if bits not in QUANTISED_BITS:
+    if not is_quantised(bits):
         return Side(bits, Buffer(name, dtype, (*slots, head_dim)))
-    anchor = Buffer(f"{name}_anchor", dtype, (*slots[:2], 1, head_dim)) if sinks else None
+    codec = codec_of(bits)
+    anchored = sinks and codec.needs_anchor
     return Side(
         bits,
-        Buffer(f"{name}_codes", "uint8", (*slots, head_dim * bits // 8)),
-        Buffer(f"{name}_scales", "float16", (*slots, groups(head_dim))),
-        anchor,
+        Buffer(f"{name}_codes", "uint8", (*slots, codec.code_bytes(head_dim))),
+        Buffer(f"{name}_scales", "float16", (*slots, codec.groups(head_dim))),
+        Buffer(f"{name}_anchor", dtype, (*slots[:2], 1, head_dim)) if anchored else None,
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-
 import onnx
+from onnx import helper
+
 from kvcompile.artifacts import Artifact
 from kvcompile.export.onnx import blocks
 from kvcompile.export.onnx.attention import Attention, Call
@@ -14,7 +15,6 @@ from kvcompile.export.onnx.builder import IR_VERSION, OPSET, Builder, value
 from kvcompile.export.onnx.groups import Group, layer_groups
 from kvcompile.export.onnx.parts import Decoder, Layer
 from kvcompile.export.onnx.slots import Clock, next_slots
-from onnx import helper
 
 TOKENS, SEEN, NEW, LOGITS = "input_ids", "seen", "new", "logits"
 

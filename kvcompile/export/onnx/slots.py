@@ -75,7 +75,7 @@ def ring_slot(b: Builder, token: str, capacity: int, recent: int) -> str:
 
 def token_of_slot(b: Builder, count: str, slots: NDArray[np.int64], capacity: int, recent: int) -> str:
     """Numbers int64 [B, slots] of the tokens in these slots when `count` [B, 1] have come, none lost but to the ring;
-    of slots that are not filled yet, the token that will be there first."""
+    of slots that are not filled yet, the token that they will hold first."""
     slot = b.array(slots[None])
     oldest = b.op("Sub", count, b.ints(recent))
     ring = b.op("Add", oldest, b.op("Mod", b.op("Sub", slot, oldest), b.ints(recent)))

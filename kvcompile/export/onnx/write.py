@@ -10,16 +10,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 import onnx
+import torch
+from onnx import TensorProto
+
 from kvcompile.artifacts import Artifact, ExchangeError, check_identity, identify
 from kvcompile.export.onnx.builder import DTYPES, Builder, Root
 from kvcompile.export.onnx.groups import Group, layer_groups
 from kvcompile.export.onnx.model import LOGITS, NEW, SEEN, TOKENS, decoder_graph
 from kvcompile.export.onnx.parts import decoder
 from kvcompile.models import ending_tokens
-from onnx import TensorProto
 
 GRAPH, WEIGHTS, DESCRIPTION, TOKENIZER = "model.onnx", "model.onnx.data", "kvcompile.json", "tokenizer.json"
 

@@ -29,17 +29,17 @@ def _make_problem(
     seed: int = 0,
     perplexity=None,
     families: int = 1,
-    widths: tuple[int, ...] = (16,),
+    bits: tuple[int, ...] = (16,),
     classes: int | None = None,
 ) -> Problem:
-    """With several `families` or `widths`, curves of `scored` too, lower than those of `recent` for most heads."""
+    """With several `families` or `bits`, curves of `scored` too, lower than those of `recent` for most heads."""
     rng = np.random.default_rng(seed)
     tokens = np.unique(np.rint(np.geomspace(sink + 1, window, points)).astype(np.int32))
     height, fall = rng.lognormal(0, 2, (layers, heads, 1)), rng.uniform(0.3, 2, (layers, heads, 1))
     curve = height * ((tokens / 5.0) ** -fall - (window / 5.0) ** -fall)
     loss = 1e-3 * curve * np.exp(0.15 * rng.standard_normal(curve.shape))
     loss[..., -1] = 0
-    rich = families > 1 or len(widths) > 1
+    rich = families > 1 or len(bits) > 1
     shares = np.array([1, 0.5, 0.125] if rich else [1], np.float32)
     better = np.concatenate(
         [np.ones((families, layers, heads, 1)), rng.lognormal(-0.7, 0.7, (families, layers, heads, len(shares) - 1))],
@@ -71,7 +71,7 @@ def _make_problem(
         num_kv_heads=heads,
         head_dim=64,
         dtype_bits=16,
-        widths=widths,
+        bits=bits,
         target=int(share * 256 * heads * int(limit.sum())),
         context=context,
         policy=policy,

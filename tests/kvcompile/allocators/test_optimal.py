@@ -12,19 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompile.allocators import allocate, least_bytes, optimal, plan_bytes
+from kvcompile.allocators import allocate, integer, least_bytes, plan_bytes
 from kvcompile.allocators.choices import choices
 from kvcompile.allocators.predicted import evicted, family_losses, objective
 from kvcompile.artifacts import POLICIES
 from kvcompile.stages import DEFAULT_SINK
 
-RICH = {"families": 6, "widths": (16, 8, 4)}
+RICH = {"families": 6, "bits": (16, 8, 4)}
 
 
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0.05, 0.9), seed=st.integers(0, 10_000))
 def test_no_combination_of_choices_is_better(make_problem, share: float, seed: int) -> None:
-    problem = make_problem(layers=1, heads=2, points=5, share=share, seed=seed, families=2, widths=(16, 4))
+    problem = make_problem(layers=1, heads=2, points=5, share=share, seed=seed, families=2, bits=(16, 4))
     if problem.target < least_bytes(problem):
         return
     plan = allocate("optimal", problem)
@@ -49,9 +49,9 @@ def test_no_combination_of_choices_is_better(make_problem, share: float, seed: i
 @pytest.mark.parametrize(("layers", "heads", "seconds"), [(28, 4, 5.0), (80, 8, 15.0)])
 def test_large_models_solve_quickly_with_a_small_gap(make_problem, layers, heads, seconds, share) -> None:
     problem = make_problem(layers, heads, 28, share=share, context=4096, window=4096, **RICH)
-    start = time.perf_counter()
+    start = time.process_time()  # which a busy neighbour does not stretch
     plan = allocate("optimal", problem)
-    elapsed = time.perf_counter() - start
+    elapsed = time.process_time() - start
     assert elapsed < seconds
     assert plan.report["gap"] < 3e-3
     assert plan.report["bound"] <= plan.report["objective"] * (1 + 1e-6)
@@ -67,17 +67,17 @@ def test_the_target_is_used_while_a_head_can_gain(make_problem, share: float, se
 
 
 def test_more_choices_never_cost_more(make_problem) -> None:
-    problem = make_problem(layers=8, points=24, families=3, widths=(16, 8, 4), context=2048, window=2048)
+    problem = make_problem(layers=8, points=24, families=3, bits=(16, 8, 4), context=2048, window=2048)
     found = [
-        allocate("optimal", dataclasses.replace(problem, widths=widths)).report["objective"]
-        for widths in ((16,), (16, 8), (16, 8, 4))
+        allocate("optimal", dataclasses.replace(problem, bits=bits)).report["objective"]
+        for bits in ((16,), (16, 8), (16, 8, 4))
     ]
     assert found[0] > found[1] >= found[2]
 
 
 def test_no_family_pays_for_another(make_problem) -> None:
     """With the worst family in the objective the worst one loses less than without."""
-    problem = make_problem(layers=8, heads=4, points=24, families=4, widths=(16, 8), context=2048, window=2048)
+    problem = make_problem(layers=8, heads=4, points=24, families=4, bits=(16, 8), context=2048, window=2048)
     plan = allocate("optimal", problem)
     mean = dataclasses.replace(
         problem,
@@ -97,7 +97,7 @@ def test_no_family_pays_for_another(make_problem) -> None:
 
 
 def test_losses_of_a_plan_are_those_of_its_choices(make_problem) -> None:
-    problem = make_problem(families=2, widths=(16, 8, 4), points=20)
+    problem = make_problem(families=2, bits=(16, 8, 4), points=20)
     plan = allocate("optimal", problem)
     total = np.zeros(2)
     for layer, head in np.ndindex(4, 2):
@@ -137,7 +137,7 @@ def test_a_longer_context_stretches_the_curves(make_problem) -> None:
 
 
 def test_without_an_integer_answer_the_lp_stands_in(make_problem, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimal, "milp", lambda *a, **k: SimpleNamespace(x=None, status=1))
+    monkeypatch.setattr(integer, "milp", lambda *a, **k: SimpleNamespace(x=None, status=1))
     problem = make_problem(28, 4, 24, context=4096, window=4096, **RICH)
     plan = allocate("optimal", problem)
     assert not plan.report["integer_search"]

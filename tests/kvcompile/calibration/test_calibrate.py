@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kvcompile.artifacts.errors import CalibrationError
-from kvcompile.calibration import Calibration, calibrate, evaluation_families, python_text
+from kvcompile.calibration import Calibration, calibrate, python_text
 from kvcompile.calibration.authored import authored_families
 from kvcompile.calibration.python_text import python_families
 
@@ -98,8 +98,6 @@ def test_too_little_text_of_the_users_is_refused(tokenizer: Any, tmp_path: Path)
     (tmp_path / "story.txt").write_text("Once.")
     with pytest.raises(CalibrationError, match=r"the text \(user\) is too short"):
         draw(tokenizer, path=tmp_path)
-    with pytest.raises(CalibrationError, match="expected at least 320"):
-        evaluation_families(tokenizer, 256, tmp_path)
 
 
 def test_an_installation_without_text_still_has_ours(

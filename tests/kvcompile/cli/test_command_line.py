@@ -38,7 +38,9 @@ def prompt(tmp_path: Path) -> Path:
 def test_build_writes_a_valid_artifact_and_says_what_it_did(kvcompile, model_folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = kvcompile("build", "--model", model_folder, "--mem", "30%", "--context", 192)
-    assert (status, err) == (0, "")
+    assert status == 0
+    assert err.splitlines()[0] == "profiling ..."
+    assert all(line.startswith("profiling") for line in err.splitlines())
     path = tmp_path / f"{model_folder.name}.kvb"
     plan = read(path)
     assert str(plan.bytes.resident) in out
@@ -101,6 +103,14 @@ def test_run_streams_the_answer_and_reports_on_stderr(kvcompile, artifact, promp
     assert out.strip()
     assert f"{read(artifact).bytes.resident} bytes" in err
     assert "target" in err
+
+
+def test_a_prompt_longer_than_the_context_is_answered_with_a_note(kvcompile, artifact, tmp_path) -> None:
+    (tmp_path / "long.txt").write_text("a" * 200)
+    status, out, err = kvcompile("run", artifact, "--prompt", tmp_path / "long.txt", "--max-new-tokens", 3, "--raw")
+    assert status == 0
+    assert out.strip()
+    assert "note: the prompt has 200 tokens, more than the 192 that the artifact was built for" in err.splitlines()[0]
 
 
 def test_run_json_and_sampling(kvcompile, artifact, prompt) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from kvcompile.artifacts import TargetError, write
-from kvcompile.calibration import draw_episodes, evaluation_families
+from kvcompile.calibration import draw_episodes
 from kvcompile.compiler import build
-from kvcompile.evaluation import METHODS, contenders, evaluate, summarise
+from kvcompile.evaluation import METHODS, contenders, evaluate, evaluation_families, summarise
 from kvcompile.models import load
 
 
@@ -92,10 +92,22 @@ def test_the_command_prints_and_writes(kvcompile, artifact, tmp_path) -> None:
     found = json.loads((tmp_path / "a.json").read_text())
     assert {row["method"] for row in found["rows"]} == {"full cache", "this artifact", "optimal", "uniform"}
     assert found["families"] == ["user"]
+    assert found["texts"] == f"your text: {tmp_path / 'text.txt'}"
+    assert found["texts"] in " ".join(out.replace("\n", "").split())
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     first = (tmp_path / "a.json").read_bytes()
     kvcompile(*command)
     assert (tmp_path / "a.json").read_bytes() == first
+
+
+def test_the_default_texts_are_named(kvcompile, artifact, tmp_path) -> None:
+    write(artifact, tmp_path / "a.kvb")
+    command = ("eval", tmp_path / "a.kvb", "--mem", "30%", "--allocators", "uniform", "--episodes", "1")
+    status, out, _ = kvcompile(*command, "--json", tmp_path / "a.json")
+    assert status == 0
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["texts"] == "held-out texts: code, reference, dialogue, essay, paper"
+    assert found["texts"] in " ".join(out.split())
 
 
 def test_too_little_text_is_refused(kvcompile, artifact, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +121,20 @@ def test_every_width_gives_the_runtimes_logits(width: dict[str, Any], tmp_path: 
     differences = compare(model, artifact, session, CHUNKS, sync=True)
     assert sorted(differences)[-2] < 2e-3  # one code of the new token may fall the other way
     assert np.median(differences) < 5e-4
+
+
+def test_equal_scores_are_decided_as_by_the_runtime(tmp_path: Path) -> None:
+    """Of a bias this high float16 leaves only a few different scores, so that most choices are between equal ones."""
+    model = tiny_model(CONFIGS["llama"])
+    artifact = make_artifact(model, [[5, 20, 9], [20, 20, 5], [33, 1, 2]], policy="scored", recent=3)
+    assert artifact.scorer is not None
+    artifact = replace(artifact, scorer=replace(artifact.scorer, bias=np.full_like(artifact.scorer.bias, 5000)))
+    session = Session(exported(model, artifact, tmp_path))
+    chunks = (30, *[1] * 12, 5, *[1] * 6, 20, *[1] * 6)
+    assert max(compare(model, artifact, session, chunks)) < TOLERANCE
+    different = [len(np.unique(array)) for name, array in session.arrays.items() if "score" in name]
+    assert len(different) > 3
+    assert 1 < max(different) < 10
 
 
 def test_two_groups_of_scales(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_bytes_are_those_promised_and_nothing_moves(llama, make_artifact, policy
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_beams_and_forks_of_rounded_caches(llama, make_artifact, policy) -> None:
+def test_beams_and_forks_of_quantised_caches(llama, make_artifact, policy) -> None:
     kv = attach(llama, make_artifact(llama, [[30] * 3] * 3, policy=policy, recent=4, bits=MIXED))
     cache = kv.new_cache()
     llama(prompt(50), past_key_values=cache)

@@ -1,22 +1,29 @@
-"""What commands show on a terminal: progress bars, tables, bytes in words."""
+"""Where a command's output goes: the two consoles, JSON, whole files, and bytes in words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from kvcompile.artifacts import KvcompileError
 from kvcompile.artifacts.serialize import replace_file
 
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False)
+
+PIPE_COLUMNS = 120
+"""Width of tables that do not go to a terminal: a pipe has no width of its own, and a table cut short is of no use."""
+
+
+def wide() -> Console:
+    """stdout for tables."""
+    return stdout if stdout.is_terminal else Console(width=PIPE_COLUMNS, highlight=False)
 
 
 @contextmanager
@@ -32,30 +39,19 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (stage, done, total) that draws one bar a stage on stderr; silent where that is no terminal. A total
-    of 0 is one that is not known."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None)
-
-        yield report
-
-
 def human(size: int) -> str:
     """Bytes for people: `1.23 GB (1234567890 bytes)`."""
+    return f"{size} bytes" if size < 1000 else f"{approximate(size)} ({size} bytes)"
+
+
+def approximate(size: int) -> str:
+    """Bytes to three digits: `1.23 GB`."""
     value, unit = float(size), "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if value < 1000 or unit == "TB":
             break
         value /= 1000
-    return f"{size} bytes" if unit == "bytes" else f"{value:.3g} {unit} ({size} bytes)"
+    return f"{value:.3g} {unit}"
 
 
 def print_json(value: Any) -> None:

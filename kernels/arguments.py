@@ -1,0 +1,36 @@
+"""What the kernels in Triton and in C are given of a side (keys or values), in the order of their parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcompile.kernels.codecs import Codec
+from kvcompile.kernels.codecs.int4 import CODEC as INT4
+from kvcompile.kernels.codecs.int8 import CODEC as INT8
+
+if TYPE_CHECKING:
+    from kvcompile.kernels.buffers import Buffers
+
+ORDER: tuple[Codec, ...] = (INT8, INT4)
+"""The codecs that these kernels have parameters for; layers with others go through torch (`dispatch.knows`)."""
+
+FIELDS = ("exact", *(f"{kind}{codec.bits}" for codec in ORDER for kind in ("codes", "scales")), "anchors")
+"""Names of `tensors`, without the prefix of a side."""
+
+
+def tensors(side: Buffers) -> tuple[torch.Tensor, ...]:
+    """Every buffer of a side, empty ones too: [batch, rows, X] each."""
+    quantised = (part[codec.id] for codec in ORDER for part in (side.codes, side.scales))
+    return (side.exact, *quantised, side.anchors)
+
+
+def rows(side: Buffers) -> tuple[int, ...]:
+    """Rows of one sequence: in the cache dtype, in every codec, and anchors."""
+    return (side.exact.shape[1], *(side.codes[codec.id].shape[1] for codec in ORDER), side.anchors.shape[1])
+
+
+def groups(head_dim: int) -> int:
+    """Groups of a quantised vector, which are the same for all codecs in `ORDER`."""
+    return ORDER[0].groups(head_dim)

@@ -1,0 +1,6 @@
+"""The arithmetic that the codecs of whole numbers (int8, int4) share; they differ in how codes are packed.
+
+With b bits, a group's scale is s = max|x| / 2^(b-1), rounded to float16 and at least its smallest normal number 2^-14.
+An element's code is c = floor(x / s), clamped to -2^(b-1) ... 2^(b-1) - 1 and stored with 2^(b-1) added. It reads as
+the middle of its interval, (c + 1/2) s, so that all 2^b levels are used and lie symmetrically about 0.
+"""

@@ -1,1 +1,0 @@
-"""Rounding vectors to 4 or 8 bits, and back."""

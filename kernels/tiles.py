@@ -1,0 +1,40 @@
+"""Loads and products of tiles that the Triton kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b):
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def elements(base, rows, used, STEP: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
+    """Every `STEP`-th of the elements at `base`, `COUNT` of them, of rows of D elements: f32 [rows, PADDED]."""
+    d = tl.arange(0, PADDED)
+    mask = (rows < used)[:, None] & (d < COUNT)[None, :]
+    return tl.load(base + rows[:, None] * D + d[None, :] * STEP, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def transformed(prompt, token, valid, matrix, mean, first, STEP: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr,
+                D: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr):  # fmt: skip
+    """Elements first, first + STEP, ... of y = T (x - mean) for the tokens' vectors x (of x itself where nothing is
+    TRANSFORMED): f32 [slots, P]."""
+    e = tl.arange(0, P)
+    if TRANSFORMED:
+        total = tl.zeros([N, P], tl.float32)
+        for start in range(0, D, 32):
+            d = start + tl.arange(0, 32)
+            inside = valid[:, None] & (d < D)[None, :]
+            x = tl.load(prompt + token[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            x = tl.where(inside, x - tl.load(mean + d, mask=d < D, other=0.0)[None, :], 0.0)
+            rows = (e < COUNT)[None, :] & (d < D)[:, None]
+            part = tl.load(matrix + (first + e * STEP)[None, :] * D + d[:, None], mask=rows, other=0.0)
+            total += tl.dot(x, part, input_precision="tf32x3")  # three products that give float32's precision
+        return total
+    mask = valid[:, None] & (e < COUNT)[None, :]
+    return tl.load(prompt + token[:, None] * D + (first + e * STEP)[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,100 @@
+"""Answers to a prompt: inside an artifact's budget, and with the full cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcompile.artifacts import Artifact
+from kvcompile.cli.streamer import TimedStreamer
+from kvcompile.models import ending_tokens
+from kvcompile.runtime import Sampling, attach, generate
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`tokens` are the new ones, with the one that ended the answer; `cache_bytes` is what the cache holds at the end;
+    `tokens_per_second` counts from the first new token on."""
+
+    tokens: tuple[int, ...]
+    text: str
+    prefill_seconds: float
+    tokens_per_second: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt's token ids, int64 [1, n] on the host, and how to answer: at most `longest` new tokens; sampled answers
+    to one `seed` are the same, with either cache."""
+
+    ids: torch.Tensor
+    longest: int
+    sampling: Sampling
+    seed: int
+
+
+def prompt_ids(tokenizer: Any, text: str, raw: bool) -> torch.Tensor:
+    """Token ids int64 [1, n] of a text: a user's message if the model has a chat template, unless `raw`."""
+    if raw or not tokenizer.chat_template:
+        ids: torch.Tensor = tokenizer(text, return_tensors="pt").input_ids
+        return ids
+    message = [{"role": "user", "content": text}]
+    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+    return ids
+
+
+def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool) -> Answer:
+    """Generate inside the artifact's budget, streaming to stdout unless `silent`; afterwards the model is as before."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    torch.manual_seed(asked.seed)
+    with attach(model, plan) as kv:
+        cache = kv.new_cache()
+        streamer = TimedStreamer(tokenizer, silent)
+        streamer.put(asked.ids)
+        new = generate(
+            model, cache, asked.ids.to(model.device), max_new_tokens=asked.longest, sampling=asked.sampling,
+            eos=ending_tokens(model, tokenizer), on_token=streamer.put,
+        )  # fmt: skip
+        streamer.end()
+        return _answer(tokenizer, new[0].tolist(), streamer, cache.nbytes)
+
+
+@torch.inference_mode()
+def with_full_cache(loaded: Any, asked: Asked, cache_dtype: torch.dtype) -> Answer:
+    """Generate with transformers' `DynamicCache`, which keeps all it is given.
+
+    `cache_bytes` counts its elements in `cache_dtype`, the artifact's: where the processor has no fast 16-bit
+    arithmetic the model computes in float32, and its cache then takes twice that.
+    """
+    from transformers import DynamicCache
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ends = ending_tokens(model, tokenizer)
+    torch.manual_seed(asked.seed)
+    cache = DynamicCache(config=model.config)
+    streamer = TimedStreamer(tokenizer, silent=True)
+    streamer.put(asked.ids)
+    fed, new = asked.ids.to(model.device), list[int]()
+    while len(new) < asked.longest and not (new and new[-1] in ends):
+        logits = model(fed, past_key_values=cache, logits_to_keep=1).logits
+        fed = asked.sampling.choose(logits[:, -1])[:, None]
+        new.append(int(fed))
+        streamer.put(fed[0].cpu())
+    streamer.end()
+    elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    return _answer(tokenizer, new, streamer, elements * cache_dtype.itemsize)
+
+
+def _answer(tokenizer: Any, new: list[int], streamer: TimedStreamer, cache_bytes: int) -> Answer:
+    decoding = max(streamer.stop - streamer.first_token, 1e-9)
+    return Answer(
+        tokens=tuple(new),
+        text=tokenizer.decode(new, skip_special_tokens=True),
+        prefill_seconds=streamer.first_token - streamer.start,
+        tokens_per_second=(len(new) - 1) / decoding,
+        cache_bytes=cache_bytes,
+    )
