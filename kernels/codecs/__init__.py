@@ -13,7 +13,7 @@ from kvcompile.kernels.codecs.base import Codec
 CODECS: dict[int, Codec] = {}
 """By id, in the order in which they were registered."""
 
-_BUILT_IN = ("int8", "int4")
+_BUILT_IN = ("int8", "int4", "fp8")
 """Folders of this package."""
 
 _CACHE_DTYPES = (16, 32)
