@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from kvcompile.kernels.codecs import CODECS, codec_of, is_quantised
 
-POLICIES = ("full", "recent", "h2o", "snapkv", "scored")
-"""Token policies; a policy's code in the file is its place here, so names are only ever appended."""
+POLICIES = ["full", "recent", "h2o", "snapkv", "scored"]
+"""Token policies; a policy's code in the file is its place here, so names are only ever appended. Codes from 5 on are
+those of `register_policy`, and mean nothing to readers that have not registered the same."""
 
 DTYPE_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 """Cache dtypes by torch's name, and their bits. `k_bits` and `v_bits` of a head are these of the target's dtype, or the
@@ -21,6 +22,20 @@ id of a codec (`kvcompile.kernels.codecs`)."""
 STATE_BYTES = {"full": 0, "recent": 0, "h2o": 8, "snapkv": 0, "scored": 2}
 """Bytes that a policy keeps beside K and V for each slot: h2o, one f32 score and one i32 position; scored, one f16
 score."""
+
+
+def register_policy(name: str, state_bytes: int) -> None:
+    """Append a token policy from outside of the package, with the bytes that it keeps for each slot beside K and V;
+    `kvcompile.runtime.policies.register` calls this. The same one may be registered again.
+
+    Raises:
+        ValueError: a name that is taken by a policy of other bytes.
+    """
+    if name in POLICIES and STATE_BYTES[name] != state_bytes:
+        raise ValueError(f"the token policy {name} is taken, with {STATE_BYTES[name]} bytes a slot")
+    if name not in POLICIES:
+        POLICIES.append(name)
+        STATE_BYTES[name] = state_bytes
 
 
 @dataclass(frozen=True)

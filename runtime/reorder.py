@@ -45,6 +45,12 @@ ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Itera
 }
 
 
+def register(architecture: str, cuts: Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]) -> None:
+    """Add a family from outside of the package: `architecture` is the `model_type` of its configuration, `cuts` says
+    along which dimensions of an attention module's weights its heads lie (`split_projections` fits most)."""
+    ARCHITECTURES[architecture] = cuts
+
+
 def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int], num_heads: int, head_dim: int) -> None:
     """Bring KV head `order[i]` and its group of query heads to place i. Exact: numbers move and do not change.
 

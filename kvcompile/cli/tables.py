@@ -112,7 +112,7 @@ def budgets(plan: Artifact) -> Table:
         row = plan.budgets.capacity[layer]
         cells = [
             Text(
-                f"{LETTERS[POLICIES[plan.budgets.policy[layer, head]]]} {tokens} "
+                f"{LETTERS.get(name := POLICIES[plan.budgets.policy[layer, head]], name)} {tokens} "
                 f"{plan.budgets.k_bits[layer, head]}/{plan.budgets.v_bits[layer, head]}",
                 SHADES[min(len(SHADES) - 1, int(tokens / limit * len(SHADES)))],
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvcompile.artifacts import register_policy
+from kvcompile.kernels.layout import KINDS, RING
 from kvcompile.runtime.policies.base import Policy
 from kvcompile.runtime.policies.h2o import H2O
 from kvcompile.runtime.policies.scored import Scored
@@ -15,4 +17,20 @@ POLICIES: dict[str, Policy] = {
     "scored": Scored(),
 }
 
-__all__ = ["POLICIES", "Policy"]
+
+
+def register(name: str, policy: Policy, state_bytes: int = 0) -> None:
+    """Add a token policy from outside of the package. `state_bytes` are those a slot of what its `new_state` allocates.
+
+    A policy that observes decides every step itself (`place`); any other decides at the prompt, and its new tokens take
+    the slots of the ring in turn. Raises ValueError for a name that is taken.
+    """
+    if name in POLICIES:
+        raise ValueError(f"there is a token policy {name} already")
+    register_policy(name, state_bytes)
+    POLICIES[name] = policy
+    if not policy.observes:
+        KINDS[name] = RING
+
+
+__all__ = ["POLICIES", "Policy", "register"]
