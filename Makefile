@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kvcompile run $(DEMO)/smollm2-135m.kvb --prompt $(DEMO)/prompt.txt --max-new-tokens 64 --compare
 
 # Two processes of one thread each are faster than one of two. A module's tests share what they build, and its process.
-TESTS := -n 2 --dist loadscope
+TESTS := -n 2 --dist loadscope --no-loadscope-reorder
 
 test: $(VENV)/.installed lint
 	$(BIN)/pytest $(TESTS)

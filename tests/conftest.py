@@ -17,6 +17,7 @@ ALONE = "PYTEST_XDIST_WORKER" not in os.environ
 if not ALONE:
     os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 # Without a GPU, Triton's kernels run in its interpreter, which must be chosen before they are defined.
@@ -26,3 +27,8 @@ if not torch.cuda.is_available():
 torch.set_num_threads(min(2, torch.get_num_threads()) if ALONE else 1)
 
 pytest_plugins = ("hub_stand_in",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest module first: modules go to the processes in order, and it would keep one busy at the end."""
+    items.sort(key=lambda item: "test_real_model" not in item.nodeid)

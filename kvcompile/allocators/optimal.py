@@ -20,6 +20,9 @@ from kvcompile.allocators.topping import top_up
 from kvcompile.allocators.uniform import weighted
 from kvcompile.stages import Plan, Problem
 
+FILLED = 0.99
+"""Share of the target from which on a plan of a few classes is left as it is."""
+
 
 @dataclass(frozen=True)
 class Optimal:
@@ -40,11 +43,12 @@ class Optimal:
         table = choices(problem)
         budget = problem.target - _own_bytes(problem)
         relaxed = relax(table, budget)
-        searched = False
+        searched = filled = False
         if problem.classes is not None:
             few = few_classes(problem, table, relaxed, budget)
-            # The filled plan is the better one, but where a ring of few tokens is rounded to another share's.
-            plans = [planned(problem, table, *fill_classes(table, few, budget)), planned(problem, table, few)]
+            plans = [planned(problem, table, few)]
+            if filled := plan_bytes(problem, plans[0]) < FILLED * problem.target:
+                plans.append(planned(problem, table, *fill_classes(table, few, budget)))
         else:
             plans = [topped_up(problem, table, rounded(table, relaxed, budget), budget)]
             far = gap(objective(family_losses(problem, plans[0])), relaxed.bound) > GAP
@@ -66,6 +70,7 @@ class Optimal:
         }
         if problem.classes is not None:
             report["classes_per_layer"] = problem.classes
+        if filled:
             report["target_used"] = plan_bytes(problem, best) / problem.target
         return dataclasses.replace(best, loss=predicted_loss(problem, best), report=report)
 

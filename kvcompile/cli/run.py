@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from kvcompile.artifacts import Artifact, CacheError, fetch
+from kvcompile.artifacts import Artifact, CacheError, check_identity, fetch, identify
 from kvcompile.cli import output, progress
 
 
@@ -54,6 +54,8 @@ def command(
             loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
         ids = prompt_ids(loaded.tokenizer, text, raw)
         asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed)
+        # Before anything is said of a prompt that another model's artifact has no business with.
+        check_identity(plan.model, identify(loaded.model, plan.model.name))
         _note_length(ids.shape[1], plan.target.context)
         if not compare:
             answer = with_budget(loaded, plan, asked, silent=as_json)

@@ -18,7 +18,6 @@ POLICIES: dict[str, Policy] = {
 }
 
 
-
 def register(name: str, policy: Policy, state_bytes: int = 0) -> None:
     """Add a token policy from outside of the package. `state_bytes` are those a slot of what its `new_state` allocates.
 

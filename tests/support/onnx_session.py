@@ -73,7 +73,7 @@ def _bits(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _order(bits: int, head_dim: int) -> list[int]:
-    """Turned vectors of 4-bit heads come with the even elements of a group before its odd ones."""
-    from kvcompile.export.onnx.quantisation import halves_first
+    """The order in which the graph has the elements of transformed vectors."""
+    from kvcompile.kernels.codecs import codec_of, is_quantised
 
-    return halves_first(head_dim).tolist() if bits == 4 else list(range(head_dim))
+    return codec_of(bits).load("onnx").order(head_dim).tolist() if is_quantised(bits) else list(range(head_dim))

@@ -35,8 +35,13 @@ def prompt(tmp_path: Path) -> Path:
     return path
 
 
-def test_build_writes_a_valid_artifact_and_says_what_it_did(kvcompile, model_folder, tmp_path, monkeypatch) -> None:
+def test_build_writes_a_valid_artifact_and_says_what_it_did(
+    kvcompile, model_folder, tmp_path, tmp_path_factory, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(
+        "KVCOMPILE_CACHE", str(tmp_path_factory.mktemp("cache"))
+    )  # so that there is something to profile
     status, out, err = kvcompile("build", "--model", model_folder, "--mem", "30%", "--context", 192)
     assert status == 0
     assert err.splitlines()[0] == "profiling ..."

@@ -27,7 +27,7 @@ if PYTHON is None:
 
 from kvcompile.integrations.kvpress import KvcompilePress  # noqa: E402
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LOSS = ROOT / "tests" / "support" / "continuation_loss.py"
 REFERENCES = sorted((ROOT / "artifacts" / "reference").glob("*.kvb"))
 REFERENCE = REFERENCES[-1]

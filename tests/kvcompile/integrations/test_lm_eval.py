@@ -21,7 +21,7 @@ pytest.importorskip("lm_eval")
 
 from kvcompile.integrations.lm_eval import KvcompileLM
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 REFERENCE = ROOT / "artifacts" / "reference" / "smollm2-135m-2048-12.5pct.kvb"
 TEXT = "A cache holds keys and values of what a model has read so far."
 

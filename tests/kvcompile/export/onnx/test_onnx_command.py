@@ -19,7 +19,7 @@ from kvcompile.runtime import attach, generate
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "onnx_generate.py"
+EXAMPLE = Path(__file__).parents[4] / "examples" / "onnx_generate.py"
 TEXT = "The cache of a model holds what it has read. " * 4
 WITHOUT_TORCH = """
 import runpy, sys
