@@ -21,13 +21,13 @@ def main() -> None:
     def call(one: Layer):
         heads, dim = one.layout.num_kv_heads, one.keys.head_dim
         prompt = one.random(heads, one.context, dim), one.random(heads, one.context, dim)
-        worth = one.random(heads, one.context).float()
-        tokens = [kept_tokens(c, one.context, worth[c.heads], one.device) for c in one.layout.classes]
+        scores = one.random(heads, one.context).float()
+        tokens = [kept_tokens(c, one.context, scores[c.heads], one.device) for c in one.layout.classes]
         order = one.plan.budgets.head_order[0].tolist()
-        turn = layer_transform(one.plan.quantiser, 0, order, one.layout, one.device)
+        transform = layer_transform(one.plan.quantiser, 0, order, one.layout, one.device)
         read = sum(t.numel() for t in tokens) * 2 * dim * prompt[0].element_size()
         moved = read + one.stored_bytes / one.batch
-        return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, turn), moved
+        return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, transform), moved
 
     made = {name: call(one) for name, one in subjects.items()}
     report("compact", args, {n: c for n, (c, _) in made.items()}, {n: moved for n, (_, moved) in made.items()})

@@ -52,6 +52,11 @@ def is_quantised(id: int) -> bool:
     return int(id) in CODECS
 
 
+def label(bits: int) -> str:
+    """`k_bits` or `v_bits` for people: the number, or the name of a codec whose id is not its bits."""
+    return CODECS[bits].name if is_quantised(bits) and CODECS[bits].bits != bits else str(bits)
+
+
 def names() -> dict[str, int]:
     """Ids by name, as `--kv-dtype` takes them."""
     return {codec.name: codec.id for codec in CODECS.values()}
@@ -65,4 +70,4 @@ def profiled() -> tuple[int, ...]:
 for _folder in _BUILT_IN:
     register(importlib.import_module(f"{__name__}.{_folder}").CODEC)
 
-__all__ = ["CODECS", "Codec", "codec_of", "is_quantised", "names", "profiled", "register"]
+__all__ = ["CODECS", "Codec", "codec_of", "is_quantised", "label", "names", "profiled", "register"]

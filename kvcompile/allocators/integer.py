@@ -24,7 +24,7 @@ USED = 1e-9
 """Least value of a column that counts as chosen: smaller ones are the solver's tolerance."""
 
 
-def rounded(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64]:
+def integral(table: Choices, relaxed: Relaxed, budget: int) -> NDArray[np.int64]:
     """One choice a head, [N]: what the linear programme chose, and in the few heads where it mixes choices the best
     combination of them that fits, bytes left over counted at their price."""
     used = relaxed.columns[relaxed.values > USED]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvcompile.allocators.choices import Choices, assigned, choices, policy_of
 from kvcompile.allocators.classes import few_classes
 from kvcompile.allocators.filling import fill_classes
-from kvcompile.allocators.integer import GAP, rounded, search
+from kvcompile.allocators.integer import GAP, integral, search
 from kvcompile.allocators.predicted import family_losses, objective, predicted_loss
 from kvcompile.allocators.programme import gap, relax
 from kvcompile.allocators.rows import all_full, least_bytes, limits, plan_bytes
@@ -30,7 +30,7 @@ class Optimal:
     head and the sum of bytes at most the target.
 
     The linear programme over all choices (`programme`) bounds every plan. It mixes choices in a few heads only; the
-    best combination of those that fits (`integer.rounded`), with the bytes left given to where the curves fall fastest
+    best combination of those that fits (`integer.integral`), with the bytes left given to where the curves fall fastest
     (`topping`), is a plan. Where that is further than GAP from the bound, HiGHS searches an integer answer
     (`integer.search`), and the better of the two is taken; without `integer_search`, the first. Under
     `problem.classes`, `classes` chooses instead, and `filling` gives the bytes left to whole classes.
@@ -50,7 +50,7 @@ class Optimal:
             if filled := plan_bytes(problem, plans[0]) < FILLED * problem.target:
                 plans.append(planned(problem, table, *fill_classes(table, few, budget)))
         else:
-            plans = [topped_up(problem, table, rounded(table, relaxed, budget), budget)]
+            plans = [topped_up(problem, table, integral(table, relaxed, budget), budget)]
             far = gap(objective(family_losses(problem, plans[0])), relaxed.bound) > GAP
             if self.integer_search and far and (integer := search(table, relaxed, budget)) is not None:
                 searched = True

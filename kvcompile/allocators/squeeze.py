@@ -15,7 +15,7 @@ from kvcompile.stages import Plan, Problem
 
 @dataclass(frozen=True)
 class SqueezeAttention:
-    """Layers that hardly turn the residual stream give up most of their budget (arXiv 2404.04793, algorithm 1).
+    """Layers that hardly change the residual stream give up most of their budget (arXiv 2404.04793, algorithm 1).
 
     c[l], the mean cosine between the residual stream before and after layer l's attention block, is clustered into
     three by KMeans; the cluster of highest similarity gets `p` times the initial budget, and what that frees is spread

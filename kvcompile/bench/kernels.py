@@ -49,11 +49,11 @@ def measure_kernels(
         flex = torch.compile(flex_attention)
         calls["full: flex attention"] = lambda: flex(query, keys, values, enable_gqa=True)
     sizes |= dict.fromkeys(calls, whole)
-    for name, widths, uniform in (
+    for name, bits, uniform in (
         ("ragged", "16", False), ("uniform", "16", True), ("ragged int8", "8", False), ("ragged int4", "4", False),
         ("ragged mixed", "mixed", False),
     ):  # fmt: skip
-        calls[name], sizes[name] = _ours(model, context, batch, share, dtype, widths, uniform, query)
+        calls[name], sizes[name] = _ours(model, context, batch, share, dtype, bits, uniform, query)
     if device.type == "cuda":
         from kvcompile.bench.flashinfer import flashinfer_calls
 
@@ -70,14 +70,14 @@ def measure_kernels(
 
 
 def _ours(
-    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, widths: str, uniform: bool,
+    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, bits: str, uniform: bool,
     query: torch.Tensor,
 ) -> tuple[Callable[[], Any], int]:  # fmt: skip
     """A decode step's attention over a full store, and the bytes of that store's keys and values."""
     from kvcompile.kernels import Buffers, ragged_decode
     from kvcompile.runtime.attach import layer_layouts
 
-    plan = ragged_plan(model, context, batch, share, dtype, widths, uniform=uniform)
+    plan = ragged_plan(model, context, batch, share, dtype, bits, uniform=uniform)
     layout = layer_layouts(plan)[model.num_layers // 2]
     keys, values = (
         Buffers(layout, [getattr(c, name) for c in layout.classes], model.head_dim, query.dtype, query.device, batch)

@@ -42,8 +42,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Shapes as in the `config.json` of each model on the hub."""
 
-WIDTHS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 8), (8, 4), (4, 4)]}
-"""Widths of keys and values that the heads of a plan have in turn."""
+BITS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 8), (8, 4), (4, 4)]}
+"""Bits of keys and values that the heads of a plan have in turn."""
 SPREAD = 0.8
 """Standard deviation of the logarithm of a head's budget. The budgets that `build` finds spread by 0.7 to 1.2."""
 
@@ -65,13 +65,13 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def ragged_plan(
-    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, widths: str, *, uniform: bool = False
+    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, bits: str, *, uniform: bool = False
 ) -> Artifact:
     """A plan for `share` of the full cache's bytes with budgets drawn from a seed, heads of policy `scored` and a
     random scorer; `uniform` gives all heads the same number of tokens."""
     rng = np.random.default_rng(0)
     shape = (model.num_layers, model.num_kv_heads)
-    pairs = [WIDTHS[widths][i % len(WIDTHS[widths])] for i in range(shape[0] * shape[1])]
+    pairs = [BITS[bits][i % len(BITS[bits])] for i in range(shape[0] * shape[1])]
     own = DTYPE_BITS[dtype]
     bits = np.array([[own if b == 16 else b for b in pair] for pair in pairs], np.uint8).reshape(*shape, 2)
     weight = np.ones(shape) if uniform else rng.lognormal(sigma=SPREAD, size=shape)
@@ -86,10 +86,10 @@ def ragged_plan(
         rng.standard_normal((*shape, model.hidden_size)).astype(np.float16), np.zeros(shape, np.float32)
     )  # fmt: skip
     quantiser = None
-    if widths != "16":
-        turn = np.tile(np.eye(model.head_dim, dtype=np.float16), (*shape, 1, 1))
+    if bits != "16":
+        transform = np.tile(np.eye(model.head_dim, dtype=np.float16), (*shape, 1, 1))
         mean = np.zeros((*shape, model.head_dim), np.float16)
-        quantiser = Quantiser(turn, mean, turn.copy(), mean.copy())
+        quantiser = Quantiser(transform, mean, transform.copy(), mean.copy())
     resident = batch * resident_bytes(budgets, model.head_dim, DTYPE_BITS[dtype])
     transient = batch * 2 * context * model.num_kv_heads * model.head_dim * DTYPE_BITS[dtype] // 8
     full = batch * full_bytes(model, context, dtype)

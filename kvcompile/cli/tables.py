@@ -10,6 +10,7 @@ from rich.text import Text
 
 from kvcompile.artifacts import POLICIES, Artifact, token_limits
 from kvcompile.cli.output import human
+from kvcompile.kernels.codecs import label
 from kvcompile.report.summary import quantised_positions
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def budgets(plan: Artifact) -> Table:
         cells = [
             Text(
                 f"{LETTERS.get(name := POLICIES[plan.budgets.policy[layer, head]], name)} {tokens} "
-                f"{plan.budgets.k_bits[layer, head]}/{plan.budgets.v_bits[layer, head]}",
+                f"{label(plan.budgets.k_bits[layer, head])}/{label(plan.budgets.v_bits[layer, head])}",
                 SHADES[min(len(SHADES) - 1, int(tokens / limit * len(SHADES)))],
             )
             for head, tokens in enumerate(row.tolist())

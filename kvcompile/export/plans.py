@@ -33,23 +33,23 @@ class Exporter:
 
 EXPORTS = {
     "duoattention": Exporter(
-        gates, "a head is full or streaming: budgets between, scored tokens and widths are lost", "recent"
+        gates, "a head is full or streaming: budgets between, scored tokens and bits are lost", "recent"
     ),
     "lukv": Exporter(
-        curves, "tokens a head at 99 levels: policies and widths are lost, and the scorer is the reader's own", "scored"
+        curves, "tokens a head at 99 levels: policies and bits are lost, and the scorer is the reader's own", "scored"
     ),
     "headkv": Exporter(
         query_head_tokens,
-        "a score a head, for its reader to divide tokens by: policies, sinks, rings and widths are lost",
+        "a score a head, for its reader to divide tokens by: policies, sinks, rings and bits are lost",
         "scored",
     ),
     "tangram": Exporter(
         static_shares,
-        "clusters of heads that share what the largest takes: policies, sinks, rings and widths are lost",
+        "clusters of heads that share what the largest takes: policies, sinks, rings and bits are lost",
         "scored",
     ),
     "windows": Exporter(
-        windows, "one window for all heads of a layer: budgets of heads, scored tokens and widths are lost", "recent"
+        windows, "one window for all heads of a layer: budgets of heads, scored tokens and bits are lost", "recent"
     ),
 }
 """By the name of their format in `kvcompile.formats.FORMATS`."""

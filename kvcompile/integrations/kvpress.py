@@ -6,7 +6,7 @@
     pipeline("kv-press-text-generation", model=...)(context, question=question, press=press)
 
 What a press can do is quality, not memory: tokens that a head has let go of are masked in a full cache (as kvpress's
-`AdaKVPress` does), and rounded ones are replaced by what their codes stand for. As every press it acts on the prompt
+`AdaKVPress` does), and quantised ones are replaced by what their codes stand for. As every press it acts on the prompt
 alone: tokens that come later are all kept, exactly, where kvcompile's runtime keeps within the budget.
 """
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class KvcompilePress(BasePress):
-    """Budgets, scorer and widths of an artifact: a file, a repository on the hub, or what `read` gave.
+    """Budgets, scorer and codecs of an artifact: a file, a repository on the hub, or what `read` gave.
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
@@ -128,8 +128,8 @@ class _Layer:
         gone = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
         for b in range(len(hidden)):
             for h, head in enumerate(self.heads):
-                worth = scores[b, :, h][None] if scores is not None and head.policy == "scored" else None
-                kept = kept_tokens(head, count, worth, hidden.device)[0]
+                score = scores[b, :, h][None] if scores is not None and head.policy == "scored" else None
+                kept = kept_tokens(head, count, score, hidden.device)[0]
                 gone[b, h] = True
                 gone[b, h, kept] = False
         return gone.nonzero(as_tuple=True) if bool(gone.any()) else None

@@ -11,6 +11,7 @@ from kvcompile.allocators.predicted import evicted, grid, quantised
 from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact, ArtifactError, TargetError, head_bytes, token_limits
 from kvcompile.assemble import stored_parts
 from kvcompile.compiler import resolve
+from kvcompile.kernels.codecs import CODECS
 from kvcompile.problem import Options, pose_with
 from kvcompile.report.summary import summary
 from kvcompile.stages import Parts, Plan, Problem
@@ -20,7 +21,8 @@ SHARES = (0.03, 0.05, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 
 
 def report_data(artifact: Artifact) -> dict[str, Any]:
-    """Everything the page needs; `curves` and `front` are null for an artifact without a profile."""
+    """Everything the page needs; `curves` and `front` are null for an artifact without a profile. `codecs` are those
+    whose id in `k_bits` and `v_bits` is not their bits."""
     budgets, model = artifact.budgets, artifact.model
     plan = Plan(
         budgets.policy, budgets.capacity, budgets.sink, budgets.recent, budgets.k_bits, budgets.v_bits,
@@ -39,6 +41,7 @@ def report_data(artifact: Artifact) -> dict[str, Any]:
             name: getattr(budgets, name).tolist()
             for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits", "head_order")
         },
+        "codecs": {str(c.id): {"name": c.name, "bits": c.bits} for c in CODECS.values() if c.id != c.bits},
         "curves": None,
         "front": None,
     }
@@ -59,7 +62,7 @@ def _curves(problem: Problem) -> dict[str, Any]:
         "tokens": tokens.tolist(),
         "shares": [round(float(share), 4) for share in problem.profile.shares],
         "loss": _rounded(evicted(problem, tokens)),
-        "widths": list(problem.bits),
+        "bits": list(problem.bits),
         "key_loss": _rounded(quantised(problem, "key")),
         "value_loss": _rounded(quantised(problem, "value")),
     }

@@ -34,7 +34,7 @@ def test_build_is_the_package_s_front_door() -> None:
 @pytest.mark.parametrize(("name", "policy"), [(n, p) for n, a in ALLOCATORS.items() for p in a.policies])
 def test_promised_planned_and_allocated_bytes_agree(loaded, tmp_path, name, policy, batch) -> None:
     out = tmp_path / "a.kvb"
-    # Of few and narrow choices the last bytes cannot always be used: one width for all then.
+    # Of few choices of few bits the last bytes cannot always be used: one codec for all then.
     own = "fp32" if name == "optimal" and batch == 1 else "auto"
     given = options(batch=batch, allocator=name, policy=policy, out=out, mem="37%", kv_dtype=own)
     artifact = build(loaded.model, loaded.tokenizer, **given)

@@ -46,7 +46,7 @@ def _make_problem(
         -1,
     )
     by_family = rng.lognormal(0, 0.5, (families, layers, heads, 1, 1)) if families > 1 else 1.0
-    narrow = np.array([1e-3, 1e-1]) * rng.lognormal(0, 1.5, (2, families, layers, heads, 1)) * height * 1e-3
+    quantised = np.array([1e-3, 1e-1]) * rng.lognormal(0, 1.5, (2, families, layers, heads, 1)) * height * 1e-3
     profile = Profile(
         families=tuple(f"family {i}" for i in range(families)),
         window=window,
@@ -54,8 +54,8 @@ def _make_problem(
         shares=shares,
         loss=(loss[None, :, :, None] * better[..., None] * by_family).astype(np.float32),
         bits=np.array([8, 4], np.int32),
-        key_loss=narrow[0].reshape(families, layers, heads, 2).astype(np.float32),
-        value_loss=(0.2 * narrow[1]).reshape(families, layers, heads, 2).astype(np.float32),
+        key_loss=quantised[0].reshape(families, layers, heads, 2).astype(np.float32),
+        value_loss=(0.2 * quantised[1]).reshape(families, layers, heads, 2).astype(np.float32),
         factor=1.0,
         correlation=float("nan"),
         baklava=rng.random((layers, heads)).astype(np.float32),

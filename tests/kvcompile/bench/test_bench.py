@@ -33,9 +33,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("widths", ["16", "8", "4", "mixed"])
-def test_plans_keep_to_their_share(tiny, widths: str, uniform: bool) -> None:
-    plan = ragged_plan(identify(tiny, "tiny"), 1024, 3, 0.25, "float32", widths, uniform=uniform)
+@pytest.mark.parametrize("bits", ["16", "8", "4", "mixed"])
+def test_plans_keep_to_their_share(tiny, bits: str, uniform: bool) -> None:
+    plan = ragged_plan(identify(tiny, "tiny"), 1024, 3, 0.25, "float32", bits, uniform=uniform)
     assert 0.2 * plan.bytes.full < plan.bytes.resident <= 0.25 * plan.bytes.full
     tokens = plan.budgets.capacity
     assert (len(set(tokens.flatten().tolist())) == 1) == uniform
