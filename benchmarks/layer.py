@@ -55,7 +55,7 @@ def options(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def layer(args: argparse.Namespace, widths: str) -> Layer:
+def layer(args: argparse.Namespace, bits: str) -> Layer:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def layer(args: argparse.Namespace, widths: str) -> Layer:
     changed = {"num_hidden_layers": 1, "num_attention_heads": args.group * heads, "head_dim": head_dim}
     config = AutoConfig.for_model(**shape | changed | {"vocab_size": 97, "intermediate_size": 64})
     model = identify(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), "one layer of qwen2.5-7b")
-    plan = ragged_plan(model, args.context, args.batch, 0.25, "bfloat16", widths)
+    plan = ragged_plan(model, args.context, args.batch, 0.25, "bfloat16", bits)
     layout = layer_layouts(plan)[0]
     keys, values = (
         Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, torch.bfloat16, device, args.batch)

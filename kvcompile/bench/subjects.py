@@ -65,13 +65,13 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 def ragged_plan(
-    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, bits: str, *, uniform: bool = False
+    model: ModelIdentity, context: int, batch: int, share: float, dtype: str, kind: str, *, uniform: bool = False
 ) -> Artifact:
-    """A plan for `share` of the full cache's bytes with budgets drawn from a seed, heads of policy `scored` and a
-    random scorer; `uniform` gives all heads the same number of tokens."""
+    """A plan for `share` of the full cache's bytes with budgets drawn from a seed, bits of a `kind` of `BITS`, heads of
+    policy `scored` and a random scorer; `uniform` gives all heads the same number of tokens."""
     rng = np.random.default_rng(0)
     shape = (model.num_layers, model.num_kv_heads)
-    pairs = [BITS[bits][i % len(BITS[bits])] for i in range(shape[0] * shape[1])]
+    pairs = [BITS[kind][i % len(BITS[kind])] for i in range(shape[0] * shape[1])]
     own = DTYPE_BITS[dtype]
     bits = np.array([[own if b == 16 else b for b in pair] for pair in pairs], np.uint8).reshape(*shape, 2)
     weight = np.ones(shape) if uniform else rng.lognormal(sigma=SPREAD, size=shape)
@@ -86,7 +86,7 @@ def ragged_plan(
         rng.standard_normal((*shape, model.hidden_size)).astype(np.float16), np.zeros(shape, np.float32)
     )  # fmt: skip
     quantiser = None
-    if bits != "16":
+    if kind != "16":
         transform = np.tile(np.eye(model.head_dim, dtype=np.float16), (*shape, 1, 1))
         mean = np.zeros((*shape, model.head_dim), np.float16)
         quantiser = Quantiser(transform, mean, transform.copy(), mean.copy())

@@ -98,7 +98,7 @@ def test_sliding_layers_and_a_batch(tmp_path: Path) -> None:
     assert max(compare(model, artifact, session, (7, 1, 30, 1, 2, 1))) < TOLERANCE
 
 
-WIDTHS: dict[str, dict[str, Any]] = {
+STORED: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": [(8, 8)]},
     "4 bits": {"bits": [(4, 4)]},
     "8 and 4": {"bits": [(8, 4)]},
@@ -108,15 +108,15 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "scored, batch of three": {"bits": [(8, 4), (4, 8)], "policy": "scored", "recent": 6, "batch": 3},
     "float16": {"dtype": "float16", "policy": "scored", "recent": 6},
     "bfloat16": {"dtype": "bfloat16", "policy": "scored", "recent": 6},
-    "bfloat16, rounded": {"dtype": "bfloat16", "bits": [(8, 4), (16, 8), (4, 16)], "policy": "scored", "recent": 6},
+    "bfloat16, quantised": {"dtype": "bfloat16", "bits": [(8, 4), (16, 8), (4, 16)], "policy": "scored", "recent": 6},
 }
 
 
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_every_width_gives_the_runtimes_logits(width: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+def test_every_codec_gives_the_runtimes_logits(stored: dict[str, Any], tmp_path: Path) -> None:
     """From the same stored bytes, call by call."""
     model = tiny_model(CONFIGS["llama"])
-    artifact = make_artifact(model, 20, **width)
+    artifact = make_artifact(model, 20, **stored)
     session = Session(exported(model, artifact, tmp_path))
     differences = compare(model, artifact, session, CHUNKS, sync=True)
     assert sorted(differences)[-2] < 2e-3  # one code of the new token may fall the other way
