@@ -17,7 +17,8 @@ demo: $(VENV)/.installed
 	@echo "  2. both answers        30 s"
 	mkdir -p $(DEMO)
 	cat examples/handbook.txt examples/question.txt > $(DEMO)/prompt.txt
-	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 3072 -o $(DEMO)/smollm2-135m.kvb
+	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 3072 --profile-tokens 1024 \
+		-o $(DEMO)/smollm2-135m.kvb
 	tail -n 1 examples/question.txt
 	$(BIN)/kvcompile run $(DEMO)/smollm2-135m.kvb --prompt $(DEMO)/prompt.txt --max-new-tokens 64 --compare
 

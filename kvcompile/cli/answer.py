@@ -12,6 +12,9 @@ from kvcompile.cli.streamer import TimedStreamer
 from kvcompile.models import ending_tokens
 from kvcompile.runtime import Sampling, attach, generate
 
+WARM_TOKENS = 8
+"""Of the prompt, read to have the kernels compiled."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -47,11 +50,16 @@ def prompt_ids(tokenizer: Any, text: str, raw: bool) -> torch.Tensor:
     return ids
 
 
-def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool) -> Answer:
-    """Generate inside the artifact's budget, streaming to stdout unless `silent`; afterwards the model is as before."""
+def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool, timed: bool = False) -> Answer:
+    """Generate inside the artifact's budget, streaming to stdout unless `silent`; afterwards the model is as before.
+
+    `timed` is for speeds that are compared: kernels compiled when they are first called are called once before.
+    """
     model, tokenizer = loaded.model, loaded.tokenizer
-    torch.manual_seed(asked.seed)
     with attach(model, plan) as kv:
+        if timed:
+            generate(model, kv.new_cache(), asked.ids[:, :WARM_TOKENS].to(model.device), max_new_tokens=2)
+        torch.manual_seed(asked.seed)
         cache = kv.new_cache()
         streamer = TimedStreamer(tokenizer, silent)
         streamer.put(asked.ids)

@@ -65,7 +65,7 @@ def command(
         from kvcompile.cli.comparison import Comparison, part, show
 
         with progress.waiting("answering with the artifact"):
-            budget = with_budget(loaded, plan, asked, silent=True)
+            budget = with_budget(loaded, plan, asked, silent=True, timed=True)
         with progress.waiting("answering with the full cache"):
             full = with_full_cache(loaded, asked, getattr(torch, plan.target.dtype))
     parting = part(loaded.tokenizer, budget.tokens, full.tokens)
