@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime import attach
+from kvcompile.runtime.policies.snapkv import SnapKV
 
 POLICIES = ["recent", "h2o", "snapkv"]
 ROWS = [[20, 9, 5], [5, 20, 9], [9, 5, 20]]
@@ -210,8 +211,6 @@ def test_h2o_evicts_the_least_attended_token(llama, make_artifact) -> None:
 
 
 def test_snapkv_keeps_what_the_last_queries_attend_to(llama, make_artifact) -> None:
-    from kvcompile.runtime.policies.snapkv import SnapKV
-
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 100, 8, generator=generator) * 0.1
     query = torch.randn(1, 2, 100, 8, generator=generator)
@@ -219,6 +218,32 @@ def test_snapkv_keeps_what_the_last_queries_attend_to(llama, make_artifact) -> N
     score = SnapKV().score(query, keys, 1.0, None)
     assert score.shape == (1, 100)
     assert set(score[0].topk(7).indices.tolist()) == set(range(47, 54))  # the hit and its neighbours
+
+
+def test_a_prompt_of_one_token_too_many_loses_the_worst(llama, make_artifact) -> None:
+    """And not the oldest: of 13 tokens and 12 slots, the one that SnapKV likes least."""
+    kv = attach(llama, make_artifact(llama, 12, policy="snapkv", recent=3, shuffle=False))
+    cache, ids, full = kv.new_cache(), prompt(13, 5), DynamicCache(config=llama.config)
+    attended: list[torch.Tensor] = []
+    layer = cache.layers[0]
+    prefill = layer.store.prefill
+
+    def watch(query: torch.Tensor, keys: torch.Tensor, *rest: object) -> None:
+        grouped = query[0].unflatten(0, (3, -1))
+        attended.append(SnapKV().score(grouped, keys[0], rest[2], None))
+        prefill(query, keys, *rest)
+
+    layer.store.prefill = watch
+    llama(ids, past_key_values=cache)
+    llama(ids, past_key_values=full)
+    stored = layer.store.keys.read(layer.store.layout.classes[0], 12, torch.float32)[0]
+    lost = []
+    for head in range(3):
+        worst = 9 - int(attended[0][head, 2:10].flip(0).argmin())  # of equal ones the last: neighbours share a maximum
+        kept = [t for t in range(10) if t != worst]
+        torch.testing.assert_close(stored[head, :9], full.layers[0].keys[0, head, kept])
+        lost.append(worst)
+    assert set(lost) != {2}, "the oldest is the worst, so the test shows nothing"
 
 
 def test_misuse_is_refused_in_one_sentence(llama, make_artifact) -> None:

@@ -13,8 +13,8 @@ def encode(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `codecs.api.encode`."""
     parts = vectors.float().unflatten(-1, (CODEC.groups(vectors.shape[-1]), -1))
     scale = (parts.abs().amax(-1) / LARGEST).clamp(TINY, HUGE).half()
-    # A scale that float16 holds as a smaller number takes the largest elements past the format's last number, where a
-    # conversion gives NaN. Adding 0 makes -0 to 0, so that a code stands for one number.
+    # Where the scale is as large as float16 holds, elements are past the format's last number: some versions of torch
+    # then convert to NaN, others to that number. Adding 0 makes -0 to 0, so that a code stands for one number.
     scaled = (parts / scale.float().unsqueeze(-1)).clamp(-LARGEST, LARGEST)
     codes = (scaled.to(torch.float8_e4m3fn).float() + 0.0).to(torch.float8_e4m3fn)
     return codes.flatten(-2).view(torch.uint8), scale

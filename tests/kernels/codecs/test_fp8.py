@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import CONFIGS, make_artifact, tiny_model
 
-from kvcompile.artifacts import ExchangeError, read, to_bytes, write
+from kvcompile.artifacts import ArtifactError, ExchangeError, read, to_bytes, write
 from kvcompile.compiler import resolve
 from kvcompile.kernels import decode, encode
 from kvcompile.kernels.codecs import codec_of, profiled
@@ -58,7 +58,7 @@ def test_an_element_is_off_by_at_most_a_sixteenth(seed: int) -> None:
 
 def test_nothing_stays_nothing_and_the_largest_stay_finite() -> None:
     assert (decode(*encode(torch.zeros(2, 64), FP8), FP8, torch.float32) == 0).all()
-    for largest in (1e-7, 1.0, 3.3e4, 1e7):
+    for largest in (1e-7, 1.0, 3.3e4, 1e7, 1e9):  # the last beyond any scale
         assert decode(*encode(torch.full((64,), largest), FP8), FP8, torch.float32).isfinite().all()
 
 
@@ -89,6 +89,14 @@ def test_files_with_it_are_of_version_3(tmp_path: Path) -> None:
         assert f'\\"format_version\\":{version}'.encode() in to_bytes(artifact)
         write(artifact, tmp_path / "a.kvb")
         assert read(tmp_path / "a.kvb").budgets.k_bits.tolist() == artifact.budgets.k_bits.tolist()
+
+
+def test_older_versions_do_not_know_it(tmp_path: Path) -> None:
+    artifact = make_artifact(tiny_model(CONFIGS["llama"]), bits=[(FP8, 32)])
+    data = to_bytes(artifact).replace(b'\\"format_version\\":3', b'\\"format_version\\":2')
+    (tmp_path / "a.kvb").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"k_bits"):
+        read(tmp_path / "a.kvb")
 
 
 def test_it_needs_no_quantiser(tmp_path: Path) -> None:
