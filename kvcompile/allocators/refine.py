@@ -15,11 +15,11 @@ from kvcompile.allocators.registry import allocate
 from kvcompile.stages import Plan, Problem, Profile, Tools
 
 TILTS = (
-    ("quantised", 2.0),
+    ("narrow", 2.0),
     ("evict", 2.0),
     ("late", 2.0),
     ("early", 2.0),
-    ("quantised", 4.0),
+    ("narrow", 4.0),
     ("worst", 4.0),
 )
 """What a round doubts, and the factor it believes in instead: the losses of fewer bits, of eviction, of the later or
@@ -80,7 +80,7 @@ def tilted(profile: Profile, doubt: str, factor: float) -> Profile:
         # Of every head [L, H] the loss at the middle budget, the mean over families, under its best policy.
         middle = profile.loss[..., profile.loss.shape[-1] // 2].mean(0).min(-1)
         heads[middle >= np.quantile(middle, 0.9)] = factor
-    quantised = factor if doubt == "quantised" else 1.0
+    quantised = factor if doubt == "narrow" else 1.0
     evict = factor if doubt == "evict" else 1.0
     return dataclasses.replace(
         profile,
