@@ -11,6 +11,8 @@ from scipy.sparse import coo_array
 
 from kvcompile.artifacts import TargetError
 
+GAP = 1e-3
+"""How far the fullest rank may be from the smallest possible one, relative to itself."""
 NODES = 200
 """Branch-and-bound nodes for one layer: the same heads have to be placed the same way on any machine."""
 
@@ -84,7 +86,7 @@ def _groups(size: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
         ],
         integrality=np.append(np.ones(len(every)), 0),
         bounds=Bounds(0, np.append(np.ones(len(every)), np.inf)),
-        options={"node_limit": NODES, "mip_rel_gap": 1e-3},
+        options={"node_limit": NODES, "mip_rel_gap": GAP},
     )
     if answer.x is None:  # largest first, always to the lightest group with room
         return _greedy(size, ranks)
