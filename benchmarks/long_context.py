@@ -50,7 +50,7 @@ def bits(args: argparse.Namespace, loaded: Any) -> Table:
     for context in map(int, args.contexts.split(",")):
         target = replace(artifact.target, context=context)
         made = at_context(parts, artifact.model, context)
-        plan = narrow_keys(artifact, context)
+        plan = quantised_keys(artifact, context)
         problem = pose(artifact.model, parts.profile, target, "recent", 4, (BITS, 16))
         *texts, questions = family_losses(problem, plan)
         measured = []
@@ -66,7 +66,7 @@ def bits(args: argparse.Namespace, loaded: Any) -> Table:
     return shown
 
 
-def narrow_keys(artifact: Artifact, context: int) -> Plan:
+def quantised_keys(artifact: Artifact, context: int) -> Plan:
     """All tokens kept, keys in 4 bits, values as they are."""
     shape = artifact.budgets.policy.shape
     sink = artifact.solver.get("sink", 4)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.kernels import codecs
+
 Sums = dict[str, NDArray[Any]]
 
 FILE = "sums.npz"
@@ -18,11 +20,13 @@ FILE = "sums.npz"
 
 def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int) -> str:
     """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
-    calibration text, seed and sinks, and the sources of this package and of the quantiser's, so that no change of ours
-    meets old numbers."""
+    calibration text, seed and sinks, and the sources of what measures (this package, the quantiser, the values that
+    they pass, the codecs), so that no change of ours meets old numbers."""
     digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink)).encode())
     here = Path(__file__).parent
-    for source in sorted([*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py")]):
+    codecs_folder = Path(codecs.__file__).parent
+    sources = [*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py"), here.parent / "stages.py"]
+    for source in [*sorted(sources), *sorted(codecs_folder.rglob("*.py"))]:
         digest.update(source.read_bytes())
     return digest.hexdigest()
 
