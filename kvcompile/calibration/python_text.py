@@ -6,7 +6,7 @@ import ast
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Set
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from kvcompile.calibration.family import Family
@@ -58,14 +58,24 @@ def _reference() -> tuple[Callable[[], str], ...]:
 
 def _paths(modules: Set[str]) -> list[Path]:
     """Source files of these modules of the standard library, sorted by their path within it; short ones left out."""
-    root = Path(sysconfig.get_path("stdlib"))
-    found = [path for path in root.rglob("*.py") if _parts(path)[0] in modules and path.stat().st_size >= LEAST_BYTES]
-    return sorted(found, key=lambda path: path.relative_to(root).parts)
+    root = _stdlib()
+    # Module by module: below the same folder lie all packages that have been installed.
+    found = [path for name in modules for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
+    return sorted((path for path in found if path.stat().st_size >= LEAST_BYTES), key=_parts_with_suffix)
+
+
+@cache
+def _stdlib() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _parts_with_suffix(path: Path) -> tuple[str, ...]:
+    return path.relative_to(_stdlib()).parts
 
 
 def _parts(path: Path) -> tuple[str, ...]:
     """`("email", "mime", "base")` of a source file of the standard library."""
-    return path.relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    return path.relative_to(_stdlib()).with_suffix("").parts
 
 
 def _read(path: Path) -> str:
