@@ -87,7 +87,6 @@ def build_many(
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
     report = report or _silent
     with fast_arithmetic(model):
-        report("calibrating", 0, 0)
         text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
         profiled = profile(model, text, identity, context=context, report=report)
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)

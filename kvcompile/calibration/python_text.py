@@ -6,7 +6,7 @@ import ast
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Set
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from kvcompile.calibration.family import Family
@@ -30,13 +30,12 @@ def python_families() -> list[Family]:
     whose files are not installed is left out. Nothing is imported but the reference itself.
     """
     paths = _paths(sys.stdlib_module_names - NO_PROSE)
-    sources = [path for path in paths if not any("test" in part for part in _parts(path))]
-    return _families(sources, _reference())
+    return _families(_no_tests(paths), _reference())
 
 
 def held_out_python_families() -> list[Family]:
     """The same two kinds from `HELD_OUT`, the tests of these parts left out: text for evaluation."""
-    return _families([path for path in _paths(HELD_OUT) if not any("test" in part for part in _parts(path)[1:])], ())
+    return _families(_no_tests(_paths(HELD_OUT), below=1), ())
 
 
 def _families(sources: list[Path], reference: tuple[Callable[[], str], ...]) -> list[Family]:
@@ -58,24 +57,21 @@ def _reference() -> tuple[Callable[[], str], ...]:
 
 def _paths(modules: Set[str]) -> list[Path]:
     """Source files of these modules of the standard library, sorted by their path within it; short ones left out."""
-    root = _stdlib()
+    root = Path(sysconfig.get_path("stdlib"))
     # Module by module: below the same folder lie all packages that have been installed.
     found = [path for name in modules for path in (root / f"{name}.py", *(root / name).rglob("*.py")) if path.is_file()]
-    return sorted((path for path in found if path.stat().st_size >= LEAST_BYTES), key=_parts_with_suffix)
+    found = [path for path in found if path.stat().st_size >= LEAST_BYTES]
+    return sorted(found, key=lambda path: path.relative_to(root).parts)
 
 
-@cache
-def _stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _parts_with_suffix(path: Path) -> tuple[str, ...]:
-    return path.relative_to(_stdlib()).parts
-
-
-def _parts(path: Path) -> tuple[str, ...]:
-    """`("email", "mime", "base")` of a source file of the standard library."""
-    return path.relative_to(_stdlib()).with_suffix("").parts
+def _no_tests(paths: list[Path], below: int = 0) -> list[Path]:
+    """Without files whose path within the standard library, its first `below` parts aside, speaks of tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    return [
+        path
+        for path in paths
+        if not any("test" in part for part in path.relative_to(root).with_suffix("").parts[below:])
+    ]
 
 
 def _read(path: Path) -> str:
