@@ -30,7 +30,8 @@ def main() -> None:
         return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, transform), moved
 
     made = {name: call(one) for name, one in subjects.items()}
-    report("compact", args, {n: c for n, (c, _) in made.items()}, {n: moved for n, (_, moved) in made.items()})
+    report("compact", args, {n: c for n, (c, _) in made.items()}, {n: moved for n, (_, moved) in made.items()},
+           recorded=False)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -75,12 +75,18 @@ def layer(args: argparse.Namespace, bits: str) -> Layer:
 
 
 def report(
-    name: str, args: argparse.Namespace, calls: Mapping[str, Callable[[], Any]], moved: Mapping[str, float]
+    name: str,
+    args: argparse.Namespace,
+    calls: Mapping[str, Callable[[], Any]],
+    moved: Mapping[str, float],
+    *,
+    recorded: bool = True,
 ) -> None:
-    """Time the calls in turn, and print a table in Markdown with what a reader has to know to compare it."""
+    """Time the calls in turn, on a GPU `recorded` as CUDA graphs, and print a table in Markdown with what a reader has to
+    know to compare it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
-        seconds = medians(calls, device, ROUNDS)
+        seconds = medians(calls, device, ROUNDS, recorded=recorded)
         bandwidth = copy_bandwidth(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("torch", "triton"))

@@ -1,52 +1,51 @@
-"""FlashInfer where it is installed: ragged heads as requests of their own (batch x heads, one KV head each)."""
+"""FlashInfer where it is installed: heads as requests of their own (batch x heads, one KV head each)."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from kvcompile.artifacts import ModelIdentity
-from kvcompile.bench.subjects import ragged_plan
+from kvcompile.artifacts import Artifact
+from kvcompile.bench.timing import stores_for
 
 PAGE = 16
+"""Tokens of a page."""
+WORKSPACE = 256 << 20
 
 
-def flashinfer_calls(
-    model: ModelIdentity,
-    context: int,
-    batch: int,
-    share: float,
-    dtype: str,
-    query: torch.Tensor,
-) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Calls and the bytes they read, for the full cache and for the ragged one; none where it is not installed."""
-    if importlib.util.find_spec("flashinfer") is None:
-        return {}
-    plan = ragged_plan(model, context, batch, share, dtype, "16")
-    capacity = plan.budgets.capacity[model.num_layers // 2].tolist()
-    found = {}
-    for name, lengths in (("full: FlashInfer", [context] * len(capacity)), ("ragged: FlashInfer", capacity)):
-        found[name] = _decode(model, lengths * batch, query)
-    return found
-
-
-def _decode(model: ModelIdentity, lengths: list[int], query: torch.Tensor) -> tuple[Callable[[], Any], int]:
+def paged(lengths: Sequence[int], group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Any:
+    """A call of queries [requests, group, D] and pages (keys, values), each [pages, 1, PAGE, D], for requests of these
+    lengths that lie end to end, each beginning on a page."""
     import flashinfer
 
-    device, head_dim = query.device, model.head_dim
     pages = [-(-length // PAGE) for length in lengths]
-    starts = torch.tensor([0, *pages], device=device).cumsum(0).int()
+    starts = torch.tensor([0, *pages]).cumsum(0).int().to(device)
     indices = torch.arange(sum(pages), dtype=torch.int32, device=device)
     last = torch.tensor([(length - 1) % PAGE + 1 for length in lengths], dtype=torch.int32, device=device)
-    held = torch.randn(sum(pages), 2, PAGE, 1, head_dim, dtype=query.dtype, device=device)
+    workspace = torch.empty(WORKSPACE, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "HND", use_tensor_cores=True)
+    wrapper.plan(starts, indices, last, group, 1, head_dim, PAGE, q_data_type=dtype, kv_data_type=dtype)
+    return wrapper.run
+
+
+def ragged_calls(plan: Artifact, query: torch.Tensor) -> tuple[list[Callable[[], Any]], int] | None:
+    """Attention over the budgets of the plan's middle layer, all in the cache dtype, and the bytes it reads; None where
+    FlashInfer is not installed."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return None
+    model, batch = plan.model, plan.target.batch
+    lengths = plan.budgets.capacity[model.num_layers // 2].tolist() * batch
     group = model.num_attention_heads // model.num_kv_heads
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.empty(256 << 20, dtype=torch.uint8, device=device), "NHD", use_tensor_cores=True
-    )
-    kinds = {"q_data_type": query.dtype, "kv_data_type": query.dtype}
-    wrapper.plan(starts, indices, last, group, 1, head_dim, PAGE, **kinds)
-    rows = query.view(len(lengths), group, head_dim)
-    return lambda: wrapper.run(rows, held), sum(lengths) * 2 * head_dim * query.element_size()
+    run = paged(lengths, group, model.head_dim, query.dtype, query.device)
+    size = sum(lengths) * 2 * model.head_dim * query.element_size()
+    rows = query.reshape(len(lengths), group, model.head_dim)
+    shape = (sum(-(-length // PAGE) for length in lengths), 1, PAGE, model.head_dim)
+
+    def call() -> Callable[[], Any]:
+        held = tuple(torch.randn(shape, dtype=query.dtype, device=query.device) for _ in range(2))
+        return lambda: run(rows, held)
+
+    return [call() for _ in range(stores_for(size, query.device))], size

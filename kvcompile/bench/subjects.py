@@ -56,12 +56,33 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if name not in CONFIGS:
-        raise KvcompileError(f"there is no shape {name!r} for random weights: expected one of {', '.join(CONFIGS)}")
-    config = AutoConfig.for_model(**CONFIGS[name])
+    config = AutoConfig.for_model(**_config(name))
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
+
+
+def shape_of(name: str) -> ModelIdentity:
+    """The shape of a model in `CONFIGS` without the model, for plans whose layers are measured alone.
+
+    Raises:
+        KvcompileError: a shape that is not known.
+    """
+    config = _config(name)
+    heads = config["num_attention_heads"]
+    return ModelIdentity(
+        name=name, architecture=config["model_type"], num_layers=config["num_hidden_layers"],
+        num_attention_heads=heads, num_kv_heads=config["num_key_value_heads"],
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads, hidden_size=config["hidden_size"],
+        windows=(0,) * config["num_hidden_layers"], dtype="bfloat16", fingerprint="0" * 64,
+        samples=np.zeros(0, np.float32),
+    )  # fmt: skip
+
+
+def _config(name: str) -> dict[str, Any]:
+    if name not in CONFIGS:
+        raise KvcompileError(f"there is no shape {name!r} for random weights: expected one of {', '.join(CONFIGS)}")
+    return CONFIGS[name]
 
 
 def ragged_plan(

@@ -1,0 +1,103 @@
+"""A decode step of a model with the full cache: transformers' static cache, with its own attention or another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kvcompile.bench.full_attention import Attend, CacheShape
+from kvcompile.bench.timing import record
+
+NAME = "kvcompile-bench"
+"""Under which another attention is registered with transformers, which then makes no mask."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One method's step: the bytes of its cache, and a call that reads the last token of every sequence and leaves the
+    next. `recorded`: whether it is one CUDA graph (None: it will not be)."""
+
+    cache_bytes: int
+    run: Callable[[], Any]
+    recorded: bool | None
+
+
+def cache_shape(model: Any, batch: int, context: int) -> CacheShape:
+    """Of one layer of the model's full cache."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_key_value_heads
+    group = config.num_attention_heads // heads
+    return CacheShape(batch, heads, context, head_dim, group, model.dtype, model.device)
+
+
+@contextmanager
+def full_step(
+    model: Any, batch: int, context: int, steps: int, way: Callable[[CacheShape], Attend] | None = None
+) -> Iterator[Step]:
+    """A step, at most `steps` times, with a full cache of random numbers: on a GPU transformers' static cache with the
+    step recorded as a CUDA graph, on a CPU its dynamic one.
+
+    With another `way` of attending, the static cache is attended to as a whole and without a mask. Its last `steps`
+    slots are still to be written, so it reads what the full cache of `context` tokens has, and the text is another.
+    """
+    static = model.device.type == "cuda" or way is not None
+    shape = cache_shape(model, batch, context)
+    token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
+    first = context - steps - 3 if static else context  # three steps before the first that counts
+    position = torch.full((batch, 1), first, dtype=torch.int64, device=model.device)
+    previous = model.config._attn_implementation
+    with torch.inference_mode():
+        if way is not None:
+            _register(way(shape))
+            model.set_attn_implementation(NAME)
+        try:
+            cache = _filled_static(model, token, position, context) if static else _filled_dynamic(model, shape)
+
+            def step() -> None:
+                logits = model(token, position_ids=position, past_key_values=cache).logits
+                token.copy_(logits[:, -1].argmax(-1)[:, None])
+                position.add_(1)
+
+            on_gpu = model.device.type == "cuda"
+            run = record([step]) if on_gpu else step
+            yield Step(model.config.num_hidden_layers * shape.bytes, run, on_gpu or None)
+        finally:
+            model.set_attn_implementation(previous)
+
+
+def _register(attend: Attend) -> None:
+    from transformers import AttentionInterface
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        return attend(query, key, value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(NAME, attention)
+
+
+def _filled_static(model: Any, token: torch.Tensor, position: torch.Tensor, context: int) -> Any:
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=context)
+    model(token, position_ids=position, past_key_values=cache)
+    for layer in cache.layers:
+        layer.keys.normal_()
+        layer.values.normal_()
+        layer.cumulative_length.fill_(int(position[0, 0]))
+    return cache
+
+
+def _filled_dynamic(model: Any, shape: CacheShape) -> Any:
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    size = (shape.batch, shape.heads, shape.context, shape.head_dim)
+    for number in range(model.config.num_hidden_layers):
+        cache.update(torch.randn(size, dtype=model.dtype), torch.randn(size, dtype=model.dtype), number)
+    return cache
