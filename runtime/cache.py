@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -12,6 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout, Transform
 from kvcompile.runtime.store import LayerStore
+
+if TYPE_CHECKING:
+    from kvcompile.runtime.recording import Recording
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -65,27 +69,26 @@ class RaggedLayer(CacheLayerMixin):
         exact: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
         """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, and
-        `exact` is the model's own attention over them, for the prompt."""
+        `exact` is the model's own attention over them, for the prompt. One token on a filled cache is a step: it is
+        never padding, and its mask is not read."""
         if query.device != (own := self.store.keys.exact.device):
             raise CacheError(
                 f"this cache is on {own} and the model now on {query.device}: take another one from new_cache()"
             )
-        if mask is not None and mask.dtype != torch.bool:
-            raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
-        # Padding is seen by no query, so a token that does not see itself is padding.
-        real = None if mask is None else mask.expand(len(query), -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
-        if real is not None and bool(real.all()):
-            real = None
-        first, self.columns = self.columns == 0, self.columns + query.shape[2]
+        first = self.columns == 0
+        if not first and len(query) != self.store.batch:
+            raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
+        if not first and query.shape[2] == 1:
+            # Without a look at the mask, which the host would have to wait for: a step's token is never padding.
+            self.columns += 1
+            return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
+        real = _real(mask, len(query))
+        self.columns += query.shape[2]
         if first:
             self._fit_batch(len(query))
             out = exact()
             self.store.prefill(query, keys, values, real, scaling, self.score)
             return out
-        if len(query) != self.store.batch:
-            raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
-        if query.shape[2] == 1 and real is None:
-            return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
         return self.store.extend(query, keys, values, mask, real, scaling, self.score).transpose(1, 2)
 
     def _fit_batch(self, batch: int) -> None:
@@ -140,6 +143,36 @@ class RaggedCache(Cache):
         super().__init__(layers=layers)
         self.attachment = attachment
         """Identifies the attachment whose head order the stored keys and values follow."""
+        self.recording: Recording | None = None
+        """The buffers and the graph of a decode step, for the next decoder."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
+        fork = type(self).__new__(type(self))
+        memo[id(self)] = fork
+        for name, value in vars(self).items():  # a graph writes where it was recorded, so a fork has none
+            setattr(fork, name, None if name == "recording" else copy.deepcopy(value, memo))
+        return fork
+
+    def forget_recording(self) -> None:
+        """Decode steps are recorded anew."""
+        if self.recording is not None:
+            self.recording.graph, self.recording = None, None
+
+    def reset(self) -> None:
+        self.forget_recording()
+        super().reset()
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.forget_recording()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.forget_recording()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.forget_recording()
+        super().batch_select_indices(indices)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the cache holds."""
@@ -156,6 +189,11 @@ class RaggedCache(Cache):
         for layer in self.layers:
             layer.advance(tokens)
 
+    def ready(self) -> None:
+        """Bring what the device counts up to date: a recorded step does not look at the host."""
+        for layer in self.layers:
+            layer.store.ready()
+
     def counts(self) -> list[tuple[int, list[int]]]:
         """How much every layer counts: columns of the mask, and tokens of every sequence."""
         return [(layer.columns, layer.store.seen) for layer in self.layers]
@@ -164,3 +202,16 @@ class RaggedCache(Cache):
         """Go back to what `counts` said, where nothing has been stored since."""
         for layer, (columns, seen) in zip(self.layers, counts, strict=True):
             layer.columns, layer.store.seen = columns, seen
+
+
+def _real(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """Which new tokens are no padding, bool [B, T], by their mask bool [1 or B, 1, T, T]; None: all of them.
+
+    Padding is seen by no query, so a token that does not see itself is padding.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
+    real = mask.expand(batch, -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
+    return None if bool(real.all()) else real

@@ -10,7 +10,7 @@ import torch
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime.cache import RaggedCache
-from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.recording import Recording, on, recordable
 from kvcompile.runtime.sampling import Sampling
 
 OnToken = Callable[[torch.Tensor], None]
@@ -19,11 +19,13 @@ OnToken = Callable[[torch.Tensor], None]
 
 class Decoder:
     """A model with a cache and the buffers of a step. A step reads the last token of every sequence, stores its keys
-    and values in the cache and leaves the next one; all its memory is allocated before.
+    and values in the cache and leaves the next one; all its memory is allocated before. The token of a step is never
+    padding.
 
     The model is called as transformers calls it, so weights are whatever was loaded. The first step runs as it is,
-    which also compiles the kernels; on a GPU the second is recorded, and from then on a step is one launch. Caches with
-    heads of a policy that learns from attention (`h2o`) are never recorded.
+    which also compiles the kernels; on a GPU the second is recorded, and from then on a step is one launch. Buffers and
+    graph stay with the cache, and serve the next decoder of the same model, batch and sampling. Caches with heads of a
+    policy that learns from attention (`h2o`) are never recorded.
     """
 
     def __init__(self, model: Any, cache: RaggedCache, sampling: Sampling | None = None) -> None:
@@ -31,16 +33,25 @@ class Decoder:
         self.cache = cache
         self.sampling = sampling or Sampling()
         self.device = model.device
-        self.token = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        """The last token of every sequence, [B, 1]."""
-        self.position = torch.empty(0, 1, dtype=torch.int64, device=self.device)
-        """Its number in its sequence, padding not counted, [B, 1]."""
-        self._steps = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
         self.runs_ahead = self.device.type == "cuda"
         """Whether a step returns before it is done, so that the next can be started before its token is looked at."""
-        self._records = self.runs_ahead and not any(POLICIES[name].observes for name in policies)
+        self._records = recordable(model, cache)
+        self._recording: Recording | None = None
+
+    @property
+    def token(self) -> torch.Tensor:
+        """The last token of every sequence, int64 [B, 1]."""
+        return self._started().token
+
+    @property
+    def position(self) -> torch.Tensor:
+        """Its number in its sequence, padding not counted, int64 [B, 1]."""
+        return self._started().position
+
+    @property
+    def recorded(self) -> bool:
+        """Whether a step is one CUDA graph by now."""
+        return self._recording is not None and self._recording.graph is not None
 
     @torch.inference_mode()
     def prefill(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,53 +64,65 @@ class Decoder:
         if len(before) != batch:
             raise CacheError(f"{batch} prompts for a cache of {len(before)} sequences")
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+        padded = not bool(real.all())
+        if padded and ids.shape[1] == 1:
+            # The model takes one column alone for a step, whose token is never padding.
+            ids, real = ids.repeat(1, 2), torch.nn.functional.pad(real, (1, 0))
         start = torch.tensor(before, device=ids.device)[:, None]
         positions = (real.cumsum(1) - 1).clamp(min=0) + start
-        options: dict[str, Any] = {}
-        if not bool(real.all()):
-            options["attention_mask"] = real
+        # transformers' mask has a column for all that came before too, which nothing asks for.
+        whole = torch.nn.functional.pad(real, (self.cache.get_seq_length(), 0), value=1)
+        options: dict[str, Any] = {"attention_mask": whole} if padded else {}
         options |= {"position_ids": positions, "past_key_values": self.cache, "logits_to_keep": 1}
-        logits = self.model(ids, **options).logits
-        self.start(self.sampling.choose(logits[:, -1])[:, None], start + real.sum(1, keepdim=True))
-        return self.token[:, 0].clone()
+        with on(self.device):
+            logits = self.model(ids, **options).logits
+            self.start(self.sampling.choose(logits[:, -1])[:, None], start + real.sum(1, keepdim=True))
+            return self.token[:, 0].clone()
 
+    @torch.inference_mode()
     def start(self, token: torch.Tensor, position: torch.Tensor | int) -> None:
         """Go on after `token` int64 [B, 1], which has the number `position` in its sequence and is not stored yet."""
-        self.token = token.clone()
-        self.position = torch.zeros_like(token) + position
-        self._graph, self._steps = None, 0
+        step, setting = self.cache.recording, (self.model, self.cache, self.sampling, len(token))
+        if step is None or not step.fits(*setting):
+            step = Recording(*setting)
+        step.token.copy_(token)
+        step.position.copy_(torch.as_tensor(position))
+        self._recording = self.cache.recording = step
 
     @torch.inference_mode()
     def step(self) -> torch.Tensor:
         """One more token a sequence: the buffer [B] that the next step overwrites."""
-        if self._graph is not None:
-            self.cache.advance(1)
-            self._graph.replay()
-        elif self._records and self._steps == 1:
-            self._record()
-        else:
-            self._step()
-        self._steps += 1
-        return self.token[:, 0]
+        step = self._started()
+        if self.cache.recording is not step or not step.attached(self.model):
+            step.graph, self.cache.recording = None, step
+        with on(self.device):
+            if step.graph is None and self._records and step.steps and not step.failed:
+                self._record(step)
+            if step.graph is None:
+                self._run()
+            else:
+                self.cache.ready()
+                self.cache.advance(1)
+                step.graph.replay()
+        step.steps += 1
+        return step.token[:, 0]
 
-    def _step(self) -> None:
-        logits = self.model(self.token, position_ids=self.position, past_key_values=self.cache).logits
-        self.token.copy_(self.sampling.choose(logits[:, -1])[:, None])
-        self.position.add_(1)
+    def _started(self) -> Recording:
+        if self._recording is None:
+            raise CacheError("there is no token to go on from: call prefill() or start() before")
+        return self._recording
 
-    def _record(self) -> None:
-        graph, before = torch.cuda.CUDAGraph(), self.cache.counts()
+    def _run(self) -> None:
+        step = self._started()
+        logits = self.model(step.token, position_ids=step.position, past_key_values=self.cache).logits
+        step.token.copy_(self.sampling.choose(logits[:, -1])[:, None])
+        step.position.add_(1)
+
+    def _record(self, step: Recording) -> None:
         try:
-            with torch.cuda.graph(graph):
-                self._step()  # counts on the host, and runs when it is replayed
+            step.record(self._run, self.cache)
         except RuntimeError as error:  # A model that asks the host in every step, as those with dynamic RoPE do.
-            warnings.warn(f"decoding without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=2)
-            self._records = False
-            self.cache.set_counts(before)
-            self._step()
-            return
-        self._graph = graph
-        graph.replay()
+            warnings.warn(f"decoding without CUDA graphs: {str(error).splitlines()[0]}", stacklevel=3)
 
 
 @torch.inference_mode()
@@ -150,7 +173,7 @@ class _Fetched:
         self._host.copy_(tokens, non_blocking=True)
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:
-            self._done.record()
+            self._done.record(torch.cuda.current_stream(tokens.device))
 
     def get(self) -> torch.Tensor:
         if self._done is not None:

@@ -37,7 +37,9 @@ class LayerStore:
         self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
         self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
-        self._counts: torch.Tensor | None = None
+        self.counts: torch.Tensor | None = None
+        """`seen` on a GPU, int32 [batch], where it stays: steps that were recorded read and write it there."""
+        self._stale = True
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the store holds."""
@@ -87,7 +89,7 @@ class LayerStore:
                 tokens.append(token)
             compact(self.keys, self.values, self.layout, b, k, v, tokens, self.transform)
             self.seen[b] = k.shape[1]
-        self._counts = None
+        self._stale = True
 
     @torch.no_grad()
     def step(
@@ -108,7 +110,7 @@ class LayerStore:
             self._write(cls, keys, values, placed)
         self.advance(1)
         if isinstance(counts, torch.Tensor):
-            self._counts = counts.add_(1)
+            counts.add_(1)
         out = ragged_decode(query, self.keys, self.values, self.layout, self._on_device(), scaling=scaling)
         for cls, state in self._observing():
             grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
@@ -146,29 +148,34 @@ class LayerStore:
             )  # fmt: skip
             self._write(cls, keys, values, policy.extend(state, cls, new_tokens, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
-        self._counts = None
+        self._stale = True
         return out if self.transform is None else self.transform.outputs(out)
 
     def restart(self) -> None:
         """Forget what has been stored."""
         for tensor in self.tensors():
             tensor.zero_()
-        self.seen, self._counts = [0] * self.batch, None
+        self.seen, self._stale = [0] * self.batch, True
 
     def advance(self, tokens: int) -> None:
-        """Count tokens that every sequence has got; on a GPU those of the host alone, as a recorded step counts on the
-        device."""
+        """Count tokens that every sequence has got on the host; a step counts on the device itself."""
         self.seen = [n + tokens for n in self.seen]
-        if not self.keys.exact.is_cuda:
-            self._counts = None
+
+    @torch.no_grad()
+    def ready(self) -> None:
+        """Bring what a GPU counts up to date."""
+        if not self.keys.exact.is_cuda or not self._stale:
+            return
+        if self.counts is None or len(self.counts) != self.batch:
+            with torch.inference_mode(False):  # so that it can be written in any mode
+                self.counts = torch.zeros(self.batch, dtype=torch.int32, device=self.keys.exact.device)
+        self.counts.copy_(torch.tensor(self.seen, dtype=torch.int32))
+        self._stale = False
 
     def _on_device(self) -> Sequence[int] | torch.Tensor:
         """`seen` where the kernels want it: on a GPU a tensor that steps keep up, so that none waits for the host."""
-        if not self.keys.exact.is_cuda:
-            return self.seen
-        if self._counts is None:
-            self._counts = torch.tensor(self.seen, dtype=torch.int32, device=self.keys.exact.device)
-        return self._counts
+        self.ready()
+        return self.seen if self.counts is None else self.counts
 
     def _observing(self) -> list[tuple[HeadClass, list[torch.Tensor]]]:
         """Classes whose policy learns from every step, with what it remembers."""
@@ -197,8 +204,7 @@ class LayerStore:
         self.scores = self.scores.index_select(0, index)
         self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
         self.seen = [self.seen[i] for i in index.tolist()]
-        self._counts = None
-        self.batch = len(self.seen)
+        self.batch, self._stale = len(self.seen), True
 
 
 def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: torch.device) -> torch.Tensor:

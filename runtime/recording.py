@@ -1,0 +1,115 @@
+"""A decode step's buffers and the CUDA graph recorded over them, which a cache keeps from one answer to the next."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from kvcompile.runtime.attach import BINDING
+from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.sampling import Sampling
+
+
+class Graph:
+    """What `run` does on a GPU, recorded by calling it once. The call counts on the host and computes nothing yet.
+
+    Raises:
+        RuntimeError: something in `run` waits for the device. The current stream is then the one from before.
+    """
+
+    def __init__(self, run: Callable[[], None], device: torch.device) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device):
+            before = torch.cuda.current_stream(device)
+            try:
+                # A stream of this device: the one that torch would take belongs to the device it was first used on.
+                with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
+                    run()
+            finally:
+                # A capture that fails to end leaves its own stream current.
+                torch.cuda.set_stream(before)
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Recording:
+    """The buffers of a step of `batch` sequences: `token` and `position`, int64 [batch, 1], and, once it is recorded,
+    its `graph`. Held by the cache; serves every loop of the same model, attachment, sampling and batch, as long as
+    all that the graph reads and writes lies where it lay."""
+
+    def __init__(self, model: Any, cache: RaggedCache, sampling: Sampling, batch: int) -> None:
+        self._model = weakref.ref(model)
+        self._binding = _binding(model)
+        self._sampling = sampling
+        self._places: list[Any] = []
+        device = model.device
+        with torch.inference_mode(False):  # so that they can be written in any mode
+            self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            self.position = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.steps = 0
+        self.graph: Graph | None = None
+        self.failed = False
+        """Whether recording was tried in vain."""
+
+    def fits(self, model: Any, cache: RaggedCache, sampling: Sampling, batch: int) -> bool:
+        """Whether it can go on for this loop."""
+        same = self.attached(model) and self._sampling == sampling and len(self.token) == batch
+        return same and (self.graph is None or self._places == _places(model, cache))
+
+    def attached(self, model: Any) -> bool:
+        """Whether this is its model, with the attachment under which it was made."""
+        return self._model() is model and _binding(model) is self._binding
+
+    def record(self, run: Callable[[], None], cache: RaggedCache) -> None:
+        """Record a step that has not been done afterwards, on the host neither.
+
+        Raises:
+            RuntimeError: a model that asks the host in every step.
+        """
+        before = cache.counts()
+        cache.ready()
+        self.failed = True
+        try:
+            self.graph = Graph(run, self.token.device)
+        finally:
+            cache.set_counts(before)
+        self.failed, self._places = False, _places(self._model(), cache)
+
+
+def recordable(model: Any, cache: RaggedCache) -> bool:
+    """Whether a step can be one CUDA graph: all on one GPU, and no policy that learns from every step's attention."""
+    policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
+    devices = {model.device, *(tensor.device for tensor in cache.tensors())}
+    return model.device.type == "cuda" and len(devices) == 1 and not any(POLICIES[p].observes for p in policies)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one, on which kernels and graphs are launched; nothing where `device` is no GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _binding(model: Any) -> Any:
+    return getattr(model.get_decoder().layers[0].self_attn, BINDING, None)
+
+
+def _places(model: Any, cache: RaggedCache) -> list[Any]:
+    """Where everything lies that a step reads and writes beside its own buffers."""
+    return [(tensor.data_ptr(), tensor.device, tensor.dtype) for tensor in _tensors(model, cache)]
+
+
+def _tensors(model: Any, cache: RaggedCache) -> Iterator[torch.Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    yield from cache.tensors()
+    yield from (layer.store.counts for layer in cache.layers if layer.store.counts is not None)
+    for layer in model.get_decoder().layers:
+        binding = getattr(layer.self_attn, BINDING, None)
+        if binding is not None and binding.scorer is not None:
+            yield binding.scorer.weight
+            yield binding.scorer.bias
