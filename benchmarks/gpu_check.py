@@ -1,128 +1,96 @@
-"""Everything that needs a GPU, in one run and as one table beside what is asked for: `make gpu-check`.
+"""What a GPU makes of the kernels, decoding and `build`, beside what is asked for: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--context 32768] [--batch 16] [--out results.json]
+    python benchmarks/gpu_check.py [--seconds 450] [--out gpu-check.jsonl] [--resume]
+    python benchmarks/gpu_check.py --dry-run
 
-Tests of the kernels and the decode loop, memcheck where compute-sanitizer is installed, attention of one layer for
-Qwen2.5-7B's shape and other group sizes, and decoding end to end with random weights.
+Ten smoke tests, then the judged rows (attention of one layer, decoding end to end, `build`), then the rest of the
+matrix while time is left. Every row is a line of JSON in `--out` as soon as it is there; `--resume` goes on with a
+sheet that was cut. A dry run does the same rows with tiny shapes on the CPU and judges nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import importlib.metadata
-import json
 import platform
-import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from sheet import Found, Sheet
+from supervise import begin, finish, supervise
 
-from kvcompile.artifacts import ModelIdentity, identify
-from kvcompile.bench.decode import measure_decode
-from kvcompile.bench.kernels import measure_kernels
-from kvcompile.bench.subjects import ragged_plan, random_model
-
-SHARE = 0.25
-TESTS = ["tests/kernels", "tests/runtime/test_decode.py"]
+PACKAGES = ("kvcompile", "torch", "triton", "transformers", "flashinfer-python")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context", type=int, default=32768)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
+    parser.add_argument("--seconds", type=float, default=450, help="that all rows may take together")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check.jsonl"))
+    parser.add_argument("--resume", action="store_true", help="keep what was found in --out")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the process that measures
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("gpu_check needs a GPU")
-    checks = Checks()
-    run_tests(checks)
-    device = torch.device("cuda")
-    model = random_model("qwen2.5-7b", torch.bfloat16, device)
-    identity = identify(model, "qwen2.5-7b")
-    found = {"kernels": kernels(checks, identity, args), "decode": decode(checks, model, identity, args)}
-    setting = {
-        "gpu": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(), "context": args.context,
-        "batch": args.batch, "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("torch", "triton", "transformers")},
-    }  # fmt: skip
-    args.out.write_text(json.dumps({"setting": setting, "checks": checks.rows, **found}, indent=1) + "\n")
-    console = Console(width=120)
-    console.print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    table = Table("check", "measured", "asked for", "")
-    for row in checks.rows:
-        table.add_row(row["check"], row["measured"], row["asked"], "met" if row["met"] else "NOT MET")
-    console.print(table)
-    sys.exit(not all(row["met"] for row in checks.rows))
-
-
-class Checks:
-    """Lines of the table."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, check: str, measured: str, asked: str, met: bool) -> None:
-        self.rows.append({"check": check, "measured": measured, "asked": asked, "met": met})
-        print(f"{check}: {measured} (asked for: {asked})", flush=True)
-
-
-def run_tests(checks: Checks) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", *TESTS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    checks.add(
-        "tests on the GPU", (done.stdout.strip().splitlines() or ["nothing"])[-1], "all pass", not done.returncode
-    )
-    if done.returncode:
-        print(done.stdout[-8000:], done.stderr[-2000:])
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        checks.add("memcheck", "compute-sanitizer is not installed", "clean", False)
+    if args.until is not None:
+        rows(Sheet(args.out, args.until - args.seconds, args.until, judges=not args.dry_run), args.dry_run)
         return
-    command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *command, "-k", "not spills"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    checks.add("memcheck", (done.stdout.strip().splitlines() or ["nothing"])[-1], "clean", not done.returncode)
+    start = time.time()
+    begin(args.out, resume=args.resume)
+    own = [sys.executable, __file__, "--seconds", str(args.seconds), "--out", str(args.out)]
+    own += ["--until", str(start + args.seconds), *(["--dry-run"] if args.dry_run else [])]
+    supervise(own, args.out, start, start + args.seconds)
+    sys.exit(finish(args.out))
 
 
-def kernels(checks: Checks, identity: ModelIdentity, args: argparse.Namespace) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    seconds: dict[int, float] = {}
-    for group in (7, 5, 8, 4, 1):
-        shape = dataclasses.replace(identity, num_attention_heads=group * identity.num_kv_heads)
-        rows = measure_kernels(shape, args.context, args.batch, SHARE, "bfloat16", torch.device("cuda"), 21)
-        found[f"group {group}"] = [dataclasses.asdict(row) for row in rows]
-        named = {row.method: row for row in rows}
-        ragged, uniform = named["ragged"], named["uniform"]
-        seconds[group] = ragged.seconds
-        if group != 7:
-            continue
-        for name, least in (("ragged", 0.9), ("ragged int8", 0.8), ("ragged int4", 0.7)):
-            asked = f"{least:.0%}" if name != "ragged int8" else "-"
-            checks.add(f"{name}, of copy bandwidth", f"{named[name].of_copy:.1%}", asked, named[name].of_copy >= least)
-        least = 0.9 / ragged.share
-        checks.add("ragged, times the best full", f"{ragged.speedup:.2f}", f"{least:.2f}", ragged.speedup >= least)
-        ratio = (ragged.seconds / ragged.bytes) / (uniform.seconds / uniform.bytes)
-        checks.add("ragged, time a byte of uniform", f"{ratio:.3f}", "1.1", ratio <= 1.1)
-    for group in (5, 7):
-        ratio = seconds[group] / seconds[8]
-        checks.add(f"group {group}, time of group 8", f"{ratio:.3f}", "1.05", ratio <= 1.05)
-    return found
+def rows(sheet: Sheet, dry: bool) -> None:
+    """All rows, those that are asked for first."""
+    import attention_rows
+    import build_rows
+    import decode_rows
+    import smoke
+    import torch
+    from sizes import Model, Sizes
+
+    if not dry and not torch.cuda.is_available():
+        sys.exit("gpu_check needs a GPU; --dry-run does without")
+
+    sizes = Sizes(dry)
+    model = Model(sizes)
+    sheet.measure("setting", lambda: setting(sizes.device), seconds=-1)
+    for name, check in smoke.CHECKS:
+        sheet.measure(
+            f"smoke: {name}", lambda check=check: Found(check(sizes.device), True), asked="as the reference", seconds=5
+        )
+    attention_rows.bars(sheet, sizes)
+    decode_rows.bars(sheet, sizes, model)
+    build_rows.building(sheet, sizes, model)
+    build_rows.reading(sheet, sizes, model)
+    model.release()
+    attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[:1])
+    decode_rows.matrix(sheet, sizes, model)
+    model.release()
+    attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[1:])
 
 
-def decode(checks: Checks, model: Any, identity: ModelIdentity, args: argparse.Namespace) -> list[dict[str, Any]]:
-    plan = ragged_plan(identity, args.context, args.batch, SHARE, "bfloat16", "16")
-    full, ours = measure_decode(model, plan, args.batch, args.context, 64)
-    ratio = ours.tokens_per_second / full.tokens_per_second
-    checks.add("tokens a second, times transformers' static cache", f"{ratio:.2f}", "1.8", ratio >= 1.8)
-    checks.add("weights and cache, of copy bandwidth", f"{ours.of_copy:.1%}", "75%", ours.of_copy >= 0.75)
-    checks.add("host waits inside a step", str(ours.host_syncs), "0", ours.host_syncs == 0)
-    return [dataclasses.asdict(row) for row in (full, ours)]
+def setting(device) -> Found:
+    """What a reader has to know to compare figures."""
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    found = {"date": datetime.date.today().isoformat(), "python": platform.python_version(), **versions}
+    if device.type == "cuda":
+        card = torch.cuda.get_device_properties(device)
+        found |= {"gpu": card.name, "memory": card.total_memory, "l2": card.L2_cache_size,
+                  "processors": card.multi_processor_count, "cuda": torch.version.cuda}  # fmt: skip
+    else:
+        found["cpu threads"] = torch.get_num_threads()
+    return Found(", ".join(f"{name} {value}" for name, value in found.items()), None, found)
 
 
 if __name__ == "__main__":

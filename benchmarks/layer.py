@@ -82,8 +82,8 @@ def report(
     *,
     recorded: bool = True,
 ) -> None:
-    """Time the calls in turn, on a GPU `recorded` as CUDA graphs, and print a table in Markdown with what a reader has to
-    know to compare it."""
+    """Time the calls in turn, on a GPU `recorded` as CUDA graphs, and print a table in Markdown with what a reader
+    has to know to compare it."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.inference_mode():
         seconds = medians(calls, device, ROUNDS, recorded=recorded)

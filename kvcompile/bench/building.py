@@ -33,7 +33,7 @@ class BuildRow:
     stopped: str
 
 
-class _TimeIsUp(Exception):
+class _TimeIsUpError(Exception):
     pass
 
 
@@ -67,14 +67,14 @@ def measure_build(
         entered.setdefault(stage, now)
         where = f"{stage}, {done} of {total}" if total else stage
         if now > limit:
-            raise _TimeIsUp
+            raise _TimeIsUpError
 
     stopped = ""
     with _own_cache() as folder:
         try:
             build(model, byte_tokenizer(), mem=mem, context=context, out=folder / "bench.kvb", name="random weights",
                   profile_tokens=profile_tokens, report=report)  # fmt: skip
-        except _TimeIsUp:
+        except _TimeIsUpError:
             stopped = where
     taken = time.perf_counter() - start
     starts = [*entered.values(), taken]

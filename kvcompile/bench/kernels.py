@@ -16,9 +16,13 @@ from kvcompile.bench.layers import ragged_layers
 from kvcompile.bench.subjects import ragged_plan
 from kvcompile.bench.timing import copy_bandwidth, medians, record, stores_for
 
+SAME_TOKENS = "ragged int4, as many tokens"
 OURS = {"ragged": ("16", False), "uniform": ("16", True), "ragged int8": ("8", False), "ragged int4": ("4", False),
-        "ragged mixed": ("mixed", False)}  # fmt: skip
-"""Our methods: what widths the heads have, and whether all have the same number of tokens."""
+        "ragged mixed": ("mixed", False), SAME_TOKENS: ("4", False)}  # fmt: skip
+"""Our methods: what widths the heads have, and whether all have the same number of tokens. All have the same bytes, in
+which 4 bits keep nearly every token of a quarter; with as many tokens as 16 bits, budgets are as ragged as those."""
+FEWER = 4.25 / 16
+"""Bytes of a token in 4 bits, codes and scales, to those in 16."""
 RAGGED_FLASHINFER = "ragged: FlashInfer"
 
 
@@ -121,9 +125,9 @@ def _ours(
     model: ModelIdentity, context: int, batch: int, share: float, dtype: str, query: torch.Tensor,
     wanted: Collection[str],
 ) -> dict[str, Callable[[], _Subject | None]]:  # fmt: skip
-    def subject(bits: str, uniform: bool) -> Callable[[], _Subject]:
+    def subject(bits: str, uniform: bool, own: float) -> Callable[[], _Subject]:
         def make() -> _Subject:
-            plan = ragged_plan(model, context, batch, share, dtype, bits, uniform=uniform)
+            plan = ragged_plan(model, context, batch, own, dtype, bits, uniform=uniform)
             layers = ragged_layers(plan, query.device)
             return _Subject(layers.calls(query), layers.bytes, layers.tokens)
 
@@ -137,7 +141,9 @@ def _ours(
         return _Subject(*found, (min(tokens), max(tokens)))
 
     makers: dict[str, Callable[[], _Subject | None]] = {
-        name: subject(*kind) for name, kind in OURS.items() if name in wanted
+        name: subject(*kind, share * (FEWER if name == SAME_TOKENS else 1))
+        for name, kind in OURS.items()
+        if name in wanted
     }
     return makers | ({RAGGED_FLASHINFER: others} if RAGGED_FLASHINFER in wanted else {})
 

@@ -64,9 +64,9 @@ def record(calls: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a copy of a large tensor moves, reads and writes counted."""
-    size = (2 << 30) if device.type == "cuda" else (256 << 20)
+    size, rounds = (2 << 30, 9) if device.type == "cuda" else (128 << 20, 5)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
-    return 2 * size / medians({"copy": lambda: target.copy_(source)}, device, 9)["copy"]
+    return 2 * size / medians({"copy": lambda: target.copy_(source)}, device, rounds)["copy"]
 
 
 def wait(device: torch.device) -> None:
