@@ -53,7 +53,7 @@ GPU_OUT ?= .
 
 gpu-check: gpu-install
 	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_check.py --seconds $(GPU_SECONDS) \
-		--out $(GPU_OUT)/gpu-check.jsonl
+		--out $(GPU_OUT)/gpu-check.jsonl $(GPU_ARGS)
 
 gpu-test: gpu-install
 	PYTHONPATH=$(CURDIR)/.gpu-check $(PYTHON) benchmarks/gpu_test.py --seconds $(GPU_SECONDS) \

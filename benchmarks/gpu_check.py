@@ -1,6 +1,6 @@
 """What a GPU makes of the kernels, decoding and `build`, beside what is asked for: `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--seconds 450] [--out gpu-check.jsonl] [--resume]
+    python benchmarks/gpu_check.py [--seconds 450] [--out gpu-check.jsonl] [--parts smoke,decode] [--resume]
     python benchmarks/gpu_check.py --dry-run
 
 Ten smoke tests, then the judged rows (attention of one layer, decoding end to end, `build`), then the rest of the
@@ -16,11 +16,16 @@ import importlib.metadata
 import platform
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from sheet import Found, Sheet
 from supervise import begin, finish, supervise
 
+PARTS = ("smoke", "attention", "decode", "build", "prefill", "matrix")
+"""Those that are asked for first."""
 PACKAGES = ("kvcompile", "torch", "triton", "transformers", "flashinfer-python")
 
 
@@ -28,23 +33,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=450, help="that all rows may take together")
     parser.add_argument("--out", type=Path, default=Path("gpu-check.jsonl"))
+    parser.add_argument("--parts", default=",".join(PARTS), help="parted by commas, in this order [%(default)s]")
     parser.add_argument("--resume", action="store_true", help="keep what was found in --out")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes, on the CPU")
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # of the process that measures
     args = parser.parse_args()
+    chosen = args.parts.split(",")
+    if unknown := [part for part in chosen if part not in PARTS]:
+        parser.error(f"there is no part {unknown[0]!r}: expected some of {', '.join(PARTS)}")
     if args.until is not None:
-        rows(Sheet(args.out, args.until - args.seconds, args.until, judges=not args.dry_run), args.dry_run)
+        sheet = Sheet(args.out, args.until - args.seconds, args.until, judges=not args.dry_run)
+        rows(sheet, [part for part in PARTS if part in chosen], args.dry_run)
         return
     start = time.time()
     begin(args.out, resume=args.resume)
     own = [sys.executable, __file__, "--seconds", str(args.seconds), "--out", str(args.out)]
-    own += ["--until", str(start + args.seconds), *(["--dry-run"] if args.dry_run else [])]
+    own += ["--parts", args.parts, "--until", str(start + args.seconds), *(["--dry-run"] if args.dry_run else [])]
     supervise(own, args.out, start, start + args.seconds)
     sys.exit(finish(args.out))
 
 
-def rows(sheet: Sheet, dry: bool) -> None:
-    """All rows, those that are asked for first."""
+def rows(sheet: Sheet, parts: Sequence[str], dry: bool) -> None:
+    """All rows of these parts."""
     import attention_rows
     import build_rows
     import decode_rows
@@ -54,26 +64,34 @@ def rows(sheet: Sheet, dry: bool) -> None:
 
     if not dry and not torch.cuda.is_available():
         sys.exit("gpu_check needs a GPU; --dry-run does without")
-
     sizes = Sizes(dry)
     model = Model(sizes)
     sheet.measure("setting", lambda: setting(sizes.device), seconds=-1)
-    for name, check in smoke.CHECKS:
-        sheet.measure(
-            f"smoke: {name}", lambda check=check: Found(check(sizes.device), True), asked="as the reference", seconds=5
-        )
-    attention_rows.bars(sheet, sizes)
-    decode_rows.bars(sheet, sizes, model)
-    build_rows.building(sheet, sizes, model)
-    build_rows.reading(sheet, sizes, model)
-    model.release()
-    attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[:1])
-    decode_rows.matrix(sheet, sizes, model)
-    model.release()
-    attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[1:])
+    if "smoke" in parts:
+        for name, check in smoke.CHECKS:
+            work = partial(_checked, check, sizes.device)
+            sheet.measure(f"smoke: {name}", work, asked="as the reference", seconds=5)
+    if "attention" in parts:
+        attention_rows.bars(sheet, sizes)
+    if "decode" in parts:
+        decode_rows.bars(sheet, sizes, model)
+    if "build" in parts:
+        build_rows.building(sheet, sizes, model)
+    if "prefill" in parts:
+        build_rows.reading(sheet, sizes, model)
+    if "matrix" in parts:
+        model.release()
+        attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[:1])
+        decode_rows.matrix(sheet, sizes, model)
+        model.release()
+        attention_rows.matrix(sheet, sizes, attention_rows.GROUPS[1:])
 
 
-def setting(device) -> Found:
+def _checked(check: Callable[[Any], str], device: Any) -> Found:
+    return Found(check(device), True)
+
+
+def setting(device: Any) -> Found:
     """What a reader has to know to compare figures."""
     import torch
 

@@ -15,7 +15,6 @@ from collections.abc import Callable
 import torch
 
 from kvcompile.artifacts import identify
-from kvcompile.bench.decode import is_recorded
 from kvcompile.bench.subjects import ragged_plan
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, append, compact, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
@@ -137,7 +136,7 @@ def recorded(device: torch.device) -> str:
         decoder = Decoder(model, kv.new_cache(2))
         replayed = [decoder.prefill(prompts), *(decoder.step().clone() for _ in range(length))]
         if device.type == "cuda":
-            assert is_recorded(decoder), "the loop has not recorded its step"
+            assert decoder.recorded, "the loop has not recorded its step"
         cache = kv.new_cache(2)
         token = model(prompts, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
         called = [token]

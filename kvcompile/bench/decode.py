@@ -76,17 +76,11 @@ def ragged_step(model: Any, plan: Artifact, batch: int, context: int) -> Iterato
                 warnings.simplefilter("always")
                 decoder.step()
                 decoder.step()
-            recorded = is_recorded(decoder)
+            recorded = decoder.recorded
             if not recorded:
                 why = "; ".join(str(one.message) for one in heard) or "nothing said why"
                 raise CacheError(f"the decode loop has not recorded its second step: {why}")
         yield Step(cache.nbytes, decoder.step, recorded)
-
-
-def is_recorded(decoder: Any) -> bool:
-    """Whether a step of this decode loop is one CUDA graph by now."""
-    found = getattr(decoder, "recorded", None)
-    return bool(found) if found is not None else getattr(decoder, "_graph", None) is not None
 
 
 @torch.inference_mode()
