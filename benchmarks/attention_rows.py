@@ -126,7 +126,8 @@ def _memory(sizes: Sizes, batch: int, context: int) -> int:
 
 
 def _numbers(row: KernelRow) -> dict[str, Any]:
-    return {name: value for name, value in dataclasses.asdict(row).items() if name != "method"}
+    numbers = {name: value for name, value in dataclasses.asdict(row).items() if name != "method"}
+    return {name: None if value != value else value for name, value in numbers.items()}  # JSON knows no NaN
 
 
 def _words(row: KernelRow) -> str:

@@ -33,7 +33,7 @@ PARTS = [
     ("other tests of the kernels", ["tests/kernels"]),
 ]
 """In each, what an earlier one has run is left out."""
-ELSEWHERE = "not spills"
+ELSEWHERE = "not spills and not machine_code"
 """Compiling ahead of time for several cards needs no GPU: `make test` does it."""
 MEMCHECK = 60.0
 """Seconds that are kept for it."""

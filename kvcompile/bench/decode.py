@@ -132,4 +132,4 @@ def host_syncs(step: Callable[[], Any], device: torch.device) -> int | None:
             step()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchronizing" in str(one.message) for one in heard)
+    return sum("called a synchronizing" in str(one.message) for one in heard)

@@ -88,7 +88,11 @@ def command(
     console = output.wide()
     console.print(", ".join(f"{name} {value}" for name, value in found["setting"].items()))
     for part in chosen:
-        console.print(tables.speed(part, found[part]))
+        done = found[part] if part == "prefill" else [row for row in found[part] if not row.get("error")]
+        console.print(tables.speed(part, done))
+        for row in found[part] if part == "kernels" else []:
+            if row["error"]:
+                console.print(f"{row['method']}: {row['error']}")
 
 
 def _measure(part: str, model: Any, plan: Any, context: int, batch: int, dtype: str, tokens: int, rounds: int) -> Any:
@@ -99,7 +103,9 @@ def _measure(part: str, model: Any, plan: Any, context: int, batch: int, dtype: 
     if part == "kernels":
         share = plan.bytes.resident / plan.bytes.full
         rows = measure_kernels(plan.model, context, batch, share, dtype, model.device, rounds)
-        return [dataclasses.asdict(row) for row in rows]
+        every = [dataclasses.asdict(row) for row in rows]
+        # JSON knows no NaN, which is what a method that failed has for numbers.
+        return [{name: None if value != value else value for name, value in row.items()} for row in every]
     if part == "decode":
         return [dataclasses.asdict(row) for row in measure_decode(model, plan, batch, context, tokens)]
     return measure_prefill(model, plan, batch, min(context, 4096), rounds)
