@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.transforms import layer_transform
 
@@ -103,7 +104,7 @@ def _register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
 
 
 class Attachment:

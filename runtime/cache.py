@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -12,6 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout, Transform
+from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.prompt_attention import prompt_attention
 from kvcompile.runtime.store import LayerStore
 
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class RaggedLayer(CacheLayerMixin):
         self.store = self.make_store(batch=batch)
         self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
+        self.prompt: LayerPrompt | None = None  # while one is read in chunks
         self.expected = False  # set by the attached model for the length of one forward pass
 
     @property
@@ -75,6 +79,10 @@ class RaggedLayer(CacheLayerMixin):
             raise CacheError(
                 f"this cache is on {own} and the model now on {query.device}: take another one from new_cache()"
             )
+        if self.prompt is not None:
+            seen = self.prompt.add(query, keys, values, scaling, self.score)
+            window = self.store.layout.window
+            return prompt_attention(query, *seen, self.prompt.pad, window, scaling).transpose(1, 2)
         first = self.columns == 0
         if not first and len(query) != self.store.batch:
             raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
@@ -90,6 +98,19 @@ class RaggedLayer(CacheLayerMixin):
             self.store.prefill(query, keys, values, real, scaling, self.score)
             return out
         return self.store.extend(query, keys, values, mask, real, scaling, self.score).transpose(1, 2)
+
+    @contextmanager
+    def reading(self, batch: int, columns: int, pad: torch.Tensor | None) -> Iterator[None]:
+        """Within, `attend` is called with `columns` columns of prompts chunk by chunk, and attends exactly to what has
+        come so far; afterwards they are cut to the budget. Sequence b is the columns from `pad[b]` int64 [B] on."""
+        self._fit_batch(batch)
+        self.prompt = LayerPrompt(self.store.layout, columns, pad)
+        try:
+            yield
+            self.store.cut(self.prompt)
+            self.columns = columns
+        finally:
+            self.prompt = None
 
     def _fit_batch(self, batch: int) -> None:
         if batch != self.store.batch:  # an empty cache follows its first prompt: beam search multiplies the batch

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from kvcompile.kernels import Buffers, HeadClass, LayerLayout, Transform, append, compact, ragged_decode
+from kvcompile.runtime.cut import kept_columns
+from kvcompile.runtime.cut import kept_tokens as kept_tokens
+from kvcompile.runtime.layer_prompt import LayerPrompt, left_padded
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import NewTokens, Placement
 
@@ -73,23 +76,38 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        for b in range(self.batch):
-            valid = slice(None) if real is None else real[b]
-            q, k, v = query[b][:, valid], keys[b][:, valid], values[b][:, valid]
-            q = q.unflatten(0, (self.layout.num_kv_heads, -1))
-            tokens = []
-            for cls, state in zip(self.layout.classes, self.state, strict=True):
-                policy, cut = POLICIES[cls.policy], k.shape[1] > cls.capacity
-                utility = None
-                if state or cut:
-                    by_scorer = None if score is None else score[b][valid].mT[cls.heads]
-                    utility = policy.score(q[cls.heads], k[cls.heads], scaling, by_scorer)
-                token = kept_tokens(cls, k.shape[1], utility, k.device)
-                policy.remember(state, b, token, utility)
-                tokens.append(token)
-            compact(self.keys, self.values, self.layout, b, k, v, tokens, self.transform)
-            self.seen[b] = k.shape[1]
-        self._stale = True
+        pad = None
+        if real is not None:
+            pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
+            query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
+            score = moved[3]
+        prompt = LayerPrompt(self.layout, keys.shape[2], pad)
+        prompt.add(query, keys, values, scaling, score)
+        self.cut(prompt)
+
+    @torch.no_grad()
+    def cut(self, prompt: LayerPrompt) -> None:
+        """Keep of prompts that have been read what the policies choose."""
+        device, columns = prompt.keys.device, prompt.columns
+        pad = torch.zeros(self.batch, dtype=torch.int64, device=device) if prompt.pad is None else prompt.pad
+        first = [0] * self.batch if prompt.pad is None else pad.tolist()
+        chosen = []
+        for cls, state in zip(self.layout.classes, self.state, strict=True):
+            view, score = prompt.of(cls), None
+            if state or columns > cls.capacity:
+                score = POLICIES[cls.policy].score(view)
+            column = kept_columns(cls, columns, pad, score)
+            if state and score is not None:
+                token = column - pad[:, None, None]
+                slot = torch.arange(column.shape[2], device=device)
+                empty = (slot >= columns - pad[:, None])[:, None]
+                worth = score.gather(2, column).masked_fill(empty, 0)
+                POLICIES[cls.policy].remember(state, token.masked_fill(empty, 0), worth)
+            chosen.append(column)
+        self.seen, self._stale = [columns - n for n in first], True
+        for b, n in enumerate(self.seen):
+            kept = [column[b, :, : min(n, column.shape[2])] for column in chosen]
+            compact(self.keys, self.values, self.layout, b, prompt.keys[b], prompt.values[b], kept, self.transform)
 
     @torch.no_grad()
     def step(
@@ -205,29 +223,3 @@ class LayerStore:
         self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
         self.seen = [self.seen[i] for i in index.tolist()]
         self.batch, self._stale = len(self.seen), True
-
-
-def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which of `count` prompt tokens each head keeps, by slot: int64 [cls.count, min(count, capacity)].
-
-    First the sinks, then the best by `score` f32 [cls.count, `count`] (None: the latest; of equal ones the earliest),
-    then the ring of recent ones.
-    """
-    every = torch.arange(count, device=device)
-    if count <= cls.capacity:
-        return every.expand(cls.count, -1)
-    if score is None:
-        score = every.float().expand(cls.count, -1)
-    first_recent = count - cls.recent
-    # Sorted and not `topk`, whose choice between equal scores is anyone's guess: in float16 many are equal.
-    ranked = score[:, cls.sink : first_recent].sort(dim=1, descending=True, stable=True).indices
-    heavy = ranked[:, : cls.capacity - cls.sink - cls.recent]
-    ring = first_recent + (torch.arange(cls.recent, device=device) - (first_recent - cls.capacity)) % cls.recent
-    return torch.cat(
-        [
-            every[: cls.sink].expand(cls.count, -1),
-            heavy.sort(dim=1).values + cls.sink,
-            ring.expand(cls.count, -1),
-        ],
-        dim=1,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvcompile.artifacts import register_policy
 from kvcompile.kernels.layout import KINDS, RING
-from kvcompile.runtime.policies.base import Policy
+from kvcompile.runtime.policies.base import Policy, Prompt
 from kvcompile.runtime.policies.h2o import H2O
 from kvcompile.runtime.policies.scored import Scored
 from kvcompile.runtime.policies.snapkv import SnapKV
@@ -32,4 +32,4 @@ def register(name: str, policy: Policy, state_bytes: int = 0) -> None:
         KINDS[name] = RING
 
 
-__all__ = ["POLICIES", "Policy", "register"]
+__all__ = ["POLICIES", "Policy", "Prompt", "register"]

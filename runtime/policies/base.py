@@ -43,6 +43,24 @@ class NewTokens:
     score: torch.Tensor | None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Prompts that have been read, as the heads of one class see them, side by side in columns: sequence b is columns
+    from `pad[b]` on (int64 [B]; None: all of them, no padding).
+
+    `keys` [B, count, n, D]; `query` [B, count, group, w, D] of the last w = min(`Policy.queries`, n) columns; `drawn`
+    f32 [B, count, n], what attention every column has drawn from all queries of its group, where `Policy.sums` asks for
+    it; `score` f32 [B, count, n] by the compiled scorer, where there is one. Of padding all are meaningless.
+    """
+
+    keys: torch.Tensor
+    query: torch.Tensor
+    pad: torch.Tensor | None
+    scaling: float
+    drawn: torch.Tensor | None
+    score: torch.Tensor | None
+
+
 class Policy:
     """Sinks and a ring of recent tokens (StreamingLLM, arXiv 2309.17453); also the base of the others.
 
@@ -53,21 +71,23 @@ class Policy:
     observes = False
     """Whether it learns from the attention of every step."""
 
+    queries = 0
+    """How many of a prompt's last queries `score` looks at."""
+    sums = False
+    """Whether `score` looks at the attention that all of a prompt's queries pay."""
+
     def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
         """Tensors [batch, count, capacity] to keep beside the class's K and V."""
         return []
 
-    def score(
-        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """Utility of each prompt token, f32 [H, n], higher is better; None where only its place counts.
-
-        One sequence, without padding: `query` [H, group, n, D], `keys` [H, n, D], `by_scorer` [H, n].
-        """
+    def score(self, prompt: Prompt) -> torch.Tensor | None:
+        """Utility of each prompt token, f32 [B, count, n] by column, higher is better; None where only its place
+        counts. What it says of padding is ignored."""
         return None
 
-    def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
-        """Note what sequence `b` keeps of its prompt: `token` int64 [H, kept] by slot, `score` as `score` gave it."""
+    def remember(self, state: list[torch.Tensor], token: torch.Tensor, score: torch.Tensor) -> None:
+        """Note what is kept of prompts, where there is something to remember: by slot, the tokens' numbers int64
+        [B, count, kept] and what `score` says of them. Slots without a token are zero in both."""
 
     def place(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int]) -> torch.Tensor:
         """Slots int64 [B, count, 1] of the next token of each sequence; only where `observes`, all other policies are

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass
-from kvcompile.runtime.policies.base import NewTokens, Placement, Policy
+from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, Prompt
 
-QUERY_BLOCK = 256
-"""Prompt queries whose attention is formed at once."""
 INF = float("inf")
 
 
@@ -19,28 +17,19 @@ class H2O(Policy):
     token's number (i32), which tells sinks and recent tokens from the rest."""
 
     observes = True
+    sums = True
 
     def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
         shape = (batch, cls.count, cls.capacity)
         return [torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int32, device=device)]
 
-    def score(
-        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
-    ) -> torch.Tensor:
-        n = keys.shape[1]
-        total = torch.zeros(keys.shape[:2], device=keys.device)
-        token = torch.arange(n, device=keys.device)
-        for t in range(0, n, QUERY_BLOCK):
-            logits = query[:, :, t : t + QUERY_BLOCK].float() @ keys.unsqueeze(1).float().mT * scaling
-            ahead = token > token[t : t + QUERY_BLOCK, None]
-            total += logits.masked_fill(ahead, -INF).softmax(-1).sum((1, 2))
-        return total
+    def score(self, prompt: Prompt) -> torch.Tensor | None:
+        return prompt.drawn
 
-    def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
-        assert score is not None
+    def remember(self, state: list[torch.Tensor], token: torch.Tensor, score: torch.Tensor) -> None:
         attention, number = state
-        attention[b, :, : token.shape[1]] = score.gather(1, token)
-        number[b, :, : token.shape[1]] = token
+        attention[:, :, : token.shape[2]] = score
+        number[:, :, : token.shape[2]] = token
 
     def place(self, state: list[torch.Tensor], cls: HeadClass, seen: Sequence[int]) -> torch.Tensor:
         """A free slot, or that of the least attended token that is neither sink nor recent (of equal ones the last)."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass, overwrite
-from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, ring_slots
+from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, Prompt, ring_slots
 
 
 class Scored(Policy):
@@ -19,16 +19,13 @@ class Scored(Policy):
     those between sinks and ring before the one that leaves it.
     """
 
-    def score(
-        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
-    ) -> torch.Tensor:
-        assert by_scorer is not None
+    def score(self, prompt: Prompt) -> torch.Tensor:
+        assert prompt.score is not None
         # As the state holds them, so that the choice does not depend on when a token came.
-        return by_scorer.half().float()
+        return prompt.score.half().float()
 
-    def remember(self, state: list[torch.Tensor], b: int, token: torch.Tensor, score: torch.Tensor | None) -> None:
-        assert score is not None
-        state[0][b, :, : token.shape[1]] = score.gather(1, token).half()
+    def remember(self, state: list[torch.Tensor], token: torch.Tensor, score: torch.Tensor) -> None:
+        state[0][:, :, : token.shape[2]] = score.half()
 
     def extend(
         self, state: list[torch.Tensor], cls: HeadClass, new_tokens: NewTokens, seen: Sequence[int]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import max_pool1d
 
-from kvcompile.runtime.policies.base import Policy
+from kvcompile.runtime.drawn import attention_drawn
+from kvcompile.runtime.policies.base import Policy, Prompt
 
 WINDOW = 32
 """Queries at the end of the prompt whose attention is observed."""
@@ -16,12 +17,9 @@ KERNEL = 7
 class SnapKV(Policy):
     """The chosen prompt tokens are fixed after prefill; generated tokens live in the ring."""
 
-    def score(
-        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
-    ) -> torch.Tensor:
-        n = keys.shape[1]
-        window = min(WINDOW, n)
-        logits = query[:, :, -window:].float() @ keys.unsqueeze(1).float().mT * scaling
-        ahead = torch.ones(window, n, dtype=torch.bool, device=keys.device).triu(n - window + 1)
-        attention = logits.masked_fill(ahead, float("-inf")).softmax(-1).sum(2).mean(1)
-        return max_pool1d(attention, KERNEL, stride=1, padding=KERNEL // 2)
+    queries = WINDOW
+
+    def score(self, prompt: Prompt) -> torch.Tensor:
+        drawn = attention_drawn(prompt.query, prompt.keys, prompt.pad, prompt.scaling)
+        # Padding draws nothing, so it raises no neighbour.
+        return max_pool1d(drawn / prompt.query.shape[2], KERNEL, stride=1, padding=KERNEL // 2)

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime import attach
+from kvcompile.runtime.policies.base import Prompt
 from kvcompile.runtime.policies.snapkv import SnapKV
 
 POLICIES = ["recent", "h2o", "snapkv"]
@@ -212,12 +213,12 @@ def test_h2o_evicts_the_least_attended_token(llama, make_artifact) -> None:
 
 def test_snapkv_keeps_what_the_last_queries_attend_to(llama, make_artifact) -> None:
     generator = torch.Generator().manual_seed(0)
-    keys = torch.randn(1, 100, 8, generator=generator) * 0.1
-    query = torch.randn(1, 2, 100, 8, generator=generator)
-    keys[0, 50] = 4 * query[0, :, -32:].mean((0, 1)) / query[0, :, -32:].mean((0, 1)).norm()
-    score = SnapKV().score(query, keys, 1.0, None)
-    assert score.shape == (1, 100)
-    assert set(score[0].topk(7).indices.tolist()) == set(range(47, 54))  # the hit and its neighbours
+    keys = torch.randn(1, 1, 100, 8, generator=generator) * 0.1
+    query = torch.randn(1, 1, 2, SnapKV.queries, 8, generator=generator)
+    keys[0, 0, 50] = 4 * query[0, 0].mean((0, 1)) / query[0, 0].mean((0, 1)).norm()
+    score = SnapKV().score(Prompt(keys, query, None, 1.0, None, None))
+    assert score.shape == (1, 1, 100)
+    assert set(score[0, 0].topk(7).indices.tolist()) == set(range(47, 54))  # the hit and its neighbours
 
 
 def test_a_prompt_of_one_token_too_many_loses_the_worst(llama, make_artifact) -> None:
@@ -229,8 +230,8 @@ def test_a_prompt_of_one_token_too_many_loses_the_worst(llama, make_artifact) ->
     prefill = layer.store.prefill
 
     def watch(query: torch.Tensor, keys: torch.Tensor, *rest: object) -> None:
-        grouped = query[0].unflatten(0, (3, -1))
-        attended.append(SnapKV().score(grouped, keys[0], rest[2], None))
+        grouped = query.unflatten(1, (3, -1))
+        attended.append(SnapKV().score(Prompt(keys, grouped, None, rest[2], None, None))[0])
         prefill(query, keys, *rest)
 
     layer.store.prefill = watch

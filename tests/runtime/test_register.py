@@ -13,16 +13,14 @@ from transformers import SmolLM3Config
 from kvcompile.artifacts import POLICIES, STATE_BYTES, ModelError, read, write
 from kvcompile.kernels.layout import KINDS
 from kvcompile.runtime import attach, policies, reorder
-from kvcompile.runtime.policies import Policy
+from kvcompile.runtime.policies import Policy, Prompt
 
 
 class Loudest(Policy):
     """Of a prompt the tokens with the longest keys are kept."""
 
-    def score(
-        self, query: torch.Tensor, keys: torch.Tensor, scaling: float, by_scorer: torch.Tensor | None
-    ) -> torch.Tensor:
-        return keys.float().norm(dim=-1)
+    def score(self, prompt: Prompt) -> torch.Tensor:
+        return prompt.keys.float().norm(dim=-1)
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""What one layer knows of prompts that are being read."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcompile.kernels import HeadClass, LayerLayout
+from kvcompile.runtime.drawn import attention_drawn
+from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.policies.base import Prompt
+
+
+class LayerPrompt:
+    """Keys and values of one layer for prompts side by side in `columns` columns, filled chunk by chunk, and what the
+    policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding)."""
+
+    def __init__(self, layout: LayerLayout, columns: int, pad: torch.Tensor | None) -> None:
+        self.layout = layout
+        self.columns = columns
+        self.pad = pad
+        self.filled = 0
+        self._scaling = 1.0
+        self._tail = max(POLICIES[cls.policy].queries for cls in layout.classes)
+        self._drawn: dict[int, torch.Tensor] = {}
+        self._scores: list[torch.Tensor] = []
+
+    def add(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        score: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the next T columns: `query` [B, num_heads, T, D], `keys` and `values` [B, num_kv_heads, T, D], `score`
+        f32 [B, T, num_kv_heads] by the compiled scorer; keys and values [B, num_kv_heads, filled, D] so far."""
+        whole = keys.shape[2] == self.columns
+        if not self.filled:
+            shape = (*keys.shape[:2], self.columns, keys.shape[3])
+            self.keys, self.values = (keys, values) if whole else (keys.new_empty(shape), values.new_empty(shape))
+            self._queries = query.new_empty(*query.shape[:2], 0, query.shape[3])
+        first, self.filled, self._scaling = self.filled, self.filled + keys.shape[2], scaling
+        if not whole:
+            self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled] = keys, values
+        seen = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        if self._tail:
+            self._queries = torch.cat([self._queries, query[:, :, -self._tail :]], 2)[:, :, -self._tail :]
+        if score is not None:
+            self._scores.append(score)
+        for cls in self.layout.classes:
+            if POLICIES[cls.policy].sums:
+                drawn = attention_drawn(self._grouped(query, cls), seen[0][:, cls.heads], self.pad, scaling)
+                if cls.start not in self._drawn:
+                    self._drawn[cls.start] = drawn.new_zeros(*drawn.shape[:2], self.columns)
+                self._drawn[cls.start][:, :, : self.filled] += drawn
+        return seen
+
+    def of(self, cls: HeadClass) -> Prompt:
+        """What the heads of a class see of it."""
+        score = torch.cat(self._scores, 1).mT[:, cls.heads] if self._scores else None
+        wanted = POLICIES[cls.policy].queries
+        query = self._grouped(self._queries[:, :, max(self._queries.shape[2] - wanted, 0) :], cls)
+        return Prompt(self.keys[:, cls.heads], query, self.pad, self._scaling, self._drawn.get(cls.start), score)
+
+    def _grouped(self, query: torch.Tensor, cls: HeadClass) -> torch.Tensor:
+        return query.unflatten(1, (self.layout.num_kv_heads, -1))[:, cls.heads]
+
+
+def left_padded(
+    real: torch.Tensor, *tensors: tuple[torch.Tensor | None, int]
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """How many columns of padding each sequence begins with, int64 [B], after each of `tensors`, given with its
+    dimension of columns, has had the padding of `real` bool [B, n] moved there."""
+    count = real.sum(1)
+    pad = real.shape[1] - count
+    if bool((real[:, 1:] >= real[:, :-1]).all()):
+        return pad, [tensor for tensor, _ in tensors]
+    order = real.int().argsort(dim=1, stable=True)
+    moved: list[torch.Tensor | None] = []
+    for tensor, dim in tensors:
+        if tensor is None:
+            moved.append(None)
+            continue
+        shape = [len(order) if d == 0 else order.shape[1] if d == dim else 1 for d in range(tensor.ndim)]
+        moved.append(tensor.gather(dim, order.view(shape).expand_as(tensor)))
+    return pad, moved

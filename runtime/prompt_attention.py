@@ -1,0 +1,76 @@
+"""Exact attention of a chunk of a prompt over all that has been read of it."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+MASK_ELEMENTS = 1 << 22
+"""Most elements of one mask; of longer chunks, blocks of queries go through one after the other."""
+FLASH_HEAD_DIM = 256
+"""Largest heads of torch's flash attention."""
+
+
+def prompt_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pad: torch.Tensor | None,
+    window: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of the last T of n columns, `query` [B, num_heads, T, D] over `keys` and `values` [B, num_kv_heads, n,
+    D]: causal, within a sliding `window` (0: none), and without the columns before `pad[b]` int64 [B] (None: no
+    padding); [B, num_heads, T, D]. What padding itself sees is left open, but finite.
+    """
+    length, count = query.shape[2], keys.shape[2]
+    if pad is None and not 0 < window < count:
+        grouped = query.shape[1] != keys.shape[1]
+        if length == count and (query.device.type == "cpu" or _flash(query)):
+            return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
+        if _flash(query):
+            mask = causal_lower_right(length, count)
+            return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
+    return _in_blocks(query, keys, values, pad, window, scaling)
+
+
+def _flash(query: torch.Tensor) -> bool:
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and query.shape[3] <= FLASH_HEAD_DIM
+
+
+def _in_blocks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    pad: torch.Tensor | None,
+    window: int,
+    scaling: float,
+) -> torch.Tensor:
+    """With masks: query heads of a group and their tokens are rows of one product, so K and V are not repeated."""
+    batch, _, length, _ = query.shape
+    heads, count = keys.shape[1], keys.shape[2]
+    grouped = query.unflatten(1, (heads, -1))
+    group = grouped.shape[2]
+    widest = min(count, window + length) if window else count
+    block = max(1, MASK_ELEMENTS // (group * widest * (1 if pad is None else batch)))
+    out = torch.empty_like(grouped)
+    for t in range(0, length, block):
+        rows = grouped[:, :, :, t : t + block]
+        start = count - length + t
+        stop = start + rows.shape[3]
+        first = max(0, start - window + 1) if window else 0
+        column = torch.arange(first, stop, device=query.device)
+        row = torch.arange(start, stop, device=query.device)[:, None]
+        mask = (column <= row)[None]
+        if window:
+            mask = mask & (column > row - window)
+        if pad is not None:  # a token sees itself, padding too: a row without any would be no number
+            mask = mask & ((column >= pad[:, None, None]) | (column == row))
+        attended = scaled_dot_product_attention(
+            rows.flatten(2, 3), keys[:, :, first:stop], values[:, :, first:stop],
+            attn_mask=mask[:, None].repeat(1, 1, group, 1), scale=scaling,
+        )  # fmt: skip
+        out[:, :, :, t : t + block] = attended.unflatten(2, (group, -1))
+    return out.flatten(1, 2)
