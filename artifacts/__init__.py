@@ -12,6 +12,13 @@ from kvcompile.artifacts.errors import (
 from kvcompile.artifacts.hub import fetch, push
 from kvcompile.artifacts.identity import check_identity, identify
 from kvcompile.artifacts.parse import from_bytes, read
+from kvcompile.artifacts.prefill import (
+    LOGITS_AT_ONCE,
+    MASK_ELEMENTS,
+    PREFILL_CHUNK,
+    feed_forward_elements,
+    prefill_bytes,
+)
 from kvcompile.artifacts.schema import (
     DTYPE_BITS,
     FORMAT_VERSION,
@@ -48,9 +55,12 @@ __all__ = [
     "ExchangeError",
     "FORMAT_VERSION",
     "KvcompileError",
+    "LOGITS_AT_ONCE",
+    "MASK_ELEMENTS",
     "ModelError",
     "ModelIdentity",
     "POLICIES",
+    "PREFILL_CHUNK",
     "Quantiser",
     "Scorer",
     "STATE_BYTES",
@@ -58,12 +68,14 @@ __all__ = [
     "TargetError",
     "anchor_bytes",
     "check_identity",
+    "feed_forward_elements",
     "fetch",
     "from_bytes",
     "full_bytes",
     "head_bytes",
     "identify",
     "loaded_bytes",
+    "prefill_bytes",
     "push",
     "read",
     "register_policy",

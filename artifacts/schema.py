@@ -72,9 +72,9 @@ class Target:
 
 @dataclass(frozen=True)
 class ByteAccount:
-    """Bytes for the whole batch: `resident` is what a cache holds, `transient` one layer's K and V during prefill,
-    `full` the resident bytes of the full cache. `scorer` is the scorer and the quantiser, loaded once whatever the
-    batch."""
+    """Bytes for the whole batch: `resident` is what a cache holds, `transient` one layer's K and V during prefill
+    (`prefill_bytes` has all that a prefill takes), `full` the resident bytes of the full cache. `scorer` is the scorer
+    and the quantiser, loaded once whatever the batch."""
 
     resident: int
     scorer: int

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-LOGITS_AT_ONCE = 1 << 24
-"""Most elements of the attention weights that are formed at once."""
+from kvcompile.artifacts import LOGITS_AT_ONCE
 
 
 def attention_drawn(query: torch.Tensor, keys: torch.Tensor, pad: torch.Tensor | None, scaling: float) -> torch.Tensor:
@@ -20,15 +19,18 @@ def attention_drawn(query: torch.Tensor, keys: torch.Tensor, pad: torch.Tensor |
     total = torch.zeros(batch, heads, count, device=keys.device)
     block = max(1, LOGITS_AT_ONCE // (batch * group * count))
     for h in range(heads):
-        wanted = keys[:, h].float().mT.unsqueeze(1)
+        wanted = keys[:, h].float().mT
         for t in range(0, length, block):
             rows = column[count - length + t :][:block]
             hidden = (column > rows[:, None])[None, None]  # [B or 1, 1, T, n]
             if padding is not None:
                 hidden = hidden | padding[:, None, None]
-            logits = query[:, h, :, t : t + block].float() @ wanted * scaling
+            # The group's queries as rows of one product, so that keys are not repeated.
+            asked = query[:, h, :, t : t + block].float().flatten(1, 2)
+            logits = (asked @ wanted).mul_(scaling).unflatten(1, (group, -1))
             weights = logits.masked_fill_(hidden, float("-inf")).softmax(-1)
             if padding is not None:  # a query that is padding sees nothing, and its softmax is no number
-                weights = weights.masked_fill_(padding[:, rows][:, None, :, None], 0)
+                weights.masked_fill_(padding[:, rows][:, None, :, None], 0)
             total[:, h] += weights.sum((1, 2))
+            del logits, weights  # before the next ones are formed
     return total

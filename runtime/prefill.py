@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from kvcompile.artifacts import CacheError
+from kvcompile.artifacts import PREFILL_CHUNK, CacheError
+from kvcompile.artifacts import prefill_bytes as prefill_bytes
 from kvcompile.runtime import masks
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
-
-PREFILL_CHUNK = 2048
-"""Tokens of each prompt that go through a layer at once, where nothing else is asked for."""
 
 
 def chunk_length(asked: int | None) -> int:

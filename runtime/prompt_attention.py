@@ -6,8 +6,8 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-MASK_ELEMENTS = 1 << 22
-"""Most elements of one mask; of longer chunks, blocks of queries go through one after the other."""
+from kvcompile.artifacts import MASK_ELEMENTS
+
 FLASH_HEAD_DIM = 256
 """Largest heads of torch's flash attention."""
 

@@ -31,12 +31,14 @@ class Answer:
 @dataclass(frozen=True)
 class Asked:
     """A prompt's token ids, int64 [1, n] on the host, and how to answer: at most `longest` new tokens; sampled answers
-    to one `seed` are the same, with either cache."""
+    to one `seed` are the same, with either cache. Inside a budget the prompt is read `prefill_chunk` tokens at a time.
+    """
 
     ids: torch.Tensor
     longest: int
     sampling: Sampling
     seed: int
+    prefill_chunk: int
 
 
 def prompt_ids(tokenizer: Any, text: str, raw: bool) -> torch.Tensor:
@@ -65,7 +67,7 @@ def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool, timed: 
         streamer.put(asked.ids)
         new = generate(
             model, cache, asked.ids.to(model.device), max_new_tokens=asked.longest, sampling=asked.sampling,
-            eos=ending_tokens(model, tokenizer), on_token=streamer.put,
+            eos=ending_tokens(model, tokenizer), on_token=streamer.put, prefill_chunk=asked.prefill_chunk,
         )  # fmt: skip
         streamer.end()
         return _answer(tokenizer, new[0].tolist(), streamer, cache.nbytes)

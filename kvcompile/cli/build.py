@@ -11,7 +11,7 @@ import click
 from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
 from kvcompile.artifacts import Artifact, TargetError, fetch
-from kvcompile.cli import output, progress
+from kvcompile.cli import output, progress, tables
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out
 from kvcompile.problem.memory import parse_memory
@@ -161,7 +161,7 @@ def _print(artifact: Artifact, path: Path) -> None:
     click.echo(f"{path}: {artifact.model.name} at {artifact.target.context} tokens, batch {artifact.target.batch}")
     click.echo(f"  target    {output.human(artifact.target.bytes)}")
     click.echo(f"  resident  {output.human(account.resident)}, {account.resident / account.full:.1%} of the full cache")
-    click.echo(f"  prefill   {output.human(account.transient)} more, for one layer at a time")
+    click.echo(f"  prefill   {tables.prefill(artifact)}")
     click.echo(f"  weights   {output.human(account.scorer)} of scorer and quantiser, loaded once")
     if "bound" in solver:
         loss = artifact.predicted_loss

@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from kvcompile.artifacts import Artifact, CacheError, check_identity, fetch, identify
+from kvcompile.artifacts import (
+    PREFILL_CHUNK,
+    Artifact,
+    CacheError,
+    check_identity,
+    feed_forward_elements,
+    fetch,
+    identify,
+    prefill_bytes,
+)
 from kvcompile.cli import output, progress
 
 
@@ -30,13 +39,20 @@ from kvcompile.cli import output, progress
     show_default=True,
     help="Sample from this many likeliest tokens; 0: from all.",
 )
+@click.option(
+    "--prefill-chunk",
+    type=click.IntRange(1),
+    default=PREFILL_CHUNK,
+    show_default=True,
+    help="Tokens of the prompt that are read at once; fewer take less memory.",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
 @click.option("--compare", is_flag=True, help="Answer with the full cache too, and show where the answers part.")
 @click.option("--json", "as_json", is_flag=True, help="The answer and its figures as JSON on stdout.")
 def command(
     artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-    seed: int, raw: bool, compare: bool, as_json: bool,
+    prefill_chunk: int, seed: int, raw: bool, compare: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr. With --compare both answers are
     shown when both are done, with their figures."""
@@ -53,13 +69,13 @@ def command(
         with progress.waiting("loading the model"):
             loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
         ids = prompt_ids(loaded.tokenizer, text, raw)
-        asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed)
+        asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed, prefill_chunk)
         # Before anything is said of a prompt that another model's artifact has no business with.
         check_identity(plan.model, identify(loaded.model, plan.model.name))
         _note_length(ids.shape[1], plan.target.context)
         if not compare:
             answer = with_budget(loaded, plan, asked, silent=as_json)
-            result = figures(plan, ids.shape[1], answer)
+            result = figures(plan, loaded.model, asked, answer)
             output.print_json(result) if as_json else _print(result)
             return
         from kvcompile.cli.comparison import Comparison, part, show
@@ -71,7 +87,7 @@ def command(
     parting = part(loaded.tokenizer, budget.tokens, full.tokens)
     if as_json:
         output.print_json({
-            **figures(plan, ids.shape[1], budget), "full_cache": _own(full), "same": parting is None,
+            **figures(plan, loaded.model, asked, budget), "full_cache": _own(full), "same": parting is None,
             "parting": None if parting is None else dataclasses.asdict(parting),
         })  # fmt: skip
     else:
@@ -95,11 +111,18 @@ def read_prompt(path: str) -> str:
     return text
 
 
-def figures(plan: Artifact, prompt_tokens: int, answer: Any) -> dict[str, Any]:
-    """What `--json` says of an answer inside the budget; bytes are those of one sequence."""
+def figures(plan: Artifact, model: Any, asked: Any, answer: Any) -> dict[str, Any]:
+    """What `--json` says of an answer inside the budget; bytes are those of one sequence. `prefill_bytes` is the most
+    that reading the prompt takes beside weights and cache."""
+    tokens = asked.ids.shape[1]
+    read = prefill_bytes(
+        plan, 1, tokens, asked.prefill_chunk,
+        dtype=str(model.dtype).removeprefix("torch."), inner=feed_forward_elements(model.config.get_text_config()),
+    )  # fmt: skip
     return {
         **_own(answer),
-        "prompt_tokens": prompt_tokens,
+        "prompt_tokens": tokens,
+        "prefill_bytes": read,
         "artifact_bytes": plan.bytes.resident // plan.target.batch,
         "target_bytes": plan.target.bytes // plan.target.batch,
         "full_bytes": plan.bytes.full // plan.target.batch,
@@ -132,6 +155,7 @@ def _print(result: dict[str, Any]) -> None:
         f"\n{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.1f} s, "
         f"{result['new_tokens']} new ones at {result['tokens_per_second']:.1f} a second\n"
         f"cache: {output.human(result['cache_bytes'])} in use, {share:.1%} of the full one\n"
-        f"target: {output.human(result['target_bytes'])}",
+        f"target: {output.human(result['target_bytes'])}\n"
+        f"reading the prompt: at most {output.human(result['prefill_bytes'])} beside weights and cache",
         err=True,
     )

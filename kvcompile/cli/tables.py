@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from kvcompile.artifacts import POLICIES, Artifact, token_limits
+from kvcompile.artifacts import POLICIES, PREFILL_CHUNK, Artifact, prefill_bytes, token_limits
 from kvcompile.cli.output import human
 from kvcompile.kernels.codecs import label
 from kvcompile.report.summary import quantised_positions
@@ -91,13 +91,22 @@ def account(plan: Artifact) -> Table:
         sliding = ", in sliding layers at those of the last window" if any(model.windows) else ""
         table.add_row("quantiser", f"made for keys at positions 0 to {positions - 1}{sliding}")
     table.add_row("full cache", human(size.full))
-    table.add_row("prefill", f"{human(size.transient)} more for one layer at a time")
+    table.add_row("prefill", prefill(plan))
     if plan.predicted_loss == plan.predicted_loss:
         table.add_row("predicted loss", f"{plan.predicted_loss:.4g} nats a token")
     for title, values in (("solver", plan.solver), ("calibration", plan.calibration), ("versions", plan.versions)):
         plain = {name: value for name, value in values.items() if not isinstance(value, list | dict)}
         table.add_row(title, ", ".join(f"{name} {_short(value)}" for name, value in plain.items()))
     return table
+
+
+def prefill(plan: Artifact) -> str:
+    """What reading the target's prompts takes beside weights and cache."""
+    most = prefill_bytes(plan, plan.target.batch, plan.target.context)
+    return (
+        f"up to {human(most)} more while prompts are read, {PREFILL_CHUNK} tokens at a time: "
+        f"{human(plan.bytes.transient)} keys and values of one layer, hidden states, and a chunk"
+    )
 
 
 def budgets(plan: Artifact) -> Table:

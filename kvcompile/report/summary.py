@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompile.artifacts import POLICIES, Artifact
+from kvcompile.artifacts import POLICIES, Artifact, prefill_bytes
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:
@@ -20,6 +20,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "dtype": target.dtype,
         "resident_bytes": artifact.bytes.resident,
         "transient_bytes": artifact.bytes.transient,
+        "prefill_bytes": prefill_bytes(artifact, target.batch, target.context),
         "scorer_bytes": artifact.bytes.scorer,
         "full_bytes": artifact.bytes.full,
         "share_of_full": artifact.bytes.resident / artifact.bytes.full,

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompile.artifacts import read
+from kvcompile.artifacts import prefill_bytes, read
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +125,15 @@ def test_run_json_and_sampling(kvcompile, artifact, prompt) -> None:
     assert results[0]["cache_bytes"] == results[0]["artifact_bytes"] <= results[0]["target_bytes"]
 
 
+def test_run_in_chunks_says_the_same_and_promises_less(kvcompile, artifact, prompt) -> None:
+    command = ("run", artifact, "--prompt", prompt, "--max-new-tokens", 9, "--json")
+    whole, chunks = (json.loads(kvcompile(*command, *more)[1]) for more in ((), ("--prefill-chunk", 16)))
+    assert chunks["text"] == whole["text"]
+    assert 0 < chunks["prefill_bytes"] < whole["prefill_bytes"]
+    err = kvcompile(*command[:-1], "--prefill-chunk", 16)[2]
+    assert "reading the prompt: at most" in err
+
+
 def test_run_equals_plain_generation_at_a_full_target(kvcompile, artifact, prompt, model_folder, tmp_path) -> None:
     from kvcompile.models import load
 
@@ -147,6 +156,7 @@ def test_inspect(kvcompile, artifact) -> None:
     assert report["heads"]["capacity"] == plan.budgets.capacity.tolist()
     assert report["heads"]["k_bits"] == plan.budgets.k_bits.tolist()
     assert report["resident_bytes"] == plan.bytes.resident
+    assert report["prefill_bytes"] == prefill_bytes(plan, 1, 192) > plan.bytes.transient
     assert report["quantised_positions"] == plan.target.context
 
 

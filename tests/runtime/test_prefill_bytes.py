@@ -1,0 +1,104 @@
+"""What reading prompts takes, measured by torch's allocator, against what is promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny_models import CONFIGS, SHAPE, tiny_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, Phi3Config
+
+from kvcompile.artifacts import PREFILL_CHUNK, feed_forward_elements, prefill_bytes
+from kvcompile.runtime import Decoder, attach
+
+WIDE = SHAPE | {
+    "hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}  # fmt: skip
+LARGER = {
+    "llama": LlamaConfig(**WIDE),
+    "phi3": Phi3Config(**WIDE, sliding_window=None),
+    "gemma3": Gemma3TextConfig(
+        **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+}  # fmt: skip
+SIZES = [
+    (1, 1024, 64, False),
+    (4, 512, 64, False),
+    (4, 512, 64, True),
+    (4, 512, 512, False),
+    (2, 600, PREFILL_CHUNK, True),
+]
+
+
+def measured(run: Callable[[], object]) -> int:
+    """Most bytes that were allocated at once while it ran, beside those from before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    events = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
+
+
+def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=()) -> None:
+    model = tiny_model(config, dtype)
+    name = str(dtype).removeprefix("torch.")
+    plan = make_artifact(model, 40, policy=policy, recent=8, context=1024, dtype=name, bits=bits)
+    kv = attach(model, plan)
+    for batch, tokens, chunk, padded in SIZES:
+        decoder = Decoder(model, kv.new_cache(batch), prefill_chunk=chunk)
+        ids = torch.randint(3, 97, (batch, tokens), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(ids)
+        if padded:
+            mask[1:, :100] = 0
+        taken = measured(lambda: decoder.prefill(ids, mask))  # noqa: B023
+        inner = feed_forward_elements(config)
+        promised = prefill_bytes(plan, batch, tokens, chunk, inner=inner, padded=padded)
+        assert taken <= promised <= 1.5 * taken, (policy, batch, tokens, chunk, padded)
+        # Without the model's configuration: more, and not less.
+        assert prefill_bytes(plan, batch, tokens, chunk, padded=padded) >= promised
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", LARGER.values(), ids=LARGER)
+def test_the_promise_is_kept_and_close(make_artifact, config, dtype: torch.dtype) -> None:
+    check(config, make_artifact, "recent", dtype)
+
+
+@pytest.mark.parametrize("policy", ["scored", "snapkv", "h2o"])
+def test_for_policies_that_look_at_the_prompt(make_artifact, policy: str) -> None:
+    check(LARGER["llama"], make_artifact, policy, torch.bfloat16)
+    check(LARGER["llama"], make_artifact, policy, torch.bfloat16, [(8, 4), (4, 8)])
+
+
+def test_only_hidden_states_and_one_layer_grow_with_the_prompt(make_artifact, monkeypatch) -> None:
+    """However many layers there are."""
+    monkeypatch.setattr("kvcompile.runtime.prompt_attention.MASK_ELEMENTS", 1 << 14)
+    deep = tiny_model(LlamaConfig(**WIDE | {"num_hidden_layers": 6}))
+    plan = make_artifact(deep, 40, context=4096)
+    kv = attach(deep, plan)
+    taken = []
+    for tokens in (1024, 2048):
+        decoder = Decoder(deep, kv.new_cache(), prefill_chunk=32)
+        taken.append(measured(lambda: decoder.prefill(torch.full((1, tokens), 5))))  # noqa: B023
+    config = deep.config
+    grows = config.hidden_size + 2 * 2 * 16 + 2 * 16  # hidden states, keys and values, rotary table
+    assert taken[1] - taken[0] == pytest.approx(1024 * grows * 4, rel=0.1)
+
+
+def test_less_with_shorter_chunks_and_more_with_more_of_all_else(make_artifact) -> None:
+    plan = make_artifact(tiny_model(CONFIGS["llama"]), 9, context=512)
+    usual = prefill_bytes(plan, 4, 30_000)
+    assert prefill_bytes(plan, 4, 30_000, 256) < usual
+    assert prefill_bytes(plan, 4, 30_000, dtype="bfloat16") < usual
+    assert prefill_bytes(plan, 5, 30_000) > usual
+    assert prefill_bytes(plan, 4, 31_000) > usual
+    assert prefill_bytes(plan, 4, 30_000, padded=True) > usual
+    assert usual > 4 * 30_000 * 48 * 4 + 4 * 2 * 30_000 * 3 * 8 * 4
