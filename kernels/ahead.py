@@ -1,44 +1,45 @@
-"""Every GPU kernel compiled ahead of time, for which no GPU is needed: registers, stack and shared memory.
+"""Every GPU kernel compiled ahead of time, for which no GPU is needed: registers, stack, shared memory, instructions.
 
-    python -m kvcompile.kernels.ahead [sm_80 sm_90 ...]
+    python -m kvcompile.kernels.ahead [sm_80 sm_90 ...] [64 96 128 256 ...]
 
-prints one JSON object a kernel, shape and architecture. A register spill shows as stack or local memory.
+prints one JSON object a kernel, shape and architecture, for these head sizes. A register spill shows as stack or local
+memory.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kvcompile.kernels import machine_code
 from kvcompile.kernels.append import triton as append
 from kvcompile.kernels.arguments import groups
 from kvcompile.kernels.compact import triton as compact
-from kvcompile.kernels.ragged_decode.triton.reduce import _reduce
-from kvcompile.kernels.ragged_decode.triton.scan import _decode
+from kvcompile.kernels.ragged_decode import triton as ragged_decode
 from kvcompile.kernels.ragged_decode.tuning import entry
 
 HEAD_DIMS = (64, 96, 128, 256)
 PAIRS = {"16/16": 1 << 0, "8/8": 1 << 4, "8/4": 1 << 5, "4/4": 1 << 8, "16/16 8/4 4/4": 1 << 0 | 1 << 5 | 1 << 8}
-SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-"""Bytes of shared memory that a block may have (CUDA C++ programming guide, table of compute capabilities)."""
+SLOTS = 64
+"""Slots to which instructions are counted."""
+WARPS = 4
+"""Warps among which these slots are shared in the count: programs of one warp count a quarter."""
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a kernel: `registers` a thread, `stack` and `local` bytes a thread, `shared` bytes."""
+    """What the compiler made of a kernel: `registers` a thread, `stack` and `local` bytes a thread, `shared` bytes. Of
+    the longest loop with products, `instructions` a warp for `SLOTS` slots shared by `WARPS` warps, and how many of
+    them are `short_loads`, reads of less than 32 bits from global memory, and `spills` (0 where there is no such loop).
+    """
 
     kernel: str
     shape: str
@@ -47,29 +48,48 @@ class Compiled:
     stack: int
     local: int
     shared: int
+    instructions: int = 0
+    short_loads: int = 0
+    spills: int = 0
 
 
-def compile_all(arch: str) -> Iterator[Compiled]:
-    """Every kernel for bfloat16 at every head size."""
-    for head_dim in HEAD_DIMS:
+def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Compiled]:
+    """Every kernel at these head sizes, for bfloat16 and one token a step, and at 128 `ragged_decode` with new
+    tokens and for float32 too."""
+    for head_dim in head_dims:
+        for name in PAIRS:
+            yield decode(head_dim, name, arch)
         sizes = _sizes(head_dim)
-        chosen = entry(head_dim, torch.bfloat16)
-        for name, pairs in PAIRS.items():
-            constants = {
-                **sizes, "PAIRS": pairs, "R": 16, "T": 1, "N": chosen.block, "WINDOW": 0, "EXACT": tl.bfloat16,
-                "CODE": tl.float16,
-            }  # fmt: skip
-            yield _compile(_decode, f"{head_dim}, {name}", arch, constants, chosen.num_warps, chosen.num_stages)
-        constants = {"D": head_dim, "DP": sizes["DP"], "R": 16, "T": 1, "TP": 16, "NEW": False, "MASKED": False}
-        yield _compile(_reduce, f"{head_dim}", arch, constants)
         yield _compile(
             append._append, f"{head_dim}", arch,
-            {**sizes, "GP": triton.next_power_of_2(sizes["G"]), "SCORES": True, "BLOCK": 1024},
+            {**sizes, "GP": triton.next_power_of_2(sizes["G"]), "SCORES": True, "BLOCK": append.BLOCK},
+            {"num_warps": append.WARPS},
         )  # fmt: skip
         yield _compile(
-            compact._compact, f"{head_dim}", arch, {**sizes, "N": compact.BLOCK, "TRANSFORMED": True}, compact.WARPS,
-            compact.STAGES,
+            compact._compact, f"{head_dim}", arch, {**sizes, "N": compact.BLOCK, "TRANSFORMED": True},
+            {"num_warps": compact.WARPS, "num_stages": compact.STAGES},
         )  # fmt: skip
+        if head_dim != 128:
+            continue
+        for name in ("16/16", "8/8", "4/4"):
+            yield decode(head_dim, name, arch, used=64, length=8)
+            yield decode(head_dim, name, arch, exact=torch.float32)
+
+
+def decode(
+    head_dim: int, name: str, arch: str, used: int = 7, length: int = 1, exact: torch.dtype = torch.bfloat16
+) -> Compiled:
+    """`ragged_decode` for the pairs of codecs of this name, `used` queries of a head of which each asks `length` new
+    tokens."""
+    fixed, options = ragged_decode.constants(
+        head_dim, PAIRS[name], used, 0, exact, entry(head_dim, exact), new=length > 1
+    )
+    shape = f"{head_dim}, {name}, {used} rows, {str(exact).removeprefix('torch.')}"
+    found = _compile(ragged_decode._decode, shape, arch, fixed, options, exact)
+    if found.stack:  # as when it is launched
+        options |= ragged_decode.ALL_REGISTERS
+        found = min(found, _compile(ragged_decode._decode, shape, arch, fixed, options, exact), key=lambda c: c.stack)
+    return found
 
 
 def _sizes(head_dim: int) -> dict[str, int]:
@@ -79,52 +99,46 @@ def _sizes(head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "DP": padded(head_dim), "G": count, "P8": padded(part), "P4": max(16, padded(part // 2))}
 
 
-def _type(name: str) -> str:
+def _type(name: str, exact: torch.dtype) -> str:
     """Type of an argument by its name, in Triton's notation."""
     if name in ("scale",):
         return "fp32"
     if name in ("partial", "stats", "score", "k_matrix", "k_mean", "v_matrix", "v_mean"):
         return "*fp32"
-    if name in ("items", "heads", "seen_by", "tokens"):
+    if name in ("items", "ranges", "heads", "seen_by", "done", "tokens"):
         return "*i32"
     if name.endswith(("codes8", "codes4")) or name == "new_mask":
         return "*u8"
     if name.endswith(("scales8", "scales4")) or name == "scores":
         return "*fp16"
     if name in ("query", "out", "new_keys", "new_values", "keys", "values") or name.endswith(("exact", "anchors")):
-        return "*bf16"
+        return "*bf16" if exact == torch.bfloat16 else "*fp32"
     return "i32"
 
 
 def _compile(
-    kernel: Any, shape: str, arch: str, constants: dict[str, Any], warps: int = 4, stages: int = 3
-) -> Compiled:
+    kernel: Any, shape: str, arch: str, constants: dict[str, Any], options: dict[str, int],
+    exact: torch.dtype = torch.bfloat16,
+) -> Compiled:  # fmt: skip
     names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in constants else _type(name) for name in names}
+    signature = {name: "constexpr" if name in constants else _type(name, exact) for name in names}
     # Tensors begin at addresses that 16 divides, as at run time.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     fixed = {(names.index(name),): value for name, value in constants.items()}
     source = ASTSource(kernel, signature=signature, constexprs=fixed, attrs=aligned)
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    made = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-    usage = _usage(made.asm["cubin"])
+    made = triton.compile(source, target=target, options=options)
+    used = machine_code.usage(made.asm["cubin"])
+    body = max(machine_code.main_loops(made.asm["cubin"]), key=len, default=[]) if "STAGES" in constants else []
+    counted = len(body) * SLOTS * options["num_warps"] // (constants["N"] * WARPS) if body else 0
     return Compiled(
-        kernel.fn.__name__.removeprefix("_"), shape, arch, usage["REG"], usage["STACK"], usage["LOCAL"],
-        made.metadata.shared,
+        kernel.fn.__name__.removeprefix("_"), shape, arch, used.registers, used.stack, used.local, made.metadata.shared,
+        counted, sum(map(machine_code.is_short_load, body)), sum(map(machine_code.is_spill, body)),
     )  # fmt: skip
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
-    """Resources of the one kernel in a cubin."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        printed = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", printed)}
-
-
 if __name__ == "__main__":
-    for arch in sys.argv[1:] or SHARED_LIMIT:
-        for one in compile_all(arch):
+    sizes = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or HEAD_DIMS
+    for arch in [argument for argument in sys.argv[1:] if not argument.isdigit()] or ("sm_80", "sm_90"):
+        for one in compile_all(arch, sizes):
             print(json.dumps(vars(one)), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -30,6 +31,11 @@ def knows(implementation: str, layout: LayerLayout) -> bool:
         layout.memo[key] = all(codec_of(id).has(implementation) for id in layout.codecs)
     found: bool = layout.memo[key]
     return found
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Launches inside go to this device: Triton takes the current one, whatever device its tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @cache

@@ -8,15 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b):
-    return tl.dot(a, b, input_precision="ieee")
+    """A product on tensor cores; of float32 in three parts, which have its precision."""
+    return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
-def elements(base, rows, used, STEP: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
-    """Every `STEP`-th of the elements at `base`, `COUNT` of them, of rows of D elements: f32 [rows, PADDED]."""
+def columns(base, rows, used, STEP: tl.constexpr, COUNT: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr):
+    """Every `STEP`-th of the elements at `base`, `COUNT` of them, of rows of D elements: f32 [PADDED, rows]."""
     d = tl.arange(0, PADDED)
-    mask = (rows < used)[:, None] & (d < COUNT)[None, :]
-    return tl.load(base + rows[:, None] * D + d[None, :] * STEP, mask=mask, other=0.0).to(tl.float32)
+    mask = (d < COUNT)[:, None] & (rows < used)[None, :]
+    return tl.load(base + rows[None, :] * D + d[:, None] * STEP, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

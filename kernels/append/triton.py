@@ -12,6 +12,7 @@ from kvcompile.kernels.arguments import groups, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import put4
 from kvcompile.kernels.codecs.int8.triton import INT8, put8
+from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
 from kvcompile.kernels.layout import HeadRow, LayerLayout
@@ -23,6 +24,8 @@ CAPACITY, SINK, RECENT, KIND, SCORE, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V
         "capacity", "sink", "recent", "kind", "score", "k_codec", "k_row", "k_anchor", "v_codec", "v_row", "v_anchor",
     )
 )  # fmt: skip
+BLOCK, WARPS = 1024, 4
+"""Scores that a program looks at in one step."""
 OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
 
 
@@ -143,11 +146,12 @@ def append(
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
     count = groups(head_dim)
-    _append[(heads, batch)](
-        layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
-        new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
-        *rows(values), layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=count,
-        GP=triton.next_power_of_2(count), P8=triton.next_power_of_2(head_dim // count),
-        P4=triton.next_power_of_2(max(head_dim // count // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=1024,
-        num_warps=4,
-    )  # fmt: skip
+    with on_device(device):
+        _append[(heads, batch)](
+            layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
+            new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
+            *rows(values), layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=count,
+            GP=triton.next_power_of_2(count), P8=triton.next_power_of_2(head_dim // count),
+            P4=triton.next_power_of_2(max(head_dim // count // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip

@@ -12,6 +12,7 @@ from kvcompile.kernels.arguments import groups, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import fill4
 from kvcompile.kernels.codecs.int8.triton import INT8, fill8
+from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 from kvcompile.kernels.transform import Transform
 
@@ -97,11 +98,12 @@ def compact(
         matrices = (transform.key, transform.key_mean, transform.value, transform.value_mean)
     parts = groups(head_dim)
     most = min(max(cls.capacity for cls in layout.classes), count)
-    _compact[(triton.cdiv(most, BLOCK), heads)](
-        layout.memo[key], places, new_keys.contiguous(), new_values.contiguous(), *matrices,
-        *(t[sequence] for side in (keys, values) for t in tensors(side)), count,
-        D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
-        P8=max(16, triton.next_power_of_2(head_dim // parts)),
-        P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=BLOCK,
-        TRANSFORMED=transform is not None, num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
+    with on_device(device):
+        _compact[(triton.cdiv(most, BLOCK), heads)](
+            layout.memo[key], places, new_keys.contiguous(), new_values.contiguous(), *matrices,
+            *(t[sequence] for side in (keys, values) for t in tensors(side)), count,
+            D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
+            P8=max(16, triton.next_power_of_2(head_dim // parts)),
+            P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=BLOCK,
+            TRANSFORMED=transform is not None, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip

@@ -8,6 +8,7 @@ import torch
 
 from kvcompile.kernels import native
 from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
@@ -59,10 +60,17 @@ def ragged_decode(
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:
         raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
-    if takes_kernels(query, layout) and length * num_heads // layout.num_kv_heads <= MOST_ROWS:
+    rows = length * num_heads // layout.num_kv_heads
+    if takes_kernels(query, layout) and rows <= MOST_ROWS and _whole_words(head_dim, layout):
         from kvcompile.kernels.ragged_decode import triton
 
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
     if new_keys is None and native.usable(query, head_dim, layout):
         return native.one_token(query, keys, values, layout, seen, scaling)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+
+
+def _whole_words(head_dim: int, layout: LayerLayout) -> bool:
+    """Whether the codes of a group fill whole 16 bits, in which the kernel reads them."""
+    codecs = [codec_of(id) for id in layout.codecs]
+    return all(codec.code_bytes(head_dim) // codec.groups(head_dim) % 2 == 0 for codec in codecs)

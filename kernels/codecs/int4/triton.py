@@ -1,7 +1,8 @@
 """int4 in the Triton kernels: what `append` puts, `compact` fills, and `ragged_decode` multiplies.
 
-P is half the number of a group's elements, padded: the two codes of a byte are never interleaved, even and odd elements
-are tiles of their own. `asked4`, `first4` and `mixed4` give a tuple with an even and an odd tile for every group.
+P is half the number of a group's elements, padded, and in `ragged_decode` a quarter: codes are read four at a time and
+never interleaved, so that every fourth element is in a tile of its own. `asked4`, `first4` and `mixed4` give tuples
+with the tiles of every group.
 """
 
 from __future__ import annotations
@@ -10,10 +11,23 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.codecs.int4 import CODEC
-from kvcompile.kernels.codecs.integers.triton import code_of, group_bytes, numbers, scale_of
-from kvcompile.kernels.tiles import elements, product, transformed
+from kvcompile.kernels.codecs.integers.triton import (
+    asked,
+    code_of,
+    first_row,
+    group_scales,
+    keep,
+    scale_of,
+    spread4,
+    start,
+    units,
+)
+from kvcompile.kernels.tiles import product, transformed
 
 INT4 = tl.constexpr(CODEC.id)
+BITS = tl.constexpr(CODEC.bits)
+PER = tl.constexpr(16 // CODEC.bits)
+"""Codes in 16 bits."""
 
 
 @triton.jit
@@ -53,30 +67,23 @@ def fill4(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first
 
 @triton.jit
 def asked4(query, rows, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
-    """The query by group and parity, and its sums by group times the centre of the codes."""
-    SIZE: tl.constexpr = D // G
-    parts = ()
-    sums = ()
-    for g in tl.static_range(G):
-        even = elements(query + g * SIZE, rows, used, 2, SIZE // 2, P, D).to(DTYPE)
-        odd = elements(query + g * SIZE + 1, rows, used, 2, SIZE // 2, P, D).to(DTYPE)
-        parts = parts + (even, odd)
-        sums = sums + (7.5 * (tl.sum(even.to(tl.float32), 1) + tl.sum(odd.to(tl.float32), 1)),)
-    return parts, sums
+    """See `integers.asked`."""
+    return asked(query, rows, used, PER, BITS, D, G, P, DTYPE)
 
 
 @triton.jit
-def logits4(parts, sums, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def logits4(parts, sums, codes, scales, slot, valid, scale, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
             DTYPE: tl.constexpr):  # fmt: skip
-    """Products f32 [rows, slots] of the query with the keys of the slots, summed over groups:
-    (q . c - 7.5 sum(q)) s."""
+    """Products f32 [slots, rows] of the keys of the slots with the queries, times `scale`, summed over groups:
+    (sum of q (c + o_j) - sum of q o_j) s."""
     SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
     for g in tl.static_range(G):
-        scale = tl.load(scales + slot * G + g, mask=valid, other=0.0).to(tl.float32)
-        c = group_bytes(codes, slot, valid, g, SIZE // 2, P, D // 2)
-        one = product(parts[2 * g], tl.trans(numbers(c & 15, DTYPE)))
-        one += product(parts[2 * g + 1], tl.trans(numbers(c >> 4, DTYPE)))
-        one = (one - sums[g][:, None]) * scale[None, :]
+        tiles = spread4(units(codes, slot, valid, g, SIZE // PER, P, D // PER, False), DTYPE)
+        one = product(tiles[0], parts[g * PER])
+        for j in tl.static_range(1, PER):
+            one = tl.dot(tiles[j], parts[g * PER + j], one, input_precision="tf32x3")
+        one = (one - sums[g][None, :]) * (by_group[g] * scale)[:, None]
         if g == 0:
             total = one
         else:
@@ -85,42 +92,30 @@ def logits4(parts, sums, codes, scales, slot, valid, D: tl.constexpr, G: tl.cons
 
 
 @triton.jit
-def mixed4(acc, alpha, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-           DTYPE: tl.constexpr):  # fmt: skip
-    """`acc` times `alpha` plus the weighted values of the slots: sum(w s c) - 7.5 sum(w s), by group and parity."""
+def mixed4(acc, alpha, beta, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+           DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """`acc` times `alpha` plus `beta` times the sums of w s (c + o_j), and of w s, by group."""
     SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
     new = ()
     for g in tl.static_range(G):
-        scale = tl.load(scales + slot * G + g, mask=valid, other=0.0).to(tl.float32)
-        scaled = (weights * scale[None, :]).to(DTYPE)
-        total = tl.sum(scaled.to(tl.float32), 1)[:, None]
-        c = group_bytes(codes, slot, valid, g, SIZE // 2, P, D // 2)
-        even = product(scaled, numbers(c & 15, DTYPE)) - 7.5 * total
-        odd = product(scaled, numbers(c >> 4, DTYPE)) - 7.5 * total
-        even += acc[2 * g] * alpha[:, None]
-        odd += acc[2 * g + 1] * alpha[:, None]
-        new = new + (even, odd)
+        scaled = (weights * by_group[g][:, None]).to(DTYPE)
+        tiles = spread4(units(codes, slot, valid, g, SIZE // PER, P, D // PER, True), DTYPE)
+        for j in tl.static_range(PER):
+            one = product(tiles[j], scaled)
+            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + one * beta[None, :],)
+        sums = product(first_row(N, DTYPE), scaled)
+        new = new + (acc[g * (PER + 1) + PER] * alpha[None, :] + sums * beta[None, :],)
     return new
 
 
 @triton.jit
-def first4(value, one, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """The accumulators by group and parity: the vector at `value` if `used`, else 0. `one` is row 0, for every row."""
-    SIZE: tl.constexpr = D // G
-    new = ()
-    for g in tl.static_range(G):
-        even = elements(value + g * SIZE, one, used, 2, SIZE // 2, P, D)
-        odd = elements(value + g * SIZE + 1, one, used, 2, SIZE // 2, P, D)
-        new = new + (even, odd)
-    return new
+def first4(value, taken, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+    """See `integers.start`."""
+    return start(value, taken, PER, D, G, P, R)
 
 
 @triton.jit
-def keep4(acc, out, rows, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """Store the accumulators as rows of D elements."""
-    SIZE: tl.constexpr = D // G
-    d = tl.arange(0, P)
-    for g in tl.static_range(G):
-        at = out + rows[:, None] * D + g * SIZE + 2 * d[None, :]
-        tl.store(at, acc[2 * g], mask=(d < SIZE // 2)[None, :])
-        tl.store(at + 1, acc[2 * g + 1], mask=(d < SIZE // 2)[None, :])
+def keep4(acc, out, rows, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """See `integers.keep`."""
+    keep(acc, out, rows, used, PER, BITS, D, G, P, DTYPE)

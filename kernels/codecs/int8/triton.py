@@ -1,6 +1,7 @@
 """int8 in the Triton kernels: what `append` puts, `compact` fills, and `ragged_decode` multiplies.
 
-P is the number of a group's elements, padded. `asked8`, `first8` and `mixed8` give a tuple with a tile for every group.
+P is the number of a group's elements, padded, and in `ragged_decode` half of it: codes are read two at a time, and even
+and odd elements are tiles of their own. `asked8`, `first8` and `mixed8` give tuples with the tiles of every group.
 """
 
 from __future__ import annotations
@@ -9,10 +10,23 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.codecs.int8 import CODEC
-from kvcompile.kernels.codecs.integers.triton import code_of, group_bytes, numbers, scale_of
-from kvcompile.kernels.tiles import elements, product, transformed
+from kvcompile.kernels.codecs.integers.triton import (
+    asked,
+    code_of,
+    first_row,
+    group_scales,
+    keep,
+    scale_of,
+    spread8,
+    start,
+    units,
+)
+from kvcompile.kernels.tiles import product, transformed
 
 INT8 = tl.constexpr(CODEC.id)
+BITS = tl.constexpr(CODEC.bits)
+PER = tl.constexpr(16 // CODEC.bits)
+"""Codes in 16 bits."""
 
 
 @triton.jit
@@ -46,28 +60,23 @@ def fill8(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first
 
 @triton.jit
 def asked8(query, rows, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
-    """The query by group, and its sums by group times the centre of the codes."""
-    SIZE: tl.constexpr = D // G
-    parts = ()
-    sums = ()
-    for g in tl.static_range(G):
-        part = elements(query + g * SIZE, rows, used, 1, SIZE, P, D).to(DTYPE)
-        parts = parts + (part,)
-        sums = sums + (127.5 * tl.sum(part.to(tl.float32), 1),)
-    return parts, sums
+    """See `integers.asked`."""
+    return asked(query, rows, used, PER, BITS, D, G, P, DTYPE)
 
 
 @triton.jit
-def logits8(parts, sums, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def logits8(parts, sums, codes, scales, slot, valid, scale, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
             DTYPE: tl.constexpr):  # fmt: skip
-    """Products f32 [rows, slots] of the query with the keys of the slots, summed over groups:
-    (q . c - 127.5 sum(q)) s."""
+    """Products f32 [slots, rows] of the keys of the slots with the queries, times `scale`, summed over groups:
+    (sum of q (c + o_j) - sum of q o_j) s."""
     SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
     for g in tl.static_range(G):
-        scale = tl.load(scales + slot * G + g, mask=valid, other=0.0).to(tl.float32)
-        c = group_bytes(codes, slot, valid, g, SIZE, P, D)
-        one = product(parts[g], tl.trans(numbers(c, DTYPE)))
-        one = (one - sums[g][:, None]) * scale[None, :]
+        tiles = spread8(units(codes, slot, valid, g, SIZE // PER, P, D // PER, False), DTYPE)
+        one = product(tiles[0], parts[g * PER])
+        for j in tl.static_range(1, PER):
+            one = tl.dot(tiles[j], parts[g * PER + j], one, input_precision="tf32x3")
+        one = (one - sums[g][None, :]) * (by_group[g] * scale)[:, None]
         if g == 0:
             total = one
         else:
@@ -76,35 +85,30 @@ def logits8(parts, sums, codes, scales, slot, valid, D: tl.constexpr, G: tl.cons
 
 
 @triton.jit
-def mixed8(acc, alpha, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
-           DTYPE: tl.constexpr):  # fmt: skip
-    """`acc` times `alpha` plus the weighted values of the slots: sum(w s c) - 127.5 sum(w s), by group."""
+def mixed8(acc, alpha, beta, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+           DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """`acc` times `alpha` plus `beta` times the sums of w s (c + o_j), and of w s, by group."""
     SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
     new = ()
     for g in tl.static_range(G):
-        scale = tl.load(scales + slot * G + g, mask=valid, other=0.0).to(tl.float32)
-        scaled = (weights * scale[None, :]).to(DTYPE)
-        total = tl.sum(scaled.to(tl.float32), 1)[:, None]
-        c = group_bytes(codes, slot, valid, g, SIZE, P, D)
-        one = acc[g] * alpha[:, None] + (product(scaled, numbers(c, DTYPE)) - 127.5 * total)
-        new = new + (one,)
+        scaled = (weights * by_group[g][:, None]).to(DTYPE)
+        tiles = spread8(units(codes, slot, valid, g, SIZE // PER, P, D // PER, True), DTYPE)
+        for j in tl.static_range(PER):
+            one = product(tiles[j], scaled)
+            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + one * beta[None, :],)
+        sums = product(first_row(N, DTYPE), scaled)
+        new = new + (acc[g * (PER + 1) + PER] * alpha[None, :] + sums * beta[None, :],)
     return new
 
 
 @triton.jit
-def first8(value, one, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """The accumulators by group: the vector at `value` if `used`, else 0. `one` is row 0, for every row."""
-    SIZE: tl.constexpr = D // G
-    new = ()
-    for g in tl.static_range(G):
-        new = new + (elements(value + g * SIZE, one, used, 1, SIZE, P, D),)
-    return new
+def first8(value, taken, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, R: tl.constexpr):
+    """See `integers.start`."""
+    return start(value, taken, PER, D, G, P, R)
 
 
 @triton.jit
-def keep8(acc, out, rows, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr):
-    """Store the accumulators as rows of D elements."""
-    SIZE: tl.constexpr = D // G
-    d = tl.arange(0, P)
-    for g in tl.static_range(G):
-        tl.store(out + rows[:, None] * D + g * SIZE + d[None, :], acc[g], mask=(d < SIZE)[None, :])
+def keep8(acc, out, rows, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):
+    """See `integers.keep`."""
+    keep(acc, out, rows, used, PER, BITS, D, G, P, DTYPE)

@@ -1,9 +1,9 @@
-"""Ragged decoding on a GPU: split-K over a work list (`scan`), then one small reduction (`reduce`)."""
+"""Ragged decoding on a GPU: one launch of a work list (`scan`), whose last programs join what the others found."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,36 +12,48 @@ import triton.language as tl
 from kvcompile.kernels.arguments import groups, tensors
 from kvcompile.kernels.arguments import rows as side_rows
 from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
-from kvcompile.kernels.ragged_decode.triton.reduce import _reduce
 from kvcompile.kernels.ragged_decode.triton.scan import CODECS, _decode
-from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
+from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of, resident
 from kvcompile.kernels.ragged_decode.work import work_list
+
+TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 class _Tables(NamedTuple):
-    """What never changes about a layer, on the device."""
+    """What never changes about a layer, on the device, int32: `items` [n, 2] and `ranges` [H, 2] of the work list, and
+    the rows of the layout."""
 
     items: torch.Tensor
-    heads: torch.Tensor
     ranges: torch.Tensor
-    pairs: int
+    heads: torch.Tensor
 
 
-def _tables(
-    layout: LayerLayout, head_dim: int, exact_bits: int, programs: int, block: int, device: torch.device
-) -> _Tables:
-    key = ("ragged_decode", head_dim, exact_bits, programs, block, device)
-    if key not in layout.memo:
-        work = work_list(layout, head_dim, exact_bits, programs, block)
-        pairs = {3 * CODECS.index(row.k_codec) + CODECS.index(row.v_codec) for row in layout.rows}
-        made = (torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, layout.rows, work.heads))
-        layout.memo[key] = _Tables(*made, sum(1 << pair for pair in pairs))
-    tables: _Tables = layout.memo[key]
-    return tables
+def pairs_of(layout: LayerLayout) -> int:
+    """The pairs of codecs in a layer, 3 * K + V in the order of `CODECS`, as the bits of a number."""
+    pairs = {3 * CODECS.index(row.k_codec) + CODECS.index(row.v_codec) for row in layout.rows}
+    return sum(1 << pair for pair in pairs)
 
 
-TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+def constants(
+    head_dim: int, pairs: int, used: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
+    masked: bool = False,
+) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
+    """The constants that a launch for `used` rows a head is compiled with, and its warps and stages."""
+    size = head_dim // groups(head_dim)
+
+    def padded(count: int) -> int:
+        return max(16, triton.next_power_of_2(count))
+
+    found = {
+        "PAIRS": pairs, "D": head_dim, "DP": padded(head_dim), "G": groups(head_dim), "P8": padded(size // 2),
+        "P4": padded(size // 4), "R": 8, "TB": 16, "N": chosen.block,
+        "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
+        "CODE": tl.float32 if exact == torch.float32 else tl.float16,
+        "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked,
+    }  # fmt: skip
+    return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
 
 
 def ragged_decode(
@@ -61,34 +73,72 @@ def ragged_decode(
     device, heads = query.device, layout.num_kv_heads
     used = num_heads // heads * length
     exact = keys.exact.dtype
+    pairs = pairs_of(layout)
+    is_new = new_keys is not None and new_values is not None
     chosen = chosen or entry(head_dim, exact)
-    programs = items_of(chosen, device, batch)
-    tables = _tables(layout, head_dim, exact.itemsize * 8, programs, chosen.block, device)
-    items = len(tables.items)
-    rows = max(16, triton.next_power_of_2(used))
-    partial = torch.empty(batch, items, rows, head_dim, dtype=torch.float32, device=device)
-    stats = torch.empty(batch, items, 2, rows, dtype=torch.float32, device=device)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    fixed, options = constants(head_dim, pairs, used, layout.window, exact, chosen, is_new, new_mask is not None)
+    blocks = triton.cdiv(used, fixed["R"])
+    new = (new_keys.contiguous(), new_values.contiguous()) if is_new else (query, query)  # type: ignore[union-attr]
+    mask = new_mask.expand(batch, 1, length, length).contiguous().view(torch.uint8) if new_mask is not None else query
     query = query.contiguous()
+    out = torch.empty_like(query)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
-    sizes = {
-        "D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "R": rows, "T": length,
-    }  # fmt: skip
-    parts = groups(head_dim)
-    _decode[(items, batch)](
-        query, partial, stats, tables.items, tables.heads, seen, *tensors(keys), *tensors(values),
-        *side_rows(keys), *side_rows(values), scaling, heads, used, int(new_keys is None),
-        PAIRS=tables.pairs, G=parts, P8=max(16, triton.next_power_of_2(head_dim // parts)),
-        P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=chosen.block, WINDOW=layout.window,
-        EXACT=TYPES[exact], CODE=tl.float32 if exact == torch.float32 else tl.float16,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **sizes,
-    )  # fmt: skip
-    is_new = new_keys is not None and new_values is not None
-    new = (new_keys.contiguous(), new_values.contiguous()) if is_new else (query, query)
-    mask = new_mask.expand(batch, 1, length, length).contiguous().view(torch.uint8) if new_mask is not None else query
-    _reduce[(heads, batch)](
-        partial, stats, tables.ranges, query, *new, mask, out, items, scaling, heads, used,
-        TP=max(16, triton.next_power_of_2(length)), NEW=is_new, MASKED=new_mask is not None, num_warps=4, **sizes,
-    )  # fmt: skip
+
+    def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
+        return (
+            query, partial, stats, *tables, seen, _done(layout, batch, blocks, device), out, *new, mask, *tensors(keys),
+            *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
+            int(new_keys is None),
+        )  # fmt: skip
+
+    with on_device(device):
+        key = ("ragged_decode", device, batch, blocks, *fixed.values(), *options.values())
+        if key not in layout.memo:
+            some = torch.empty(1, dtype=torch.float32, device=device)
+            like = arguments(_Tables(seen, seen, seen), some, some)
+            more, programs = _fitted(like, fixed | options, device) if device.type == "cuda" else ({}, chosen.programs)
+            programs = items_of(programs, device, batch * blocks)
+            layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), options | more
+        tables, options = layout.memo[key]
+        items = len(tables.items)
+        partial = torch.empty(batch, items, used, head_dim, dtype=torch.float32, device=device)
+        stats = torch.empty(batch, items, 2, used, dtype=torch.float32, device=device)
+        _decode[(items, batch, blocks)](*arguments(tables, partial, stats), **fixed, **options)
     return out
+
+
+def _tables(
+    layout: LayerLayout, head_dim: int, exact: torch.dtype, programs: int, chosen: Tuning, device: torch.device
+) -> _Tables:
+    work = work_list(layout, head_dim, exact.itemsize * 8, programs, chosen.block, chosen.most)
+    return _Tables(*(torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, work.heads, layout.rows)))
+
+
+def _done(layout: LayerLayout, batch: int, blocks: int, device: torch.device) -> torch.Tensor:
+    """Counters int32 [batch, H, blocks of rows] of programs that are done, which every launch leaves at 0."""
+    key = ("ragged_decode counters", device, batch, blocks)
+    if key not in layout.memo:
+        layout.memo[key] = torch.zeros(batch, layout.num_kv_heads, blocks, dtype=torch.int32, device=device)
+    counters: torch.Tensor = layout.memo[key]
+    return counters
+
+
+ALL_REGISTERS = {"maxnreg": 255}
+"""Left alone, the compiler may spill a register to fit one program more on a processor."""
+
+
+def _fitted(arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> tuple[dict[str, int], int]:
+    """Options with which the kernel spills nothing, beside those given, and how many programs a processor then holds at
+    a time, by what the compiler made of it."""
+
+    def compiled(more: Mapping[str, int]) -> Any:
+        kernel = _decode.warmup(*arguments, grid=(1,), **options, **more)
+        _ = kernel.run  # loads it, which tells its registers
+        return kernel
+
+    kernel, more = compiled({}), {}
+    if kernel.n_spills and (other := compiled(ALL_REGISTERS)).n_spills < kernel.n_spills:
+        kernel, more = other, ALL_REGISTERS
+    properties = torch.cuda.get_device_properties(device)
+    return more, resident(kernel.n_regs, kernel.metadata.shared, options["num_warps"], properties)

@@ -1,8 +1,8 @@
-"""The first launch: a program reads one range of one head's slots, an item of the work list.
+"""The launch: a program reads one range of one head's slots, an item of the work list, and the last one joins them.
 
-The queries of a group, and of a few new tokens, are the rows of one tile, so every group size costs the same. The
+The queries of a group, and of new tokens, are rows, R of which a program takes, so every group size costs the same. The
 softmax is computed on the way: m is the highest logit so far, l the sum of exponentials, acc the sum of values weighted
-with them. `reduce` joins these of a head's items.
+with them. `join` has the sum over a head's items.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from kvcompile.kernels.codecs.int4.triton import INT4
 from kvcompile.kernels.codecs.int8.triton import INT8
 from kvcompile.kernels.layout import EXACT as EXACT_ROWS
 from kvcompile.kernels.layout import HeadRow
+from kvcompile.kernels.ragged_decode.triton.join import join
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
-from kvcompile.kernels.tiles import elements
+from kvcompile.kernels.tiles import columns
 
 ROW = tl.constexpr(len(HeadRow._fields))
 CAPACITY, SINK, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
@@ -29,11 +30,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def _scan(
-    query, partial, stats, k_exact, k_codes, k_scales, k_first, v_exact, v_codes, v_scales, v_first,
-    start, stop, capacity, anchored, seen, newest, scale, used,
+    rows, query, partial, stats, k_exact, k_codes, k_scales, k_first, v_exact, v_codes, v_scales, v_first,
+    start, stop, capacity, anchored, seen, newest, scale, used, length,
     KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr,
-    P4: tl.constexpr, R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr,
-    CODE: tl.constexpr,
+    P4: tl.constexpr, R: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
+    EXACT: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC
     and VC are the codecs of its keys and values."""
@@ -41,8 +42,6 @@ def _scan(
     VP: tl.constexpr = P4 if VC == INT4 else P8
     KT: tl.constexpr = EXACT if KC == 0 else CODE
     VT: tl.constexpr = EXACT if VC == 0 else CODE
-    rows = tl.arange(0, R)
-    parts, sums = asked(query, rows, used, KC, D, DP, G, KP, KT)
     m = tl.full([R], float("-inf"), tl.float32)
     l = tl.zeros([R], tl.float32)
     # Where one side is quantised and slot 0 is a sink, that slot is taken from its exact copy, before all others.
@@ -50,30 +49,36 @@ def _scan(
     if KC + VC > 0:
         d = tl.arange(0, DP)
         key = tl.load(k_first + d, mask=(d < D) & taken, other=0.0).to(tl.float32)
-        logit = tl.sum(elements(query, rows, used, 1, D, DP, D) * key[None, :], 1) * scale
+        logit = tl.sum(columns(query, rows, used, 1, D, DP, D) * key[:, None], 0) * scale
         m = tl.where(taken, logit, m)
         l = tl.where(taken, 1.0, l)
-    acc = first(v_first, taken, rows, VC, D, DP, G, VP)
-    for i in tl.range(start, stop, N):
+    parts, sums = asked(query, rows, used, KC, D, DP, G, KP, KT)
+    acc = first(v_first, taken, VC, D, DP, G, VP, R)
+    for i in tl.range(start, stop, N, num_stages=STAGES):
         slot = i + tl.arange(0, N)
         valid = slot < stop
-        logits = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, valid, KC, D, DP, G, KP, KT) * scale
-        visible = (valid & ((slot > 0) | (taken == 0)))[None, :]
+        logits = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, valid, scale, KC, D, DP, G, KP, KT)
+        visible = (valid & ((slot > 0) | (taken == 0)))[:, None]
         if WINDOW > 0:
             # A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring.
             token = seen - 1 - (seen - 1 - slot) % capacity
-            visible = visible & (token[None, :] > (newest + rows % T)[:, None] - WINDOW)
+            visible = visible & (token[:, None] > (newest + rows % length)[None, :] - WINDOW)
         logits = tl.where(visible, logits, float("-inf"))
-        highest = tl.maximum(m, tl.max(logits, 1))
+        # Weights are relative to the block's own highest logit `top`, see `mixed`; beta brings them to that of all.
+        top = tl.max(logits, 0)
+        highest = tl.maximum(m, top)
         finite = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(logits - finite[:, None])
-        alpha = tl.exp2(m - finite)
-        l = l * alpha + tl.sum(weights, 1)
-        acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slot, valid, VC, D, DP, G, VP, VT)
+        weights = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[None, :])
+        alpha, beta = tl.exp2(m - finite), tl.exp2(top - finite)
+        l = l * alpha + tl.sum(weights, 0) * beta
+        acc = mixed(acc, alpha, beta, weights, v_exact, v_codes, v_scales, slot, valid, VC, D, DP, G, VP, VT, N)
         m = highest
-    keep(acc, partial, rows, VC, D, DP, G, VP)
-    tl.store(stats + rows, m)
-    tl.store(stats + R + rows, l)
+    # Where the results go is worked out here, and not before the loop: registers are scarce there.
+    index = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    keep(acc, partial + index * used * D, rows, used, VC, D, DP, G, VP, VT)
+    stats += index * 2 * used
+    tl.store(stats + rows, m, mask=rows < used)
+    tl.store(stats + used + rows, l, mask=rows < used)
 
 
 @triton.constexpr_function
@@ -99,47 +104,67 @@ def _side(b, row, anchor, exact, codes8, scales8, codes4, scales4, rows0, rows8,
 
 @triton.jit
 def _decode(
-    query, partial, stats, items, heads, seen_by,
+    query, partial, stats, items, ranges, heads, seen_by, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
     k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored,
-    scale, num_heads, used, before,
+    scale, num_heads, used, length, before,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    R: tl.constexpr, T: tl.constexpr, N: tl.constexpr, WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr,
+    R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
+    EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Program (item, sequence). `used` of the R rows are queries; `before` is 1 where the query's own token has been
-    stored, else 0. `PAIRS` are the pairs of codecs in the layer, 3 * K + V, as the bits of a number."""
+    """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
+    `before` is 1 where the query's own token has been stored, else 0. `PAIRS` are the pairs of codecs in the layer,
+    3 * K + V, as the bits of a number; no head has more than `MOST` items."""
     item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    h = tl.load(items + 3 * item)
-    start = tl.load(items + 3 * item + 1)
-    seen = tl.load(seen_by + b)
+    h = tl.load(items + 2 * item)
+    part = tl.load(items + 2 * item + 1)
     row = heads + h * ROW
+    seen = tl.load(seen_by + b)
     capacity = tl.load(row + CAPACITY)
-    stop = tl.minimum(tl.load(items + 3 * item + 2), seen)
-    index = b * tl.num_programs(0) + item
-    stats += index * 2 * R
-    if start >= stop:
-        tl.store(stats + tl.arange(0, R), tl.full([R], float("-inf"), tl.float32))
-        return
-    anchored = tl.load(row + SINK) > 0
-    k_codec = tl.load(row + K_CODEC)
-    v_codec = tl.load(row + V_CODEC)
-    k_row = tl.load(row + K_ROW).to(tl.int64)
-    v_row = tl.load(row + V_ROW).to(tl.int64)
-    k_anchor = k_anchors + (b * k_anchored + tl.load(row + K_ANCHOR)) * D
-    v_anchor = v_anchors + (b * v_anchored + tl.load(row + V_ANCHOR)) * D
-    query += (b * num_heads + h) * used * D
-    partial += index * R * D
-    for pair in tl.static_range(9):
-        if (PAIRS >> pair) & 1:
-            if (k_codec == _codec(pair // 3)) & (v_codec == _codec(pair % 3)):
-                _scan(
-                    query, partial, stats,
-                    *_side(b, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
-                           k_rows0, k_rows8, k_rows4, _codec(pair // 3), D, G),
-                    *_side(b, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
-                           v_rows0, v_rows8, v_rows4, _codec(pair % 3), D, G),
-                    start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used,
-                    _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, T, N, WINDOW, EXACT, CODE,
-                )  # fmt: skip
+    # What is stored now is cut into equal items, none of which is empty: of a short text, the last ones are not used.
+    filled = tl.minimum(capacity, seen)
+    blocks = (filled + N - 1) // N
+    count = tl.minimum(tl.load(ranges + 2 * h + 1), blocks)
+    if part < count:
+        start = blocks * part // count * N
+        stop = tl.minimum(blocks * (part + 1) // count * N, filled)
+        anchored = tl.load(row + SINK) > 0
+        k_codec = tl.load(row + K_CODEC)
+        v_codec = tl.load(row + V_CODEC)
+        k_row = tl.load(row + K_ROW).to(tl.int64)
+        v_row = tl.load(row + V_ROW).to(tl.int64)
+        k_anchor = k_anchors + (b * k_anchored + tl.load(row + K_ANCHOR)) * D
+        v_anchor = v_anchors + (b * v_anchored + tl.load(row + V_ANCHOR)) * D
+        for pair in tl.static_range(9):
+            if (PAIRS >> pair) & 1:
+                if (k_codec == _codec(pair // 3)) & (v_codec == _codec(pair % 3)):
+                    _scan(
+                        tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D,
+                        partial, stats,
+                        *_side(b, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
+                               k_rows0, k_rows8, k_rows4, _codec(pair // 3), D, G),
+                        *_side(b, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
+                               v_rows0, v_rows8, v_rows4, _codec(pair % 3), D, G),
+                        start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
+                        _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, STAGES, WINDOW, EXACT, CODE,
+                    )  # fmt: skip
+    # The last of the programs of a head's rows joins what all have found. The barrier is for the stores of the
+    # program's own threads, the atomic's order for those of other programs. Numbers are loaded anew: registers are
+    # scarce above.
+    tl.debug_barrier()
+    h = tl.load(items + 2 * item, volatile=True)
+    count = tl.load(ranges + 2 * h + 1, volatile=True)
+    which = b * num_heads + h
+    ticket = done + which * tl.num_programs(2) + tl.program_id(2)
+    if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:
+        tl.store(ticket, 0)  # ready for the next launch
+        first_item = b * tl.num_programs(0) + tl.load(ranges + 2 * h)
+        filled = tl.minimum(tl.load(heads + h * ROW + CAPACITY), tl.load(seen_by + b, volatile=True))
+        join(
+            tl.program_id(2) * R + tl.arange(0, R), partial + first_item * used * D, stats + first_item * 2 * used,
+            tl.minimum(count, (filled + N - 1) // N), query + which * used * D, new_keys + which * length * D,
+            new_values + which * length * D, new_mask + b * length * length, out + which * used * D, scale * LOG2E,
+            used, length, D, DP, R, TB, MOST, NEW, MASKED,
+        )  # fmt: skip

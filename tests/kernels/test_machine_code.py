@@ -1,0 +1,53 @@
+"""What the compiler makes of the GPU kernels, ahead of time: no GPU is needed, and none is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """In a process of its own, as the interpreter and the compiler exclude each other."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "kvcompile.kernels.ahead", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=[("sm_80", "128"), ("sm_90", "64", "128")], ids=lambda p: p[0])
+def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """For the head sizes of most models; `python -m kvcompile.kernels.ahead` has all of them."""
+    return compiled(*request.param)
+
+
+def test_no_kernel_spills_and_shared_memory_is_enough(kernels: list[dict[str, Any]]) -> None:
+    assert {one["kernel"] for one in kernels} == {"decode", "append", "compact"}
+    assert [one for one in kernels if one["local"] or one["shared"] > LIMIT[one["arch"]]] == []
+    assert [one for one in kernels if one["spills"]] == []
+    # A float32 cache with quantised heads keeps a few numbers on the stack, outside of its loops.
+    assert [one for one in kernels if one["stack"] > ("float32" in one["shape"]) * 32] == []
+
+
+def test_quantised_heads_take_few_instructions(kernels: list[dict[str, Any]]) -> None:
+    """A warp's share of 64 slots of 128 elements, if there are four: a processor of an H200 issues at most 4 a cycle,
+    and 500 of them would allow 84 % of the bandwidth with 4 bits."""
+    counts = {one["shape"]: one["instructions"] for one in kernels if one["kernel"] == "decode"}
+    judged = {shape: count for shape, count in counts.items() if shape.startswith("128") and "bfloat16" in shape}
+    assert len(judged) == 8
+    assert [shape for shape, count in judged.items() if not 0 < count <= 400] == []
+
+
+def test_nothing_is_loaded_synchronously_in_the_loop(kernels: list[dict[str, Any]]) -> None:
+    """Where a vector has several scales; a single one has 16 bits, and asynchronous loads have 32 or more."""
+    several = [one for one in kernels if one["kernel"] == "decode" and not one["shape"].startswith("64")]
+    assert several
+    assert [one for one in several if one["short_loads"]] == []
