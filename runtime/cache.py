@@ -104,7 +104,8 @@ class RaggedLayer(CacheLayerMixin):
         """Within, `attend` is called with `columns` columns of prompts chunk by chunk, and attends exactly to what has
         come so far; afterwards they are cut to the budget. Sequence b is the columns from `pad[b]` int64 [B] on."""
         self._fit_batch(batch)
-        self.prompt = LayerPrompt(self.store.layout, columns, pad)
+        own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
+        self.prompt = LayerPrompt(self.store.layout, columns, own)
         try:
             yield
             self.store.cut(self.prompt)
