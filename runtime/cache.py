@@ -157,7 +157,10 @@ class RaggedLayer(CacheLayerMixin):
 
 
 class RaggedCache(Cache):
-    """A cache for `model(...)` and `model.generate(...)`; made by `Attachment.new_cache`. `copy.deepcopy` forks it."""
+    """A cache for `model(...)` and `model.generate(...)`; made by `Attachment.new_cache`. `copy.deepcopy` forks it.
+
+    One column on a filled cache is a step, and no sequence's token in it is padding: what is to go on for some
+    sequences only comes in two columns or more, left-padded, as `Decoder.prefill` does it."""
 
     layers: list[RaggedLayer]
 

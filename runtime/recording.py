@@ -19,20 +19,23 @@ class Graph:
     """What `run` does on a GPU, recorded by calling it once. The call counts on the host and computes nothing yet.
 
     Raises:
-        RuntimeError: something in `run` waits for the device. The current stream is then the one from before.
+        RuntimeError: something in `run` waits for the device. Current stream and random numbers are then as before.
     """
 
     def __init__(self, run: Callable[[], None], device: torch.device) -> None:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(device):
-            before = torch.cuda.current_stream(device)
+            stream, drawing = torch.cuda.current_stream(device), torch.cuda.default_generators[device.index or 0]
+            state = drawing.clone_state()
             try:
                 # A stream of this device: the one that torch would take belongs to the device it was first used on.
                 with torch.cuda.graph(self._graph, stream=torch.cuda.Stream(device)):
                     run()
-            finally:
-                # A capture that fails to end leaves its own stream current.
-                torch.cuda.set_stream(before)
+            except BaseException:
+                # A capture that fails to end leaves its own stream current, and a generator that waits for its end.
+                torch.cuda.set_stream(stream)
+                drawing.graphsafe_set_state(state)
+                raise
 
     def replay(self) -> None:
         self._graph.replay()

@@ -134,6 +134,28 @@ def test_attention_that_is_learnt_from_is_not_recorded(model, make_artifact) -> 
     assert not decoder.recorded
 
 
+def test_a_model_that_asks_the_host_decodes_without_a_graph(model, make_artifact) -> None:
+    """And draws, and another can be recorded afterwards."""
+    kv = attach(model, make_artifact(model, ROWS, policy="scored", recent=3, dtype="bfloat16"))
+    asks = model.model.norm.register_forward_hook(lambda _, args, out: out * (2 if out.sum().item() == 0.125 else 1))
+    stream = torch.cuda.current_stream()
+    decoder = Decoder(model, kv.new_cache(), Sampling(0.8))
+    decoder.prefill(prompt(30))
+    decoder.step()
+    with pytest.warns(UserWarning, match="decoding without CUDA graphs"):
+        decoder.step()
+    for _ in range(20):
+        decoder.step()
+    assert not decoder.recorded
+    assert torch.cuda.current_stream() == stream
+    assert decoder.cache.layers[0].store.seen == [52]
+    asks.remove()
+    again = Decoder(model, kv.new_cache(), Sampling(0.8))
+    said = texts(again, [(prompt(30), None)], 30)
+    assert again.recorded
+    assert len(set(said[0].tolist())) > 8
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_a_model_on_the_second_gpu(model, make_artifact) -> None:
     """While the first is the current one."""

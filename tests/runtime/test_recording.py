@@ -261,12 +261,25 @@ def test_a_failed_recording_leaves_the_stream_from_before(monkeypatch: pytest.Mo
         finally:
             devices.pop()
 
+    class Drawing:
+        state = "before"
+
+        def clone_state(self) -> str:
+            return self.state
+
+        def graphsafe_set_state(self, state: str) -> None:
+            self.state = state
+
+    drawing = Drawing()
+
     def waits() -> None:
+        drawing.state = "captured"
         assert current[0] == "side of cuda:1"
         assert devices[-1] == 1
         raise RuntimeError("waits for the host")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, drawing])
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: f"side of {device}")
@@ -275,4 +288,5 @@ def test_a_failed_recording_leaves_the_stream_from_before(monkeypatch: pytest.Mo
     with pytest.raises(RuntimeError):
         Graph(waits, torch.device("cuda", 1))
     assert current == ["before"]
+    assert drawing.state == "before"
     assert devices == [0]
