@@ -13,18 +13,22 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvcompile.kernels.add_norm.api import add_norm
     from kvcompile.kernels.append.api import append
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.codecs.api import decode, encode
     from kvcompile.kernels.compact.api import compact
     from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
+    from kvcompile.kernels.new_token.api import new_token
     from kvcompile.kernels.overwrite.api import overwrite
     from kvcompile.kernels.ragged_decode.api import ragged_decode
+    from kvcompile.kernels.restore.api import restore
+    from kvcompile.kernels.silu_mul.api import silu_mul
     from kvcompile.kernels.transform import Transform
 
 __all__ = [
-    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Transform", "append", "compact", "decode", "encode",
-    "overwrite", "ragged_decode",
+    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Transform", "add_norm", "append", "compact", "decode", "encode",
+    "new_token", "overwrite", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -33,12 +37,16 @@ _MODULES = {
     "HeadSpec": "layout",
     "LayerLayout": "layout",
     "Transform": "transform",
+    "add_norm": "add_norm.api",
     "append": "append.api",
     "compact": "compact.api",
     "decode": "codecs.api",
     "encode": "codecs.api",
+    "new_token": "new_token.api",
     "overwrite": "overwrite.api",
     "ragged_decode": "ragged_decode.api",
+    "restore": "restore.api",
+    "silu_mul": "silu_mul.api",
 }
 """Where each name is: loaded when it is asked for, as readers of the format need `codecs` alone and no torch."""
 

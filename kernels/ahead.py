@@ -20,14 +20,23 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kvcompile.kernels import machine_code
+from kvcompile.kernels.add_norm import triton as add_norm
 from kvcompile.kernels.append import triton as append
 from kvcompile.kernels.arguments import groups
 from kvcompile.kernels.compact import triton as compact
+from kvcompile.kernels.new_token import triton as new_token
 from kvcompile.kernels.ragged_decode import triton as ragged_decode
 from kvcompile.kernels.ragged_decode.tuning import entry
+from kvcompile.kernels.restore import triton as restore
+from kvcompile.kernels.silu_mul import triton as silu_mul
 
 HEAD_DIMS = (64, 96, 128, 256)
 PAIRS = {"16/16": 1 << 0, "8/8": 1 << 4, "8/4": 1 << 5, "4/4": 1 << 8, "16/16 8/4 4/4": 1 << 0 | 1 << 5 | 1 << 8}
+VECTORS = {
+    "query", "out", "new_keys", "new_values", "keys", "values", "qkv", "cos", "sin", "hidden", "output", "residual",
+    "delta", "weight", "total", "gate_up",
+}  # fmt: skip
+"""Arguments in the cache dtype."""
 SLOTS = 64
 """Slots to which instructions are counted."""
 WARPS = 4
@@ -59,18 +68,21 @@ def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Com
     for head_dim in head_dims:
         for name in PAIRS:
             yield decode(head_dim, name, arch)
-        sizes = _sizes(head_dim)
+        storing = {**append.constants(head_dim), "SCORES": True}
+        four, shape = {"num_warps": 4}, str(head_dim)
+        rows = {"GROUP": 7, "R": 16}
+        yield _compile(append._append, shape, arch, storing, {"num_warps": append.WARPS})
         yield _compile(
-            append._append, f"{head_dim}", arch,
-            {**sizes, "GP": triton.next_power_of_2(sizes["G"]), "SCORES": True, "BLOCK": append.BLOCK},
-            {"num_warps": append.WARPS},
-        )  # fmt: skip
-        yield _compile(
-            compact._compact, f"{head_dim}", arch, {**sizes, "N": compact.BLOCK, "TRANSFORMED": True},
+            compact._compact, shape, arch, {**_sizes(head_dim), "N": compact.BLOCK, "TRANSFORMED": True},
             {"num_warps": compact.WARPS, "num_stages": compact.STAGES},
         )  # fmt: skip
+        step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
+        yield _compile(new_token._new_token, shape, arch, step, new_token.OPTIONS)
+        yield _compile(restore._restore, shape, arch, {**rows, "D": head_dim, "DP": _sizes(head_dim)["DP"]}, four)
         if head_dim != 128:
             continue
+        yield _compile(add_norm._add_norm, "4096", arch, {"ADDED": True, "BLOCK": 4096}, four)
+        yield _compile(silu_mul._silu_mul, "", arch, {"BLOCK": silu_mul.BLOCK}, four)
         for name in ("16/16", "8/8", "4/4"):
             yield decode(head_dim, name, arch, used=64, length=8)
             yield decode(head_dim, name, arch, exact=torch.float32)
@@ -101,9 +113,11 @@ def _sizes(head_dim: int) -> dict[str, int]:
 
 def _type(name: str, exact: torch.dtype) -> str:
     """Type of an argument by its name, in Triton's notation."""
-    if name in ("scale",):
+    if name in ("scale", "epsilon"):
         return "fp32"
-    if name in ("partial", "stats", "score", "k_matrix", "k_mean", "v_matrix", "v_mean"):
+    if name in ("partial", "stats", "score", "scorer", "bias", "matrix", "mean", "k_inverse") or name.endswith(
+        ("_matrix", "_mean")
+    ):
         return "*fp32"
     if name in ("items", "ranges", "heads", "seen_by", "done", "tokens"):
         return "*i32"
@@ -111,7 +125,7 @@ def _type(name: str, exact: torch.dtype) -> str:
         return "*u8"
     if name.endswith(("scales8", "scales4")) or name == "scores":
         return "*fp16"
-    if name in ("query", "out", "new_keys", "new_values", "keys", "values") or name.endswith(("exact", "anchors")):
+    if name in VECTORS or name.endswith(("exact", "anchors", "_norm")):
         return "*bf16" if exact == torch.bfloat16 else "*fp32"
     return "i32"
 

@@ -19,9 +19,13 @@ Triton's interpreter); unset, tensors on a GPU get the kernels, and decode steps
 
 def takes_kernels(tensor: torch.Tensor, layout: LayerLayout) -> bool:
     """Whether an operation of a layer on this tensor is done by Triton."""
+    return prefers_kernels(tensor) and knows("triton", layout)
+
+
+def prefers_kernels(tensor: torch.Tensor) -> bool:
+    """The same of an operation that has nothing to do with how heads are stored."""
     choice = os.environ.get(CHOICE, "")
-    wanted = choice != "torch" and (tensor.is_cuda or choice == "triton") and _installed()
-    return wanted and knows("triton", layout)
+    return choice != "torch" and (tensor.is_cuda or choice == "triton") and _installed()
 
 
 def knows(implementation: str, layout: LayerLayout) -> bool:

@@ -24,7 +24,8 @@ def layer_transform(
             if not _transformed(pair[side]):
                 matrix[head], mean[head] = torch.eye(matrix.shape[-1]), 0
         # The inverse in float64: single precision would add its own error to every query and output.
-        parts += [matrix.float(), torch.linalg.inv(matrix).float(), mean]
+        # Contiguous, for the kernels: an inverse comes column by column.
+        parts += [matrix.float(), torch.linalg.inv(matrix).float().contiguous(), mean]
     return Transform(*(part.to(device) for part in parts))
 
 

@@ -66,6 +66,69 @@ def _move(exact, codes8, scales8, codes4, scales4, codec, row0, row8, row4, step
 
 
 @triton.jit
+def worst_score(held, start, stop, BLOCK: tl.constexpr):
+    """The lowest of the scores [start, stop) and its slot, of equally low ones the last: the lower slot stays. Every
+    thread keeps the lowest of its own places, so that no block of scores waits for the one before."""
+    lowest = tl.full([BLOCK], float("inf"), tl.float32)
+    at = tl.zeros([BLOCK], tl.int32)
+    for first in tl.range(start, stop, BLOCK, loop_unroll_factor=4):
+        i = first + tl.arange(0, BLOCK)
+        s = tl.load(held + i, mask=i < stop, other=float("inf")).to(tl.float32)
+        lower = (s <= lowest) & (i < stop)
+        at = tl.where(lower, i, at)
+        lowest = tl.minimum(lowest, s)
+    worst = tl.min(lowest, 0)
+    return worst, tl.max(tl.where(lowest == worst, at, 0), 0)
+
+
+@triton.jit
+def store_token(
+    b, h, heads, seen_by, new_key, new_value, score, scores,
+    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
+    SCORES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One head's new token of one sequence: the vectors at `new_key` and `new_value`, and `score`, a number."""
+    row = heads + h * ROW
+    n = tl.load(seen_by + b)
+    capacity = tl.load(row + CAPACITY)
+    recent = tl.load(row + RECENT)
+    slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
+    k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
+    v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
+    k0, k8, k4 = b * k_rows0 + k_row + slot, b * k_rows8 + k_row + slot, b * k_rows4 + k_row + slot
+    v0, v8, v4 = b * v_rows0 + v_row + slot, b * v_rows8 + v_row + slot, b * v_rows4 + v_row + slot
+    if SCORES:
+        if tl.load(row + KIND) == SCORED:
+            held = scores + b * scored_slots + tl.load(row + SCORE)
+            leaving = tl.load(held + slot).to(tl.float32)
+            sink = tl.load(row + SINK)
+            last = tl.where(n < capacity, sink, capacity - recent)  # a head that is not full loses nothing
+            worst, victim = worst_score(held, sink, last, BLOCK)
+            tl.debug_barrier()  # all have read before anything is written
+            if leaving > worst:
+                step = victim - slot
+                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k0, k8, k4, step, D, DP, G, GP)
+                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v0, v8, v4, step, D, DP, G, GP)
+                tl.store(held + victim, leaving.to(tl.float16))
+            tl.debug_barrier()  # the row has been copied before it is overwritten
+            tl.store(held + slot, score.to(tl.float16))
+    k_anchor = tl.load(row + K_ANCHOR)
+    v_anchor = tl.load(row + V_ANCHOR)
+    first = slot == 0  # token 0, where the head has sinks
+    _put(
+        new_key, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + (b * k_anchored + k_anchor) * D,
+        k_codec, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
+    )  # fmt: skip
+    _put(
+        new_value, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors + (b * v_anchored + v_anchor) * D,
+        v_codec, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
+    )  # fmt: skip
+
+
+@triton.jit
 def _append(
     heads, seen_by, new_keys, new_values, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
@@ -77,53 +140,16 @@ def _append(
     """Program (head, sequence). `SCORES`: the layer has heads that keep them."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    row = heads + h * ROW
-    kind = tl.load(row + KIND)
-    if kind == OTHER:
+    if tl.load(heads + h * ROW + KIND) == OTHER:
         return
-    n = tl.load(seen_by + b)
-    capacity = tl.load(row + CAPACITY)
-    sink = tl.load(row + SINK)
-    recent = tl.load(row + RECENT)
-    slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
-    k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
-    v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
-    k0, k8, k4 = b * k_rows0 + k_row + slot, b * k_rows8 + k_row + slot, b * k_rows4 + k_row + slot
-    v0, v8, v4 = b * v_rows0 + v_row + slot, b * v_rows8 + v_row + slot, b * v_rows4 + v_row + slot
-    if SCORES:
-        if kind == SCORED:
-            held = scores + b * scored_slots + tl.load(row + SCORE)
-            leaving = tl.load(held + slot).to(tl.float32)
-            worst = float("inf")
-            victim = slot
-            last = tl.where(n < capacity, sink, capacity - recent)  # a head that is not full loses nothing
-            for first in range(sink, last, BLOCK):
-                i = first + tl.arange(0, BLOCK)
-                s = tl.load(held + i, mask=i < last, other=float("inf")).to(tl.float32)
-                lowest = tl.min(s, 0)
-                # Of equally low ones the last, within a block and of several: the lower slot stays.
-                at = tl.max(tl.where(s == lowest, i, 0), 0)
-                victim = tl.where(lowest <= worst, at, victim)
-                worst = tl.minimum(worst, lowest)
-            tl.debug_barrier()  # all have read before anything is written
-            if leaving > worst:
-                step = victim - slot
-                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k0, k8, k4, step, D, DP, G, GP)
-                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v0, v8, v4, step, D, DP, G, GP)
-                tl.store(held + victim, leaving.to(tl.float16))
-            tl.debug_barrier()  # the row has been copied before it is overwritten
-            tl.store(held + slot, tl.load(score + b * tl.num_programs(0) + h).to(tl.float16))
-    k_anchor = tl.load(row + K_ANCHOR)
-    v_anchor = tl.load(row + V_ANCHOR)
-    new = (b * tl.num_programs(0) + h) * D
-    first = slot == 0  # token 0, where the head has sinks
-    _put(
-        new_keys + new, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + (b * k_anchored + k_anchor) * D,
-        k_codec, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
-    )  # fmt: skip
-    _put(
-        new_values + new, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
-        v_anchors + (b * v_anchored + v_anchor) * D, v_codec, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
+    which = b * tl.num_programs(0) + h
+    store_token(
+        b, h, heads, seen_by, new_keys + which * D, new_values + which * D,
+        tl.load(score + which).to(tl.float32), scores,
+        k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
+        v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+        k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+        D, DP, G, GP, P8, P4, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -145,13 +171,19 @@ def append(
         layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
-    count = groups(head_dim)
     with on_device(device):
         _append[(heads, batch)](
             layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), layout.scored_slots, D=head_dim, DP=triton.next_power_of_2(head_dim), G=count,
-            GP=triton.next_power_of_2(count), P8=triton.next_power_of_2(head_dim // count),
-            P4=triton.next_power_of_2(max(head_dim // count // 2, 1)), SCORES=layout.scored_slots > 0, BLOCK=BLOCK,
-            num_warps=WARPS,
+            *rows(values), layout.scored_slots, **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip
+
+
+def constants(head_dim: int) -> dict[str, int]:
+    """Sizes that the kernel is compiled with."""
+    count = groups(head_dim)
+    return {
+        "D": head_dim, "DP": triton.next_power_of_2(head_dim), "G": count, "GP": triton.next_power_of_2(count),
+        "P8": triton.next_power_of_2(head_dim // count),
+        "P4": triton.next_power_of_2(max(head_dim // count // 2, 1)), "BLOCK": BLOCK,
+    }  # fmt: skip

@@ -1,0 +1,1 @@
+"""The gated activation of an MLP."""
