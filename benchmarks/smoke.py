@@ -119,10 +119,12 @@ def compacting(device: torch.device) -> str:
 
 
 def recorded(device: torch.device) -> str:
-    """A tiny model's decode loop, recorded as a graph on a GPU, beside the same steps called one by one."""
+    """A tiny model's decode loop, recorded as a graph on a GPU, beside the same steps done one by one, and a step's
+    logits beside the model's own."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from kvcompile.runtime import Decoder, attach
+    from kvcompile.runtime.fused import FusedStep
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -137,18 +139,22 @@ def recorded(device: torch.device) -> str:
         replayed = [decoder.prefill(prompts), *(decoder.step().clone() for _ in range(length))]
         if device.type == "cuda":
             assert decoder.recorded, "the loop has not recorded its step"
-        cache = kv.new_cache(2)
-        token = model(prompts, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
-        called = [token]
-        for step in range(length):
-            position = torch.full((2, 1), 500 + step, device=device)
-            logits = model(called[-1][:, None], position_ids=position, past_key_values=cache).logits
-            called.append(logits[:, -1].argmax(-1))
+        plain = Decoder(model, kv.new_cache(2))
+        plain._records = False
+        called = [plain.prefill(prompts), *(plain.step().clone() for _ in range(length))]
+        caches = [kv.new_cache(2) for _ in range(2)]
+        for cache in caches:
+            model(prompts, past_key_values=cache, logits_to_keep=1)
+        position = torch.full((2, 1), 500, device=device)
+        logits = model(called[0][:, None], position_ids=position, past_key_values=caches[0]).logits[:, -1]
+        ours = FusedStep(model)(called[0][:, None], position, caches[1])
+        error = float((ours - logits).float().abs().max() / logits.float().abs().max())
+        assert error < 0.05, f"logits of a step differ by {error:.1%} of the largest"
     equal = [torch.equal(a, b) for a, b in zip(replayed, called, strict=True)]
     assert all(equal), f"token {equal.index(False)} differs"
     different = len({int(token) for step in called for token in step})
     assert different > 8, f"{different} different tokens show nothing"
-    return f"{length} tokens equal"
+    return f"{length} tokens equal, logits within {error:.1%}"
 
 
 def near(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> str:

@@ -14,6 +14,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.joined import separate
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.transforms import layer_transform
@@ -168,6 +169,7 @@ class Attachment:
             for hook in getattr(module, BINDING).hooks:
                 hook.remove()
             delattr(module, BINDING)
+        separate(one for one in self.model.modules() if isinstance(one, nn.Linear))
         self._permute(undo=True)
         self.model.set_attn_implementation(self._previous)
 

@@ -143,8 +143,11 @@ class Decoder:
 
     def _run(self) -> None:
         step = self._started()
-        logits = self.model(step.token, position_ids=step.position, past_key_values=self.cache).logits
-        step.token.copy_(self.sampling.choose(logits[:, -1])[:, None])
+        if step.fused is not None:
+            logits = step.fused(step.token, step.position, self.cache)
+        else:
+            logits = self.model(step.token, position_ids=step.position, past_key_values=self.cache).logits[:, -1]
+        step.token.copy_(self.sampling.choose(logits)[:, None])
         step.position.add_(1)
 
     def _record(self, step: Recording) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.fused import FusedStep, fusable
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.sampling import Sampling
 
@@ -59,11 +60,14 @@ class Recording:
         self.graph: Graph | None = None
         self.failed = False
         """Whether recording was tried in vain."""
+        self.fused = FusedStep(model) if device.type == "cuda" and fusable(model, cache) else None
+        """The step in few launches, on a GPU and for the models that it knows."""
 
     def fits(self, model: Any, cache: RaggedCache, sampling: Sampling, batch: int) -> bool:
         """Whether it can go on for this loop."""
         same = self.attached(model) and self._sampling == sampling and len(self.token) == batch
-        return same and (self.graph is None or self._places == _places(model, cache))
+        there = self.fused is None or self.fused.fits(model)
+        return same and there and (self.graph is None or self._places == _places(model, cache))
 
     def attached(self, model: Any) -> bool:
         """Whether this is its model, with the attachment under which it was made."""

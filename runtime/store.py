@@ -121,15 +121,12 @@ class LayerStore:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
         query, keys, values = self._transformed(query, keys, values)
         flat = None if score is None else score[:, 0]
-        counts = self._on_device()
-        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, counts)
+        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.lengths())
         for cls, state in self._observing():
             placed = Placement.at(POLICIES[cls.policy].place(state, cls, self.seen))
             self._write(cls, keys, values, placed)
-        self.advance(1)
-        if isinstance(counts, torch.Tensor):
-            counts.add_(1)
-        out = ragged_decode(query, self.keys, self.values, self.layout, self._on_device(), scaling=scaling)
+        self.count_step()
+        out = ragged_decode(query, self.keys, self.values, self.layout, self.lengths(), scaling=scaling)
         for cls, state in self._observing():
             grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
             stored = self.keys.read(cls, cls.capacity, query.dtype)
@@ -190,7 +187,13 @@ class LayerStore:
         self.counts.copy_(torch.tensor(self.seen, dtype=torch.int32))
         self._stale = False
 
-    def _on_device(self) -> Sequence[int] | torch.Tensor:
+    def count_step(self) -> None:
+        """Count a token that every sequence has got, on the host and on the device."""
+        self.advance(1)
+        if self.counts is not None:
+            self.counts.add_(1)
+
+    def lengths(self) -> Sequence[int] | torch.Tensor:
         """`seen` where the kernels want it: on a GPU a tensor that steps keep up, so that none waits for the host."""
         self.ready()
         return self.seen if self.counts is None else self.counts

@@ -48,6 +48,8 @@ def resident(registers: int, shared: int, num_warps: int, device: Any) -> int:
 
 
 def items_of(programs: int, device: torch.device, batch: int) -> int:
-    """Work items of one sequence, so that all sequences together fill the device once, with `programs` a processor."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    return max(1, programs * processors // batch)
+    """Work items of one sequence, so that all sequences together fill the device once, with `programs` a processor. In
+    the interpreter there is nothing to fill, and every program takes its time."""
+    if device.type != "cuda":
+        return max(1, programs // 2)
+    return max(1, programs * torch.cuda.get_device_properties(device).multi_processor_count // batch)

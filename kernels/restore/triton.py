@@ -53,7 +53,8 @@ def restore(output: torch.Tensor, transform: Transform, layout: LayerLayout) -> 
     with on_device(device):
         _restore[(heads, batch)](
             output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean, layout.memo[key],
-            GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim, DP=max(32, triton.next_power_of_2(head_dim)),
+            GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
+            DP=max(32, triton.next_power_of_2(head_dim)),
             num_warps=4,
         )  # fmt: skip
     return out

@@ -1,0 +1,144 @@
+"""A decode step of a plain decoder in about ten launches a layer; transformers' own modules take 40 to 60.
+
+Queries, keys and values are one product, and so are gate and up; a norm comes with the residual sum before it, and all
+that happens to a token between its projections and the store is one kernel. Sums are rounded where the model's own are,
+so that logits agree with it up to the order of additions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_mul
+from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
+from kvcompile.runtime.attach import BINDING
+from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.joined import Linear, joinable, joined
+from kvcompile.runtime.policies import POLICIES
+
+FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
+"""Whose layers are norm, attention, norm and a gated MLP with `silu`, and nothing else."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The tensors of one layer of a model; norms are weights [d]."""
+
+    input_norm: torch.Tensor
+    qkv: Linear
+    head_norms: HeadNorms | None
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate_up: Linear
+    down: Linear
+    scorer: LinearScorer | None
+    scaling: float
+
+
+class FusedStep:
+    """One step of a model with an artifact attached, for caches of that attachment; see `fusable`."""
+
+    def __init__(self, model: Any) -> None:
+        self._decoder, self._head = model.get_decoder(), model.get_output_embeddings()
+        self._epsilon = float(self._decoder.norm.variance_epsilon)
+        self._layers = [_parts(layer) for layer in self._decoder.layers]
+        self._places = _places(model)
+
+    def fits(self, model: Any) -> bool:
+        """Whether the model's weights still lie where they did."""
+        return self._places == _places(model)
+
+    def __call__(self, token: torch.Tensor, position: torch.Tensor, cache: RaggedCache) -> torch.Tensor:
+        """Logits [B, vocabulary] after `token` int64 [B, 1], which has the number `position` int64 [B, 1] in its
+        sequence; its keys and values are stored."""
+        total, delta = self._decoder.embed_tokens(token)[:, 0], None
+        cos, sin = (part[:, 0] for part in self._decoder.rotary_emb(total[:, None], position))
+        for parts, layer in zip(self._layers, cache.layers, strict=True):
+            total, x = add_norm(total, delta, parts.input_norm, self._epsilon)
+            delta = linear(_attended(parts, layer, x, cos, sin), *parts.output)
+            total, x = add_norm(total, delta, parts.mlp_norm, self._epsilon)
+            delta = linear(silu_mul(linear(x, *parts.gate_up)), *parts.down)
+        _, x = add_norm(total, delta, self._decoder.norm.weight, self._epsilon)
+        logits: torch.Tensor = self._head(x)
+        return logits
+
+
+def fusable(model: Any, cache: RaggedCache) -> bool:
+    """Whether `FusedStep` knows this model, nobody watches its modules, and every head of the cache has a policy that
+    `append` places."""
+    config = model.config.get_text_config()
+    plain = (
+        config.model_type in FAMILIES
+        and config.hidden_act == "silu"
+        and not getattr(config, "mlp_bias", False)
+        and getattr(config, "partial_rotary_factor", None) in (None, 1.0)
+        and type(model.get_output_embeddings()) is nn.Linear
+    )
+    policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
+    if not plain or _watched(model) or any(POLICIES[name].observes for name in policies):
+        return False
+    return all(joinable(group) for layer in model.get_decoder().layers for group in _groups(layer))
+
+
+def _watched(model: Any) -> bool:
+    """Whether anyone beside the attachment has hooks on a module, which a step would not call."""
+    own = {layer.self_attn for layer in model.get_decoder().layers}
+    return any(
+        len(hooks) > (module in own)
+        for module in model.modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks)
+    )
+
+
+def _places(model: Any) -> list[tuple[int, torch.dtype]]:
+    return [(parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
+
+
+def _groups(layer: Any) -> list[list[nn.Module]]:
+    """The linear layers of a decoder layer, those that have the same input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    names = [(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj")), (attention, ("o_proj",), ())]
+    names += [(mlp, ("gate_up_proj",), ("gate_proj", "up_proj")), (mlp, ("down_proj",), ())]
+    found = []
+    for module, one, several in names:
+        chosen = one if hasattr(module, one[0]) else several
+        found.append([getattr(module, name) for name in chosen if hasattr(module, name)])
+    return [group for group in found if group]
+
+
+def _parts(layer: Any) -> LayerParts:
+    attention = layer.self_attn
+    qkv, output, gate_up, down = (joined(group) for group in _groups(layer))  # type: ignore[arg-type]
+    norms = None
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm, attention.k_norm
+        norms = HeadNorms(query.weight, key.weight, float(query.variance_epsilon))
+    own = getattr(attention, BINDING).scorer
+    scorer = None if own is None else LinearScorer(own.weight, own.bias)
+    return LayerParts(
+        layer.input_layernorm.weight, qkv, norms, output, layer.post_attention_layernorm.weight, gate_up, down, scorer,
+        float(attention.scaling),
+    )  # fmt: skip
+
+
+def _attended(
+    parts: LayerParts, layer: RaggedLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """Attention [B, Hq D] of the token whose normed hidden state is `x` [B, d], stored on the way."""
+    store = layer.store
+    stored = (store.keys, store.values)
+    query = new_token(
+        linear(x, *parts.qkv), cos, sin, *stored, store.scores, store.layout, store.lengths(),
+        transform=store.transform, norms=parts.head_norms, hidden=x, scorer=parts.scorer,
+    )  # fmt: skip
+    layer.columns += 1
+    store.count_step()
+    out = ragged_decode(query, *stored, store.layout, store.lengths(), scaling=parts.scaling)
+    if store.transform is not None:
+        out = restore(out, store.transform, store.layout)
+    return out.flatten(1)
