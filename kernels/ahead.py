@@ -119,7 +119,7 @@ def _type(name: str, exact: torch.dtype) -> str:
         ("_matrix", "_mean")
     ):
         return "*fp32"
-    if name in ("items", "ranges", "heads", "seen_by", "done", "tokens"):
+    if name in ("items", "ranges", "heads", "seen_by", "places", "done", "tokens"):
         return "*i32"
     if name.endswith(("codes8", "codes4")) or name == "new_mask":
         return "*u8"

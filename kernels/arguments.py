@@ -12,6 +12,7 @@ from kvcompile.kernels.codecs.int8 import CODEC as INT8
 
 if TYPE_CHECKING:
     from kvcompile.kernels.buffers import Buffers
+    from kvcompile.kernels.layout import LayerLayout
 
 ORDER: tuple[Codec, ...] = (INT8, INT4)
 """The codecs that these kernels have parameters for; layers with others go through torch (`dispatch.knows`)."""
@@ -29,6 +30,15 @@ def tensors(side: Buffers) -> tuple[torch.Tensor, ...]:
 def rows(side: Buffers) -> tuple[int, ...]:
     """Rows of one sequence: in the cache dtype, in every codec, and anchors."""
     return (side.exact.shape[1], *(side.codes[codec.id].shape[1] for codec in ORDER), side.anchors.shape[1])
+
+
+def in_order(layout: LayerLayout, batch: int, device: torch.device) -> torch.Tensor:
+    """Places int32 [batch] of sequences that are all that a store holds, on the device, made once."""
+    key = ("places", batch, device)
+    if key not in layout.memo:
+        layout.memo[key] = torch.arange(batch, dtype=torch.int32, device=device)
+    places: torch.Tensor = layout.memo[key]
+    return places
 
 
 def groups(head_dim: int) -> int:

@@ -22,6 +22,7 @@ def append(
     new_values: torch.Tensor,
     score: torch.Tensor | None,
     seen: Sequence[int] | torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
     """Write one new token a sequence in place, quantised where the head is; nothing is allocated, nothing else
     moves.
@@ -38,23 +39,27 @@ def append(
         new_keys, new_values: [B, num_kv_heads, D], transformed where heads are quantised.
         score: f32 [B, num_kv_heads] of the new token by the compiled scorer; None where no head is `scored`.
         seen: tokens stored before this one, one number a sequence.
+        places: see `ragged_decode`.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    shape = (len(keys.exact), layout.num_kv_heads, keys.head_dim)
+    held = len(keys.exact)
+    shape = (held if places is None else len(places), layout.num_kv_heads, keys.head_dim)
     if new_keys.shape != shape or new_values.shape != shape or len(seen) != shape[0]:
         raise ValueError(
             f"keys {tuple(new_keys.shape)}, values {tuple(new_values.shape)} and {len(seen)} lengths for a store of "
             f"{shape}"
         )
-    if scores.shape != (shape[0], layout.scored_slots) or (layout.scored_slots and score is None):
-        raise ValueError(f"scores {tuple(scores.shape)}, expected {(shape[0], layout.scored_slots)} and the new ones")
+    if scores.shape != (held, layout.scored_slots) or (layout.scored_slots and score is None):
+        raise ValueError(f"scores {tuple(scores.shape)}, expected {(held, layout.scored_slots)} and the new ones")
     if takes_kernels(new_keys, layout):
         from kvcompile.kernels.append import triton
 
-        triton.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+        triton.append(keys, values, scores, layout, new_keys, new_values, score, seen, places)
         return
+    if places is not None:
+        raise ValueError("sequences can be placed in a larger store only where the kernels run")
     if native.usable(keys.exact, keys.head_dim, layout):
         native.append(keys, values, scores, layout, new_keys, new_values, score, seen)
         return

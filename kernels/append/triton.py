@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, rows, tensors
+from kvcompile.kernels.arguments import groups, in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import put4
 from kvcompile.kernels.codecs.int8.triton import INT8, put8
@@ -83,16 +83,17 @@ def worst_score(held, start, stop, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_token(
-    b, h, heads, seen_by, new_key, new_value, score, scores,
+    b, h, heads, seen_by, places, new_key, new_value, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
     k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One head's new token of one sequence: the vectors at `new_key` and `new_value`, and `score`, a number."""
+    """One head's new token of sequence b: the vectors at `new_key` and `new_value`, and `score`, a number."""
     row = heads + h * ROW
     n = tl.load(seen_by + b)
+    b = tl.load(places + b).to(tl.int64)
     capacity = tl.load(row + CAPACITY)
     recent = tl.load(row + RECENT)
     slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
@@ -130,7 +131,7 @@ def store_token(
 
 @triton.jit
 def _append(
-    heads, seen_by, new_keys, new_values, score, scores,
+    heads, seen_by, places, new_keys, new_values, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
     k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
@@ -144,7 +145,7 @@ def _append(
         return
     which = b * tl.num_programs(0) + h
     store_token(
-        b, h, heads, seen_by, new_keys + which * D, new_values + which * D,
+        b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D,
         tl.load(score + which).to(tl.float32), scores,
         k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
         v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
@@ -162,6 +163,7 @@ def append(
     new_values: torch.Tensor,
     score: torch.Tensor | None,
     seen: Sequence[int] | torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
     """See `api.append`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
     batch, heads, head_dim = new_keys.shape
@@ -171,9 +173,10 @@ def append(
         layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
+    places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
         _append[(heads, batch)](
-            layout.memo[key], seen, new_keys.contiguous(), new_values.contiguous(),
+            layout.memo[key], seen, places, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
             *rows(values), layout.scored_slots, **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip

@@ -28,6 +28,7 @@ def new_token(
     norms: HeadNorms | None = None,
     hidden: torch.Tensor | None = None,
     scorer: LinearScorer | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Store one new token a sequence and return its queries [B, Hq, 1, D], ready for `ragged_decode`.
 
@@ -38,12 +39,13 @@ def new_token(
         qkv: [B, (Hq + 2 H) D], queries, keys and values side by side, heads in storage order.
         cos, sin: [B, D] for the token's position.
         keys, values, scores, layout, seen: see `append`; every head has a policy that `append` places.
+        places: see `ragged_decode`.
         hidden: [B, d], what `scorer` looks at; both where the layer has heads that keep scores.
 
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    batch, head_dim = len(keys.exact), keys.head_dim
+    batch, head_dim = len(keys.exact) if places is None else len(places), keys.head_dim
     heads = layout.num_kv_heads
     query_heads = qkv.shape[-1] // head_dim - 2 * heads
     if qkv.dim() != 2 or len(qkv) != batch or query_heads < heads or query_heads % heads:
@@ -56,5 +58,7 @@ def new_token(
     if takes_kernels(qkv, layout) and head_dim % 2 == 0:
         from kvcompile.kernels.new_token import triton
 
-        return triton.new_token(*arguments)
+        return triton.new_token(*arguments, places)
+    if places is not None:
+        raise ValueError("sequences can be placed in a larger store only where the kernels run")
     return dense.new_token(*arguments)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
-from kvcompile.kernels.arguments import rows, tensors
+from kvcompile.kernels.arguments import in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
@@ -106,7 +106,7 @@ def _put_vector(
 @triton.jit
 def _new_token(
     qkv, cos, sin, q_norm, k_norm, hidden, scorer, bias, k_inverse, k_matrix, k_mean, v_matrix, v_mean,
-    query, new_keys, new_values, epsilon, size, heads, seen_by, scores,
+    query, new_keys, new_values, epsilon, size, heads, seen_by, places, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
     k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
@@ -148,7 +148,7 @@ def _new_token(
             score = tl.sum(total, 0) + tl.load(bias + h)
     tl.debug_barrier()  # the vectors are read by other threads than have written them
     store_token(
-        b, h, heads, seen_by, new_keys + which * D, new_values + which * D, score, scores,
+        b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D, score, scores,
         k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
         v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
         k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
@@ -169,6 +169,7 @@ def new_token(
     norms: HeadNorms | None,
     hidden: torch.Tensor | None,
     scorer: LinearScorer | None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `api.new_token`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
     batch, heads, head_dim, device = len(qkv), layout.num_kv_heads, keys.head_dim, qkv.device
@@ -186,11 +187,12 @@ def new_token(
         used = (transform.key_inverse, transform.key, transform.key_mean, transform.value, transform.value_mean)
         matrices = tuple(matrix.contiguous() for matrix in used)
     scored = (unused,) * 3 if scorer is None or hidden is None else (hidden.contiguous(), *scorer)
+    places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
         _new_token[(heads, batch)](
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
-            layout.memo[key], seen, scores, *tensors(keys), *tensors(values), *rows(keys), *rows(values),
+            layout.memo[key], seen, places, scores, *tensors(keys), *tensors(values), *rows(keys), *rows(values),
             layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)), **constants(head_dim),
             SCORES=layout.scored_slots > 0, NORMS=norms is not None, TRANSFORMED=transform is not None,
             **OPTIONS,

@@ -13,8 +13,9 @@ from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
 
-MOST_ROWS = 64
-"""Queries of a group times new tokens that the GPU kernel takes; more of them go through torch."""
+MOST_ROWS = 1024
+"""Queries of a group times new tokens that the GPU kernel takes, eight rows a program; for more of them, products of
+larger tiles are faster, and they go through torch."""
 
 
 def ragged_decode(
@@ -28,6 +29,7 @@ def ragged_decode(
     new_keys: torch.Tensor | None = None,
     new_values: torch.Tensor | None = None,
     new_mask: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to every filled slot and, where given, causally to the new tokens themselves.
 
@@ -41,6 +43,9 @@ def ragged_decode(
         new_keys, new_values: [B, num_kv_heads, T, D], tokens not yet stored. Without them the query's own tokens
             have been stored already, and T must be 1.
         new_mask: bool [B, 1, T, T], True where query t sees new token j; None: causal.
+        places: int32 [B] on the device, which of the store's sequences each of these is (None: the store has these and
+            no others, in order). As `seen`, it is read by the kernels when they run, so that a recorded step follows
+            it. For the GPU's kernels alone.
 
     Returns:
         [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, query t sees the stored tokens
@@ -53,8 +58,9 @@ def ragged_decode(
     if num_heads % layout.num_kv_heads:
         raise ValueError(f"{num_heads} query heads are no multiple of the layout's {layout.num_kv_heads} KV heads")
     for stored in (keys, values):
-        if (len(stored.exact), stored.head_dim) != (batch, head_dim):
-            found = (len(stored.exact), stored.head_dim)
+        held = len(stored.exact) if places is None else len(places)
+        if (held, stored.head_dim) != (batch, head_dim):
+            found = (held, stored.head_dim)
             raise ValueError(f"a store of {found} sequences and elements, expected {(batch, head_dim)}")
     if len(seen) != batch:
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
@@ -64,7 +70,9 @@ def ragged_decode(
     if takes_kernels(query, layout) and rows <= MOST_ROWS and _whole_words(head_dim, layout):
         from kvcompile.kernels.ragged_decode import triton
 
-        return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+        return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, places)
+    if places is not None:
+        raise ValueError("sequences can be placed in a larger store only where the kernels run")
     if new_keys is None and native.usable(query, head_dim, layout):
         return native.one_token(query, keys, values, layout, seen, scaling)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)

@@ -81,7 +81,7 @@ def test_ragged_decode(
     counts = torch.tensor(seen, dtype=torch.int32, device=DEVICE)
     # Little items, so that a head has several and the last is shorter.
     chosen = Tuning(32, 1, 2, 8)
-    out = decode_kernel.ragged_decode(query, keys, values, layout, counts, 0.1, *new, None, chosen)
+    out = decode_kernel.ragged_decode(query, keys, values, layout, counts, 0.1, *new, None, chosen=chosen)
     assert out.dtype == dtype
     expected = decode_reference.ragged_decode(
         query.cpu(), on_cpu(keys), on_cpu(values), layout, seen, scaling=0.1,
@@ -110,11 +110,39 @@ def test_many_tokens_beside_a_heavy_one_are_not_lost(bits: tuple[int, int], sink
     query = torch.zeros(1, 2, 1, head_dim, dtype=torch.float16)
     query[..., 0] = 1
     out = decode_kernel.ragged_decode(
-        query.to(DEVICE), keys, values, layout, [count], 1.0, None, None, None, Tuning(64, 1, 2, 1)
+        query.to(DEVICE), keys, values, layout, [count], 1.0, None, None, None, chosen=Tuning(64, 1, 2, 1)
     )
     expected = decode_reference.ragged_decode(query, on_cpu(keys), on_cpu(values), layout, [count], scaling=1.0)
     assert 0.005 < expected.abs().min() < expected.abs().max() < 0.1
     torch.testing.assert_close(out.cpu().double(), expected, atol=0, rtol=1e-2)
+
+
+def test_sequences_are_where_the_device_says() -> None:
+    """Two sequences of a store of four; where they are is read when the kernels run."""
+    layout, head_dim, dtype = QUANTISED, 64, torch.float16
+    keys, values = sides(layout, head_dim, dtype, 4)
+    places = torch.tensor([2, 0], dtype=torch.int32, device=DEVICE)
+    seen, heads = torch.tensor([150, 30], dtype=torch.int32, device=DEVICE), layout.num_kv_heads
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(4, layout.scored_slots, generator=generator).half().to(DEVICE)
+    new = torch.randn(2, 2, heads, head_dim, generator=generator).to(DEVICE, dtype)
+    score = torch.randn(2, heads, generator=generator).to(DEVICE)
+    query = torch.randn(2, heads * 5, 1, head_dim, generator=generator).to(DEVICE, dtype)
+    picked = [on_cpu(stored) for stored in (keys, values)]
+    untouched = [on_cpu(stored) for stored in (keys, values)]
+    own = scores[[2, 0]].cpu()
+    for stored in picked:
+        stored.take(torch.tensor([2, 0]))
+    append_kernel.append(keys, values, scores, layout, *new, score, seen, places)
+    append_reference.append(*picked, own, layout, *new.cpu(), score.cpu(), seen.tolist())
+    assert torch.equal(scores[[2, 0]].cpu(), own)
+    for ours, theirs, before in zip((keys, values), picked, untouched, strict=True):
+        for a, b, c in zip(ours.tensors(), theirs.tensors(), before.tensors(), strict=True):
+            assert torch.equal(a[[2, 0]].cpu(), b)
+            assert torch.equal(a[[1, 3]].cpu(), c[[1, 3]])
+    out = decode_kernel.ragged_decode(query, keys, values, layout, seen + 1, 0.1, None, None, None, places)
+    expected = decode_reference.ragged_decode(query.cpu(), *picked, layout, [151, 31], scaling=0.1)
+    torch.testing.assert_close(out.cpu().double(), expected, atol=3e-3, rtol=3e-3)
 
 
 def test_padding_among_new_tokens_is_not_seen() -> None:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, tensors
+from kvcompile.kernels.arguments import groups, in_order, tensors
 from kvcompile.kernels.arguments import rows as side_rows
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
@@ -66,6 +66,7 @@ def ragged_decode(
     new_keys: torch.Tensor | None,
     new_values: torch.Tensor | None,
     new_mask: torch.Tensor | None,
+    places: torch.Tensor | None = None,
     chosen: Tuning | None = None,
 ) -> torch.Tensor:
     """See `api.ragged_decode`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
@@ -85,10 +86,12 @@ def ragged_decode(
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
 
+    places = in_order(layout, batch, device) if places is None else places
+
     def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
         return (
-            query, partial, stats, *tables, seen, _done(layout, batch, blocks, device), out, *new, mask, *tensors(keys),
-            *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
+            query, partial, stats, *tables, seen, places, _done(layout, batch, blocks, device), out, *new, mask,
+            *tensors(keys), *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
             int(new_keys is None),
         )  # fmt: skip
 

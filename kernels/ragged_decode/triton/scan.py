@@ -88,23 +88,23 @@ def _codec(index):
 
 
 @triton.jit
-def _side(b, row, anchor, exact, codes8, scales8, codes4, scales4, rows0, rows8, rows4, CODEC: tl.constexpr,
+def _side(place, row, anchor, exact, codes8, scales8, codes4, scales4, rows0, rows8, rows4, CODEC: tl.constexpr,
           D: tl.constexpr, G: tl.constexpr):  # fmt: skip
     """Where a head's vectors, codes, scales and the exact copy of slot 0 begin in this sequence."""
     if CODEC == 0:
-        exact += (b * rows0 + row) * D
+        exact += (place * rows0 + row) * D
         return exact, codes8, scales8, exact
     elif CODEC == INT8:
-        first = b * rows8 + row
+        first = place * rows8 + row
         return exact, codes8 + first * D, scales8 + first * G, anchor
     else:
-        first = b * rows4 + row
+        first = place * rows4 + row
         return exact, codes4 + first * (D // 2), scales4 + first * G, anchor
 
 
 @triton.jit
 def _decode(
-    query, partial, stats, items, ranges, heads, seen_by, done, out, new_keys, new_values, new_mask,
+    query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
     k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored,
@@ -114,8 +114,9 @@ def _decode(
     EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
-    `before` is 1 where the query's own token has been stored, else 0. `PAIRS` are the pairs of codecs in the layer,
-    3 * K + V, as the bits of a number; no head has more than `MOST` items."""
+    `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
+    `PAIRS` are the pairs of codecs in the layer, 3 * K + V, as the bits of a number; no head has more than `MOST`
+    items."""
     item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(items + 2 * item)
@@ -135,17 +136,18 @@ def _decode(
         v_codec = tl.load(row + V_CODEC)
         k_row = tl.load(row + K_ROW).to(tl.int64)
         v_row = tl.load(row + V_ROW).to(tl.int64)
-        k_anchor = k_anchors + (b * k_anchored + tl.load(row + K_ANCHOR)) * D
-        v_anchor = v_anchors + (b * v_anchored + tl.load(row + V_ANCHOR)) * D
+        place = tl.load(places + b).to(tl.int64)
+        k_anchor = k_anchors + (place * k_anchored + tl.load(row + K_ANCHOR)) * D
+        v_anchor = v_anchors + (place * v_anchored + tl.load(row + V_ANCHOR)) * D
         for pair in tl.static_range(9):
             if (PAIRS >> pair) & 1:
                 if (k_codec == _codec(pair // 3)) & (v_codec == _codec(pair % 3)):
                     _scan(
                         tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D,
                         partial, stats,
-                        *_side(b, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
+                        *_side(place, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
                                k_rows0, k_rows8, k_rows4, _codec(pair // 3), D, G),
-                        *_side(b, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
+                        *_side(place, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
                                v_rows0, v_rows8, v_rows4, _codec(pair % 3), D, G),
                         start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
                         _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, STAGES, WINDOW, EXACT, CODE,
