@@ -11,18 +11,8 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.codecs.int4 import CODEC
-from kvcompile.kernels.codecs.integers.triton import (
-    asked,
-    code_of,
-    first_row,
-    group_scales,
-    keep,
-    scale_of,
-    spread4,
-    start,
-    units,
-)
-from kvcompile.kernels.tiles import product, transformed
+from kvcompile.kernels.codecs.integers.triton import asked, code_of, keep, logits, mixed, scale_of, start
+from kvcompile.kernels.tiles import transformed
 
 INT4 = tl.constexpr(CODEC.id)
 BITS = tl.constexpr(CODEC.bits)
@@ -74,39 +64,15 @@ def asked4(query, rows, used, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
 @triton.jit
 def logits4(parts, sums, codes, scales, slot, valid, scale, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
             DTYPE: tl.constexpr):  # fmt: skip
-    """Products f32 [slots, rows] of the keys of the slots with the queries, times `scale`, summed over groups:
-    (sum of q (c + o_j) - sum of q o_j) s."""
-    SIZE: tl.constexpr = D // G
-    by_group = group_scales(scales, slot, valid, G)
-    for g in tl.static_range(G):
-        tiles = spread4(units(codes, slot, valid, g, SIZE // PER, P, D // PER, False), DTYPE)
-        one = product(tiles[0], parts[g * PER])
-        for j in tl.static_range(1, PER):
-            one = tl.dot(tiles[j], parts[g * PER + j], one, input_precision="tf32x3")
-        one = (one - sums[g][None, :]) * (by_group[g] * scale)[:, None]
-        if g == 0:
-            total = one
-        else:
-            total += one
-    return total
+    """See `integers.logits`."""
+    return logits(parts, sums, codes, scales, slot, valid, scale, PER, BITS, D, G, P, DTYPE)
 
 
 @triton.jit
 def mixed4(acc, alpha, beta, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
            DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """`acc` times `alpha` plus `beta` times the sums of w s (c + o_j), and of w s, by group."""
-    SIZE: tl.constexpr = D // G
-    by_group = group_scales(scales, slot, valid, G)
-    new = ()
-    for g in tl.static_range(G):
-        scaled = (weights * by_group[g][:, None]).to(DTYPE)
-        tiles = spread4(units(codes, slot, valid, g, SIZE // PER, P, D // PER, True), DTYPE)
-        for j in tl.static_range(PER):
-            one = product(tiles[j], scaled)
-            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + one * beta[None, :],)
-        sums = product(first_row(N, DTYPE), scaled)
-        new = new + (acc[g * (PER + 1) + PER] * alpha[None, :] + sums * beta[None, :],)
-    return new
+    """See `integers.mixed`."""
+    return mixed(acc, alpha, beta, weights, codes, scales, slot, valid, PER, BITS, D, G, P, DTYPE, N)
 
 
 @triton.jit

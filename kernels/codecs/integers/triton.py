@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.tiles import columns
+from kvcompile.kernels.tiles import columns, product
 
 TINY = tl.constexpr(torch.finfo(torch.float16).tiny)
 HUGE = tl.constexpr(torch.finfo(torch.float16).max)
@@ -99,6 +99,16 @@ def spread8(unit, DTYPE: tl.constexpr):
     return tiles
 
 
+@triton.jit
+def spread(unit, BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """`spread4` or `spread8`."""
+    if BITS == 4:
+        tiles = spread4(unit, DTYPE)
+    else:
+        tiles = spread8(unit, DTYPE)
+    return tiles
+
+
 @triton.constexpr_function
 def offset(bits, part, dtype):
     """What the tile `part` of `spread4` or `spread8` lies above the numbers that its codes stand for, in steps."""
@@ -142,6 +152,44 @@ def asked(query, rows, used, PER: tl.constexpr, BITS: tl.constexpr, D: tl.conste
             high += tl.sum(part.to(tl.float32), 0) * offset(BITS, j, DTYPE)
         sums = sums + (high,)
     return parts, sums
+
+
+@triton.jit
+def logits(parts, sums, codes, scales, slot, valid, scale, PER: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+           G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Products f32 [slots, rows] of the keys of the slots with the queries, times `scale`, summed over groups:
+    (sum of q (c + o_j) - sum of q o_j) s."""
+    SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
+    for g in tl.static_range(G):
+        tiles = spread(units(codes, slot, valid, g, SIZE // PER, P, D // PER, False), BITS, DTYPE)
+        one = product(tiles[0], parts[g * PER])
+        for j in tl.static_range(1, PER):
+            one = tl.dot(tiles[j], parts[g * PER + j], one, input_precision="tf32x3")
+        one = (one - sums[g][None, :]) * (by_group[g] * scale)[:, None]
+        if g == 0:
+            total = one
+        else:
+            total += one
+    return total
+
+
+@triton.jit
+def mixed(acc, alpha, beta, weights, codes, scales, slot, valid, PER: tl.constexpr, BITS: tl.constexpr,
+          D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """`acc` times `alpha` plus `beta` times the sums of w s (c + o_j), and of w s, by group."""
+    SIZE: tl.constexpr = D // G
+    by_group = group_scales(scales, slot, valid, G)
+    new = ()
+    for g in tl.static_range(G):
+        scaled = (weights * by_group[g][:, None]).to(DTYPE)
+        tiles = spread(units(codes, slot, valid, g, SIZE // PER, P, D // PER, True), BITS, DTYPE)
+        for j in tl.static_range(PER):
+            one = product(tiles[j], scaled)
+            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + one * beta[None, :],)
+        sums = product(first_row(N, DTYPE), scaled)
+        new = new + (acc[g * (PER + 1) + PER] * alpha[None, :] + sums * beta[None, :],)
+    return new
 
 
 @triton.jit
