@@ -161,4 +161,5 @@ def test_a_layer_takes_about_ten_launches(make_artifact: Callable[..., Any], mon
             counts.append(launches.names)
     more = len(counts[1]) - len(counts[0])
     assert more <= 11, counts[1]
+    assert not {"_local_scalar_dense", "item", "nonzero"} & set(counts[1]), "the host waits for the device"
     assert {"_decode", "_new_token", "_restore", "_add_norm", "_silu_mul"} <= set(counts[0])
