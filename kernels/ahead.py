@@ -63,8 +63,8 @@ class Compiled:
 
 
 def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Compiled]:
-    """Every kernel at these head sizes, for bfloat16 and one token a step, and at 128 `ragged_decode` with new
-    tokens and for float32 too."""
+    """Every kernel at these head sizes, for bfloat16 and one token a step, and for sm_90 at 128 the others,
+    and `ragged_decode` with new tokens and for float32."""
     for head_dim in head_dims:
         for name in PAIRS:
             yield decode(head_dim, name, arch)
@@ -79,7 +79,7 @@ def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Com
         step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
         yield _compile(new_token._new_token, shape, arch, step, new_token.OPTIONS)
         yield _compile(restore._restore, shape, arch, {**rows, "D": head_dim, "DP": _sizes(head_dim)["DP"]}, four)
-        if head_dim != 128:
+        if head_dim != 128 or arch != "sm_90":
             continue
         yield _compile(add_norm._add_norm, "4096", arch, {"ADDED": True, "BLOCK": 4096}, four)
         yield _compile(silu_mul._silu_mul, "", arch, {"BLOCK": silu_mul.BLOCK}, four)
