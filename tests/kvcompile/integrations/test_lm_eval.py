@@ -130,12 +130,12 @@ def test_a_local_task_with_the_real_model(tmp_path: Path) -> None:
     command += ["--model_args", f"artifact={REFERENCE}", "--output_path", tmp_path / "out", "--log_samples"]
     command += ["--tasks", ",".join(f"local_{name}" for name in TASKS)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=offline)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=offline)
     assert done.returncode == 0, done.stderr[-2000:]
     (report,) = (tmp_path / "out").rglob("results_*.json")
     results = json.loads(report.read_text())["results"]
     assert results["local_choice"]["acc,none"] == 1.0
-    assert 1 < results["local_text"]["byte_perplexity,none"] < 4
+    assert 1 < results["local_text"]["byte_perplexity,none"] < 6
     assert "exact_match,none" in results["local_answer"]
     (samples,) = (tmp_path / "out").rglob("samples_local_answer_*.jsonl")
     answers = [json.loads(line)["resps"][0][0] for line in samples.read_text().splitlines()]
