@@ -46,11 +46,12 @@ def joinable(layers: Sequence[nn.Module]) -> bool:
 def _joined(parts: Sequence[nn.Parameter]) -> torch.Tensor:
     rows = sum(len(part) for part in parts)
     first = parts[0].data
-    if not _side_by_side(parts):
-        first = torch.cat([part.data for part in parts])
-        for part, view in zip(parts, first.split([len(part) for part in parts]), strict=True):
-            part.data = view
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could not be changed ever after
+        if not _side_by_side(parts):
+            first = torch.cat([part.data for part in parts])
+            for part, view in zip(parts, first.split([len(part) for part in parts]), strict=True):
+                part.data = view
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
 def _side_by_side(parts: Sequence[nn.Parameter]) -> bool:

@@ -86,7 +86,9 @@ def test_weights_stay_where_the_model_looks_for_them(family: str, make_artifact:
     size = stored()
     with attach(model, make_artifact(model, capacity=18, recent=3)) as kv:
         attached = {name: weight.clone() for name, weight in model.state_dict().items()}
-        step = FusedStep(model)
+        with torch.inference_mode():
+            step = FusedStep(model)
+        assert not any(weight.is_inference() for weight in model.parameters())
         assert stored() == size, "weights are stored twice"
         assert all(torch.equal(weight, attached[name]) for name, weight in model.state_dict().items())
         assert step.fits(model)

@@ -50,7 +50,7 @@ def pressed_loss(model: Any, press: Any, ids: list[int], context: int) -> float:
 def runtime_loss(folder: Path, artifact: Path, ids: list[int], context: int, scratch: Path) -> float:
     (scratch / "ids.json").write_text(json.dumps(ids))
     command = [PYTHON, LOSS, folder, artifact, scratch / "ids.json", str(context)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr
     return float(json.loads(done.stdout.splitlines()[-1]))
 
