@@ -46,7 +46,8 @@ def joinable(layers: Sequence[nn.Module]) -> bool:
 def _joined(parts: Sequence[nn.Parameter]) -> torch.Tensor:
     rows = sum(len(part) for part in parts)
     first = parts[0].data
-    with torch.inference_mode(False), torch.no_grad():  # weights made in inference mode could not be changed ever after
+    # Weights made in inference mode could not be changed outside of it ever after: they stay of the kind that they are.
+    with torch.inference_mode(parts[0].is_inference()), torch.no_grad():
         if not _side_by_side(parts):
             first = torch.cat([part.data for part in parts])
             for part, view in zip(parts, first.split([len(part) for part in parts]), strict=True):
