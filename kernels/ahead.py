@@ -93,9 +93,7 @@ def decode(
 ) -> Compiled:
     """`ragged_decode` for the pairs of codecs of this name, `used` queries of a head of which each asks `length` new
     tokens."""
-    fixed, options = ragged_decode.constants(
-        head_dim, PAIRS[name], used, 0, exact, entry(head_dim, exact), new=length > 1
-    )
+    fixed, options = ragged_decode.constants(head_dim, PAIRS[name], 0, exact, entry(head_dim, exact), new=length > 1)
     shape = f"{head_dim}, {name}, {used} rows, {str(exact).removeprefix('torch.')}"
     found = _compile(ragged_decode._decode, shape, arch, fixed, options, exact)
     if found.stack:  # as when it is launched

@@ -32,6 +32,15 @@ def rows(side: Buffers) -> tuple[int, ...]:
     return (side.exact.shape[1], *(side.codes[codec.id].shape[1] for codec in ORDER), side.anchors.shape[1])
 
 
+def head_table(layout: LayerLayout, device: torch.device) -> torch.Tensor:
+    """The layout's rows (`HeadRow`), int32 [H, fields], on the device, made once."""
+    key = ("heads", device)
+    if key not in layout.memo:
+        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
+    table: torch.Tensor = layout.memo[key]
+    return table
+
+
 def in_order(layout: LayerLayout, batch: int, device: torch.device) -> torch.Tensor:
     """Places int32 [batch] of sequences that are all that a store holds, on the device, made once."""
     key = ("places", batch, device)

@@ -10,6 +10,10 @@ def add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `api.add_norm`."""
     total = residual if delta is None else residual + delta
-    wide = total.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return total, weight * normed.to(total.dtype)
+    return total, normed(total, weight, epsilon)
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root mean square norm over the last dimension, in float32, rounded before its weight as transformers does."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, in_order, rows, tensors
+from kvcompile.kernels.arguments import groups, head_table, in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import put4
 from kvcompile.kernels.codecs.int8.triton import INT8, put8
@@ -168,15 +168,12 @@ def append(
     """See `api.append`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
     batch, heads, head_dim = new_keys.shape
     device = new_keys.device
-    key = ("append rows", device)
-    if key not in layout.memo:
-        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
     places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
         _append[(heads, batch)](
-            layout.memo[key], seen, places, new_keys.contiguous(), new_values.contiguous(),
+            head_table(layout, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
             *rows(values), layout.scored_slots, **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip

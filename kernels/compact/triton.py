@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, tensors
+from kvcompile.kernels.arguments import groups, head_table, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import fill4
 from kvcompile.kernels.codecs.int8.triton import INT8, fill8
@@ -85,9 +85,6 @@ def compact(
     """See `api.compact`."""
     heads, count, head_dim = new_keys.shape
     device = new_keys.device
-    key = ("compact rows", device)
-    if key not in layout.memo:
-        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     # Every slot of the layer in one list; those of a short prompt that stay empty are not read.
     places = torch.zeros(layout.slots, dtype=torch.int32, device=device)
     for cls, token in zip(layout.classes, tokens, strict=True):
@@ -100,7 +97,7 @@ def compact(
     most = min(max(cls.capacity for cls in layout.classes), count)
     with on_device(device):
         _compact[(triton.cdiv(most, BLOCK), heads)](
-            layout.memo[key], places, new_keys.contiguous(), new_values.contiguous(), *matrices,
+            head_table(layout, device), places, new_keys.contiguous(), new_values.contiguous(), *matrices,
             *(t[sequence] for side in (keys, values) for t in tensors(side)), count,
             D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
             P8=max(16, triton.next_power_of_2(head_dim // parts)),

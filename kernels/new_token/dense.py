@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels.add_norm.dense import normed
 from kvcompile.kernels.append.api import append
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import LayerLayout
@@ -43,12 +44,6 @@ def new_token(
         score = torch.nn.functional.linear(hidden.float(), scorer.weight, scorer.bias)
     append(keys, values, scores, layout, key[:, :, 0], value[:, :, 0], score, seen)
     return query
-
-
-def normed(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square norm over the last dimension, in float32, rounded before its weight as transformers does."""
-    wide = x.float()
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

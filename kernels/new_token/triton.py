@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
-from kvcompile.kernels.arguments import in_order, rows, tensors
+from kvcompile.kernels.arguments import head_table, in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
@@ -174,9 +174,6 @@ def new_token(
     """See `api.new_token`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
     batch, heads, head_dim, device = len(qkv), layout.num_kv_heads, keys.head_dim, qkv.device
     group = qkv.shape[1] // head_dim // heads - 2
-    key = ("append rows", device)
-    if key not in layout.memo:
-        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
     query = qkv.new_empty(batch, heads * group, 1, head_dim)
@@ -192,8 +189,8 @@ def new_token(
         _new_token[(heads, batch)](
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
-            layout.memo[key], seen, places, scores, *tensors(keys), *tensors(values), *rows(keys), *rows(values),
-            layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)), **constants(head_dim),
+            head_table(layout, device), seen, places, scores, *tensors(keys), *tensors(values), *rows(keys),
+            *rows(values), layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)), **constants(head_dim),
             SCORES=layout.scored_slots > 0, NORMS=norms is not None, TRANSFORMED=transform is not None,
             **OPTIONS,
         )  # fmt: skip

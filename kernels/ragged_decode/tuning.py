@@ -37,6 +37,10 @@ def entry(head_dim: int, dtype: torch.dtype) -> Tuning:
     return chosen
 
 
+MOST_RESIDENT = 32
+"""Programs that a processor holds at the most (sm_80 and sm_90; CUDA C++ programming guide, compute capabilities)."""
+
+
 def resident(registers: int, shared: int, num_warps: int, device: Any) -> int:
     """Programs that one processor of `device` (its properties, as torch has them) holds at a time, by `registers` a
     thread, `shared` bytes a program, and threads (CUDA C++ best practices guide, occupancy)."""
@@ -44,7 +48,7 @@ def resident(registers: int, shared: int, num_warps: int, device: Any) -> int:
     by_registers = device.regs_per_multiprocessor // (a_warp * num_warps)
     by_shared = device.shared_memory_per_multiprocessor // (shared + 1024)  # the system keeps 1 KiB a program
     by_threads = device.max_threads_per_multi_processor // (32 * num_warps)
-    return max(1, min(by_registers, by_shared, by_threads, 32))
+    return max(1, min(by_registers, by_shared, by_threads, MOST_RESIDENT))
 
 
 def items_of(programs: int, device: torch.device, batch: int) -> int:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.arguments import head_table
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 from kvcompile.kernels.transform import Transform
@@ -46,14 +47,11 @@ def restore(output: torch.Tensor, transform: Transform, layout: LayerLayout) -> 
     batch, query_heads, _, head_dim = output.shape
     heads, device = layout.num_kv_heads, output.device
     group = query_heads // heads
-    key = ("append rows", device)
-    if key not in layout.memo:
-        layout.memo[key] = torch.tensor(layout.rows, dtype=torch.int32, device=device)
     out = torch.empty_like(output, memory_format=torch.contiguous_format)
     with on_device(device):
         _restore[(heads, batch)](
-            output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean, layout.memo[key],
-            GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
+            output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean,
+            head_table(layout, device), GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
             DP=max(32, triton.next_power_of_2(head_dim)),
             num_warps=4,
         )  # fmt: skip

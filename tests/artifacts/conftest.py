@@ -189,6 +189,12 @@ def pack() -> Callable[[dict[str, np.ndarray], object], bytes]:
     return pack_file
 
 
+@pytest.fixture(scope="module")
+def data(artifact: Artifact) -> bytes:
+    """The artifact as a file."""
+    return to_bytes(artifact)
+
+
 @pytest.fixture(scope="session")
 def assert_same() -> Callable[[Artifact, Artifact], None]:
     return assert_same_artifact

@@ -11,16 +11,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from kvcompile.artifacts import FORMAT_VERSION, from_bytes, to_bytes
-from kvcompile.kernels.codecs import CODECS
 
 MISSING = object()
-QUANTISED = ", ".join(map(str, sorted(CODECS)))
-"""The ids of codecs, as refusals list them."""
-
-
-@pytest.fixture(scope="module")
-def data(artifact) -> bytes:
-    return to_bytes(artifact)
 
 
 @pytest.fixture

@@ -10,12 +10,7 @@ import pytest
 from safetensors.numpy import save
 
 import kvcompile.artifacts.checks as checks
-from kvcompile.artifacts import ArtifactError, read, to_bytes, write
-
-
-@pytest.fixture(scope="module")
-def data(artifact) -> bytes:
-    return to_bytes(artifact)
+from kvcompile.artifacts import ArtifactError, read, write
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "1", "null", "nan", '"x"', "[" * 100_000, "9" * 5000])

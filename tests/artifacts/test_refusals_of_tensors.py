@@ -8,17 +8,11 @@ import struct
 import numpy as np
 import pytest
 
-from kvcompile.artifacts import to_bytes
 from kvcompile.kernels.codecs import CODECS
 
 MISSING = object()
 QUANTISED = ", ".join(map(str, sorted(CODECS)))
 """The ids of codecs, as refusals list them."""
-
-
-@pytest.fixture(scope="module")
-def data(artifact) -> bytes:
-    return to_bytes(artifact)
 
 
 @pytest.fixture

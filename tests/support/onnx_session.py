@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,21 @@ import torch
 from kvcompile.artifacts import Artifact
 
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16, "uint8": np.uint8}
+
+
+class Tokenizer:
+    """What `export` needs of one."""
+
+    chat_template = None
+    eos_token_id = 2
+    backend_tokenizer = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
+
+
+def exported(model: Any, artifact: Artifact, folder: Path) -> Path:
+    from kvcompile.export.onnx import export
+
+    export(artifact, model, Tokenizer(), folder)
+    return folder
 
 
 class Session:

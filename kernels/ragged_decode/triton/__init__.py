@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, in_order, tensors
+from kvcompile.kernels.arguments import groups, head_table, in_order, tensors
 from kvcompile.kernels.arguments import rows as side_rows
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
@@ -37,10 +37,10 @@ def pairs_of(layout: LayerLayout) -> int:
 
 
 def constants(
-    head_dim: int, pairs: int, used: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
+    head_dim: int, pairs: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
     masked: bool = False,
 ) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """The constants that a launch for `used` rows a head is compiled with, and its warps and stages."""
+    """The constants that a launch is compiled with, and its warps and stages."""
     size = head_dim // groups(head_dim)
 
     def padded(count: int) -> int:
@@ -77,7 +77,7 @@ def ragged_decode(
     pairs = pairs_of(layout)
     is_new = new_keys is not None and new_values is not None
     chosen = chosen or entry(head_dim, exact)
-    fixed, options = constants(head_dim, pairs, used, layout.window, exact, chosen, is_new, new_mask is not None)
+    fixed, options = constants(head_dim, pairs, layout.window, exact, chosen, is_new, new_mask is not None)
     blocks = triton.cdiv(used, fixed["R"])
     new = (new_keys.contiguous(), new_values.contiguous()) if is_new else (query, query)  # type: ignore[union-attr]
     mask = new_mask.expand(batch, 1, length, length).contiguous().view(torch.uint8) if new_mask is not None else query
@@ -115,7 +115,8 @@ def _tables(
     layout: LayerLayout, head_dim: int, exact: torch.dtype, programs: int, chosen: Tuning, device: torch.device
 ) -> _Tables:
     work = work_list(layout, head_dim, exact.itemsize * 8, programs, chosen.block, chosen.most)
-    return _Tables(*(torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, work.heads, layout.rows)))
+    items, ranges = (torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, work.heads))
+    return _Tables(items, ranges, head_table(layout, device))
 
 
 def _done(layout: LayerLayout, batch: int, blocks: int, device: torch.device) -> torch.Tensor:

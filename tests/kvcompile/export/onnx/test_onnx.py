@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx_session import Session
+from onnx_session import Session, exported
 from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
 from transformers import LlamaConfig, Phi3Config
 
@@ -23,23 +22,9 @@ from kvcompile.runtime import attach
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from kvcompile.export.onnx import export  # noqa: E402
 
 CHUNKS = (30, 1, 1, 1, 5, 1, 40, 1, 1)
 TOLERANCE = 5e-5
-
-
-class Tokenizer:
-    """What `export` needs of one."""
-
-    chat_template = None
-    eos_token_id = 2
-    backend_tokenizer = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
-
-
-def exported(model: Any, artifact: Artifact, folder: Path) -> Path:
-    export(artifact, model, Tokenizer(), folder)
-    return folder
 
 
 def compare(model: Any, artifact: Artifact, session: Session, chunks: Sequence[int], sync: bool = False) -> list[float]:

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from onnx_session import Session
+from onnx_session import Session, Tokenizer, exported
 from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
 from transformers import LlamaConfig
 
-from kvcompile.artifacts import POLICIES, Artifact, ExchangeError, ModelError
+from kvcompile.artifacts import POLICIES, ExchangeError, ModelError
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from kvcompile.export.onnx import export  # noqa: E402
-
-
-class Tokenizer:
-    """What `export` needs of one."""
-
-    chat_template = None
-    eos_token_id = 2
-    backend_tokenizer = SimpleNamespace(save=lambda path: Path(path).write_text("{}"))
-
-
-def exported(model: Any, artifact: Artifact, folder: Path) -> Path:
-    export(artifact, model, Tokenizer(), folder)
-    return folder
 
 
 def test_files_and_their_description(tmp_path: Path) -> None:
