@@ -190,8 +190,8 @@ def new_token(
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
             head_table(layout, device), seen, places, scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)), **constants(head_dim),
-            SCORES=layout.scored_slots > 0, NORMS=norms is not None, TRANSFORMED=transform is not None,
-            **OPTIONS,
+            *rows(values), layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)),
+            **constants(head_dim), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
+            TRANSFORMED=transform is not None, **OPTIONS,
         )  # fmt: skip
     return query
