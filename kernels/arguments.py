@@ -28,8 +28,9 @@ def tensors(side: Buffers) -> tuple[torch.Tensor, ...]:
 
 
 def rows(side: Buffers) -> tuple[int, ...]:
-    """Rows of one sequence: in the cache dtype, in every codec, and anchors."""
-    return (side.exact.shape[1], *(side.codes[codec.id].shape[1] for codec in ORDER), side.anchors.shape[1])
+    """From one sequence to the next in every one of `tensors`, in rows of it: in pages more than a sequence has. Rows
+    and not numbers, so that a kernel knows that what it reads begins at a multiple of a row."""
+    return tuple(t.stride(0) // t.shape[2] for t in tensors(side))
 
 
 def head_table(layout: LayerLayout, device: torch.device) -> torch.Tensor:

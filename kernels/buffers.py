@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,6 +12,9 @@ from kvcompile.kernels.codecs.api import decode, encode
 from kvcompile.kernels.layout import EXACT, HeadClass, LayerLayout, side_places
 from kvcompile.kernels.overwrite.api import overwrite
 
+Make = Callable[[int, int, int, torch.dtype], torch.Tensor]
+"""Makes a tensor [batch, rows, size] of this dtype, all zero: `make(batch, rows, size, dtype)`."""
+
 
 class Buffers:
     """A row for every slot, in one flat buffer a codec and sequence; heads lie end to end, in storage order.
@@ -18,7 +22,8 @@ class Buffers:
     `exact` [batch, rows, D] holds the heads of the cache dtype; by the id of a codec, `codes[id]` uint8 [batch, rows,
     code bytes] and `scales[id]` float16 [batch, rows, groups] those that are quantised, and `anchors` [batch, heads, D]
     a copy of token 0 in the cache dtype for those of them that have a sink. What quantised heads hold has been
-    transformed before (`Transform`). All memory is allocated here, once.
+    transformed before (`Transform`). All memory is allocated here, once; by `make` where it is given: a sequence's
+    part of a tensor has to be contiguous, and the next one's to begin a multiple of its rows further on.
     """
 
     def __init__(
@@ -29,6 +34,7 @@ class Buffers:
         dtype: torch.dtype,
         device: torch.device,
         batch: int,
+        make: Make | None = None,
     ) -> None:
         self.head_dim = head_dim
         places = side_places(layout, bits)
@@ -39,6 +45,8 @@ class Buffers:
         anchors = sum(place.anchor >= 0 for place in places)
 
         def zeros(count: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+            if make is not None:
+                return make(batch, count, size, dtype)
             return torch.zeros(batch, count, size, dtype=dtype, device=device)
 
         self.exact = zeros(rows[EXACT], head_dim, dtype)
@@ -48,8 +56,10 @@ class Buffers:
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that holds something."""
-        every = (self.exact, *self.codes.values(), *self.scales.values(), self.anchors)
-        yield from (t for t in every if t.numel())
+        yield from (t for t in self._every() if t.numel())
+
+    def _every(self) -> Iterator[torch.Tensor]:
+        yield from (self.exact, *self.codes.values(), *self.scales.values(), self.anchors)
 
     def parts(self, codec: int) -> tuple[torch.Tensor, ...]:
         """What a slot of this codec consists of, [batch, rows, X] each: its codes and scales, or its vector."""
@@ -100,10 +110,30 @@ class Buffers:
 
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index`."""
-        self.exact, self.anchors = self.exact.index_select(0, index), self.anchors.index_select(0, index)
-        for buffers in (self.codes, self.scales):
-            for id in buffers:
-                buffers[id] = buffers[id].index_select(0, index)
+        self._change(lambda tensor: tensor.index_select(0, index))
+
+    def at(self, index: torch.Tensor) -> Buffers:
+        """A copy of the sequences at `index`."""
+        found = copy.copy(self)
+        found.take(index)
+        return found
+
+    def one(self, sequence: int) -> Buffers:
+        """One sequence, a view."""
+        found = copy.copy(self)
+        found._change(lambda tensor: tensor.narrow(0, sequence, 1))
+        return found
+
+    def put(self, index: torch.Tensor, other: Buffers) -> None:
+        """Overwrite the sequences at `index` with those of `other`."""
+        for tensor, new in zip(self._every(), other._every(), strict=True):
+            tensor.index_copy_(0, index.long(), new)
+
+    def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `change(tensor)` in the place of every tensor."""
+        self.exact, self.anchors = change(self.exact), change(self.anchors)
+        self.codes = {id: change(tensor) for id, tensor in self.codes.items()}
+        self.scales = {id: change(tensor) for id, tensor in self.scales.items()}
 
 
 def as_stored(vectors: torch.Tensor, codec: int) -> tuple[torch.Tensor, ...]:

@@ -58,9 +58,15 @@ def append(
 
         triton.append(keys, values, scores, layout, new_keys, new_values, score, seen, places)
         return
-    if places is not None:
-        raise ValueError("sequences can be placed in a larger store only where the kernels run")
     if native.usable(keys.exact, keys.head_dim, layout):
-        native.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+        native.append(keys, values, scores, layout, new_keys, new_values, score, seen, places)
         return
-    dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+    if places is None:
+        dense.append(keys, values, scores, layout, new_keys, new_values, score, seen)
+        return
+    # In copies of these sequences, which are then put back.
+    k, v, held_scores = keys.at(places), values.at(places), scores.index_select(0, places)
+    dense.append(k, v, held_scores, layout, new_keys, new_values, score, seen)
+    keys.put(places, k)
+    values.put(places, v)
+    scores.index_copy_(0, places.long(), held_scores)

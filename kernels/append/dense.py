@@ -89,7 +89,7 @@ def append(
     for stored, places, new in ((keys, tables.keys, new_keys), (values, tables.values, new_values)):
         for codec, heads in places.items():
             _write(stored, codec, heads, slot, to, new)
-    if not isinstance(seen, torch.Tensor) and 0 in seen:
+    if isinstance(seen, torch.Tensor) or 0 in seen:
         for stored, new in ((keys, new_keys), (values, new_values)):
             for cls in layout.classes:
                 if KINDS.get(cls.policy, OTHER) != OTHER:

@@ -30,18 +30,18 @@ OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
 
 
 @triton.jit
-def _put(x, exact, codes8, scales8, codes4, scales4, anchor, codec, row0, row8, row4, anchored, D: tl.constexpr,
+def _put(x, exact, codes8, scales8, codes4, scales4, anchor, codec, row, anchored, D: tl.constexpr,
          DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
     """Store the vector at `x` in its row, in the head's codec; and exactly where it is `anchored`."""
     d = tl.arange(0, DP)
     if anchored:
         tl.store(anchor + d, tl.load(x + d, mask=d < D).to(anchor.dtype.element_ty), mask=d < D)
     if codec == 0:
-        tl.store(exact + row0 * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
+        tl.store(exact + row * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
     elif codec == INT8:
-        put8(x, codes8 + row8 * D, scales8 + row8 * G, D, G, P8)
+        put8(x, codes8 + row * D, scales8 + row * G, D, G, P8)
     else:
-        put4(x, codes4 + row4 * (D // 2), scales4 + row4 * G, D, G, P4)
+        put4(x, codes4 + row * (D // 2), scales4 + row * G, D, G, P4)
 
 
 @triton.jit
@@ -52,17 +52,17 @@ def _copy(at, step, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _move(exact, codes8, scales8, codes4, scales4, codec, row0, row8, row4, step, D: tl.constexpr, DP: tl.constexpr,
+def _move(exact, codes8, scales8, codes4, scales4, codec, row, step, D: tl.constexpr, DP: tl.constexpr,
           G: tl.constexpr, GP: tl.constexpr):  # fmt: skip
     """Copy a row to the one `step` rows on."""
     if codec == 0:
-        _copy(exact + row0 * D, step * D, D, DP)
+        _copy(exact + row * D, step * D, D, DP)
     elif codec == INT8:
-        _copy(codes8 + row8 * D, step * D, D, DP)
-        _copy(scales8 + row8 * G, step * G, G, GP)
+        _copy(codes8 + row * D, step * D, D, DP)
+        _copy(scales8 + row * G, step * G, G, GP)
     else:
-        _copy(codes4 + row4 * (D // 2), step * (D // 2), D // 2, DP)
-        _copy(scales4 + row4 * G, step * G, G, GP)
+        _copy(codes4 + row * (D // 2), step * (D // 2), D // 2, DP)
+        _copy(scales4 + row * G, step * G, G, GP)
 
 
 @triton.jit
@@ -82,11 +82,22 @@ def worst_score(held, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _of_sequence(b, exact, codes8, scales8, codes4, scales4, anchors, rows, rows8, rows8s, rows4, rows4s, anchored,
+                 D: tl.constexpr, G: tl.constexpr):  # fmt: skip
+    """Where the buffers of one side begin for sequence b of the store."""
+    return (
+        exact + b * rows * D, codes8 + b * rows8 * D, scales8 + b * rows8s * G, codes4 + b * rows4 * (D // 2),
+        scales4 + b * rows4s * G, anchors + b * anchored * D,
+    )  # fmt: skip
+
+
+@triton.jit
 def store_token(
     b, h, heads, seen_by, places, new_key, new_value, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -99,11 +110,18 @@ def store_token(
     slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
     k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
     v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
-    k0, k8, k4 = b * k_rows0 + k_row + slot, b * k_rows8 + k_row + slot, b * k_rows4 + k_row + slot
-    v0, v8, v4 = b * v_rows0 + v_row + slot, b * v_rows8 + v_row + slot, b * v_rows4 + v_row + slot
+    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = _of_sequence(
+        b, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
+        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored, D, G,
+    )  # fmt: skip
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = _of_sequence(
+        b, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, D, G,
+    )  # fmt: skip
+    k_at, v_at = (k_row + slot).to(tl.int64), (v_row + slot).to(tl.int64)
     if SCORES:
         if tl.load(row + KIND) == SCORED:
-            held = scores + b * scored_slots + tl.load(row + SCORE)
+            held = scores + b * scored_stride + tl.load(row + SCORE)
             leaving = tl.load(held + slot).to(tl.float32)
             sink = tl.load(row + SINK)
             last = tl.where(n < capacity, sink, capacity - recent)  # a head that is not full loses nothing
@@ -111,8 +129,8 @@ def store_token(
             tl.debug_barrier()  # all have read before anything is written
             if leaving > worst:
                 step = victim - slot
-                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k0, k8, k4, step, D, DP, G, GP)
-                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v0, v8, v4, step, D, DP, G, GP)
+                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k_at, step, D, DP, G, GP)
+                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v_at, step, D, DP, G, GP)
                 tl.store(held + victim, leaving.to(tl.float16))
             tl.debug_barrier()  # the row has been copied before it is overwritten
             tl.store(held + slot, score.to(tl.float16))
@@ -120,12 +138,12 @@ def store_token(
     v_anchor = tl.load(row + V_ANCHOR)
     first = slot == 0  # token 0, where the head has sinks
     _put(
-        new_key, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + (b * k_anchored + k_anchor) * D,
-        k_codec, k0, k8, k4, first & (k_anchor >= 0), D, DP, G, P8, P4,
+        new_key, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + k_anchor * D,
+        k_codec, k_at, first & (k_anchor >= 0), D, DP, G, P8, P4,
     )  # fmt: skip
     _put(
-        new_value, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors + (b * v_anchored + v_anchor) * D,
-        v_codec, v0, v8, v4, first & (v_anchor >= 0), D, DP, G, P8, P4,
+        new_value, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors + v_anchor * D,
+        v_codec, v_at, first & (v_anchor >= 0), D, DP, G, P8, P4,
     )  # fmt: skip
 
 
@@ -134,7 +152,8 @@ def _append(
     heads, seen_by, places, new_keys, new_values, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +168,8 @@ def _append(
         tl.load(score + which).to(tl.float32), scores,
         k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
         v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
         D, DP, G, GP, P8, P4, SCORES, BLOCK,
     )  # fmt: skip
 
@@ -175,7 +195,7 @@ def append(
         _append[(heads, batch)](
             head_table(layout, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), layout.scored_slots, **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
+            *rows(values), scores.stride(0), **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ MOST_DIM = 512
 
 
 class _Side(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in FIELDS]
+    _fields_ = [*((name, ctypes.c_void_p) for name in FIELDS), ("steps", ctypes.c_int64 * len(FIELDS))]
 
 
 def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
@@ -102,9 +102,18 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _side(stored: Buffers, sequence: int) -> _Side:
+def _side(stored: Buffers) -> _Side:
     every = tensors(stored)
-    return _Side(*(t.data_ptr() + sequence * t.stride(0) * t.element_size() if t.numel() else None for t in every))
+    steps = (t.stride(0) * t.element_size() if t.numel() else 0 for t in every)
+    return _Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps))
+
+
+def _numbers(batch: int, seen: Sequence[int] | torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
+    """`seen` and `places` int64 [batch]."""
+    return [
+        torch.as_tensor(seen, dtype=torch.int64).contiguous(),
+        torch.arange(batch) if places is None else places.to(torch.int64).contiguous(),
+    ]
 
 
 def _rows(layout: LayerLayout) -> torch.Tensor:
@@ -125,23 +134,24 @@ def one_token(
     layout: LayerLayout,
     seen: Sequence[int] | torch.Tensor,
     scaling: float,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention [B, num_heads, 1, D] of one stored token a sequence; see `ragged_decode.api`."""
-    library, head_dim, heads = _library(), query.shape[3], layout.num_kv_heads
+    library, (batch, query_heads, _, head_dim), heads = _library(), query.shape, layout.num_kv_heads
     assert library is not None
-    group = query.shape[1] // heads
+    group = query_heads // heads
     asked = (query.float() * scaling).contiguous()
     out = torch.empty_like(asked)
     threads = torch.get_num_threads()
-    scratch = torch.empty(group * (max(row.capacity for row in layout.rows) + (threads + 1) * head_dim))
-    rows = _rows(layout)
-    for b, count in enumerate(seen):
-        sides = _side(keys, b), _side(values, b)
-        library.kvc_decode(
-            _at(asked[b]), ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(rows), heads, TYPES[keys.exact.dtype],
-            group, ctypes.c_int64(int(count)), ctypes.c_int64(layout.window), _at(out[b]),
-            _at(scratch), threads, head_dim, groups(head_dim),
-        )  # fmt: skip
+    # Room of a thread that reads a head alone; for one head that all of them read, it is enough as well.
+    room = group * (max(row.capacity for row in layout.rows) + 2 * head_dim)
+    scratch = torch.empty(threads * room)
+    numbers, sides = _numbers(batch, seen, places), (_side(keys), _side(values))
+    library.kvc_decode(
+        _at(asked), ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(_rows(layout)), heads, TYPES[keys.exact.dtype],
+        group, batch, *map(_at, numbers), ctypes.c_int64(layout.window), _at(out), _at(scratch), ctypes.c_int64(room),
+        threads, head_dim, groups(head_dim),
+    )  # fmt: skip
     return out.to(query.dtype)
 
 
@@ -154,17 +164,16 @@ def append(
     new_values: torch.Tensor,
     score: torch.Tensor | None,
     seen: Sequence[int] | torch.Tensor,
+    places: torch.Tensor | None = None,
 ) -> None:
     """See `append.api`."""
-    library, (_, heads, head_dim) = _library(), new_keys.shape
+    library, (batch, heads, head_dim) = _library(), new_keys.shape
     assert library is not None
     k, v = new_keys.float().contiguous(), new_values.float().contiguous()
     by_head = None if score is None else score.float().contiguous()
-    rows = _rows(layout)
-    for b, count in enumerate(seen):
-        sides = _side(keys, b), _side(values, b)
-        library.kvc_append(
-            ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(rows), heads, TYPES[keys.exact.dtype], _at(k[b]),
-            _at(v[b]), _at(None if by_head is None else by_head[b]), _at(scores[b]), ctypes.c_int64(int(count)),
-            head_dim, groups(head_dim),
-        )  # fmt: skip
+    numbers, sides = _numbers(batch, seen, places), (_side(keys), _side(values))
+    library.kvc_append(
+        ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(_rows(layout)), heads, TYPES[keys.exact.dtype], batch,
+        *map(_at, numbers), _at(k), _at(v), _at(by_head), _at(scores), ctypes.c_int64(scores.stride(0)),
+        torch.get_num_threads(), head_dim, groups(head_dim),
+    )  # fmt: skip

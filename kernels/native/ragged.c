@@ -1,4 +1,4 @@
-/* Decoding and appending on a CPU, one sequence at a time: what `ragged_decode/reference.py` and `append/reference.py`
+/* Decoding and appending on a CPU: what `ragged_decode/reference.py` and `append/reference.py`
  * define, with every row decoded where it is used. Plain C; threads are torch's own; see `__init__.py`. */
 
 #include <math.h>
@@ -20,7 +20,7 @@ enum { FLOAT32, BFLOAT16, FLOAT16 };
 /* Codecs by their ids, which the launcher sets from `codecs`; EXACT rows are in the cache dtype. */
 enum { EXACT, INT8 = KVC_INT8, INT4 = KVC_INT4 };
 
-/* Keys or values of one sequence, as in `Buffers`. */
+/* Keys or values, as in `Buffers`, and how many bytes further on each of them goes on for the next sequence. */
 typedef struct {
     void *exact;
     uint8_t *codes8;
@@ -28,7 +28,20 @@ typedef struct {
     uint8_t *codes4;
     _Float16 *scales4;
     void *anchors;
+    int64_t steps[6];
 } Side;
+
+/* Those of one sequence. */
+ALWAYS Side of_sequence(const Side *side, int64_t place) {
+    const int64_t *s = side->steps;
+    return (Side){(char *)side->exact + place * s[0],
+                  side->codes8 + place * s[1],
+                  (_Float16 *)((char *)side->scales8 + place * s[2]),
+                  side->codes4 + place * s[3],
+                  (_Float16 *)((char *)side->scales4 + place * s[4]),
+                  (char *)side->anchors + place * s[5],
+                  {0}};
+}
 
 ALWAYS float read_number(const void *at, int64_t i, int type) {
     if (type == FLOAT32) return ((const float *)at)[i];
@@ -185,44 +198,61 @@ EVERY_CODEC(any, dim, groups)
 static KeysOf *const KEYS[3][3] = ROW_OF(keys);
 static ValuesOf *const VALUES[3][3] = ROW_OF(values);
 
-/* Attention of one stored token: `query` [heads * group, dim], scaled already, and `out` of the same shape. `scratch` has
- * room for group * (largest capacity + (threads + 1) * dim) numbers. */
-void kvc_decode(
-    const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
-    int64_t seen, int64_t window, float *out, float *scratch, int threads, int dim, int groups
+/* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]. `scratch` has room
+ * for group * (capacity + (threads + 1) * dim) numbers. */
+static void decode_head(
+    const float *query, const Side *keys, const Side *values, const int32_t *head, int type, int group, int64_t seen,
+    int64_t window, float *out, float *scratch, int threads, int dim, int groups
 ) {
     const int shape = dim == 64 && groups == 1 ? 0 : (dim == 128 && groups == 2 ? 1 : 2), size = group * dim;
     float *halves = scratch, *sums = scratch + size, *weights = sums + (int64_t)threads * size;
-    for (int h = 0; h < heads; h++) {
-        const int32_t *head = rows + h * FIELDS;
-        const int64_t filled = seen < head[CAPACITY] ? seen : head[CAPACITY];
-        const float *q = query + (int64_t)h * size;
-        float *o = out + (int64_t)h * size;
-        if (head[K_CODEC] == INT4) {
-            for (int j = 0; j < size; j++) halves[j / dim * dim + place(j % dim, INT4, dim)] = q[j];
-            q = halves;
-        }
-        KeysOf *const by_keys = KEYS[shape][head[K_CODEC] == EXACT ? 0 : (head[K_CODEC] == INT8 ? 1 : 2)];
-        ValuesOf *const by_values = VALUES[shape][head[V_CODEC] == EXACT ? 0 : (head[V_CODEC] == INT8 ? 1 : 2)];
-        int parts = filled < 256 ? 1 : threads;
+    const int64_t filled = seen < head[CAPACITY] ? seen : head[CAPACITY];
+    if (head[K_CODEC] == INT4) {
+        for (int j = 0; j < size; j++) halves[j / dim * dim + place(j % dim, INT4, dim)] = query[j];
+        query = halves;
+    }
+    KeysOf *const by_keys = KEYS[shape][head[K_CODEC] == EXACT ? 0 : (head[K_CODEC] == INT8 ? 1 : 2)];
+    ValuesOf *const by_values = VALUES[shape][head[V_CODEC] == EXACT ? 0 : (head[V_CODEC] == INT8 ? 1 : 2)];
+    int parts = filled < 256 ? 1 : threads;
 #pragma omp parallel num_threads(parts)
-        {
-            int part = 0, of = 1;
+    {
+        int part = 0, of = 1;
 #ifdef _OPENMP
-            part = omp_get_thread_num(), of = omp_get_num_threads();
+        part = omp_get_thread_num(), of = omp_get_num_threads();
 #endif
-            const int64_t from = filled * part / of, to = filled * (part + 1) / of;
-            by_keys(q, keys, head, type, group, seen, window, filled, from, to, weights, dim, groups);
+        const int64_t from = filled * part / of, to = filled * (part + 1) / of;
+        by_keys(query, keys, head, type, group, seen, window, filled, from, to, weights, dim, groups);
 #pragma omp barrier
-            for (int r = part; r < group; r += of) softmax(weights + r * filled, filled);
+        for (int r = part; r < group; r += of) softmax(weights + r * filled, filled);
 #pragma omp barrier
-            by_values(values, head, type, group, filled, from, to, weights, sums + (int64_t)part * size, dim, groups);
+        by_values(values, head, type, group, filled, from, to, weights, sums + (int64_t)part * size, dim, groups);
 #pragma omp single
-            parts = of;
-        }
-        for (int part = 1; part < parts; part++)
-            for (int j = 0; j < size; j++) sums[j] += sums[(int64_t)part * size + j];
-        for (int j = 0; j < size; j++) o[j] = sums[j / dim * dim + place(j % dim, head[V_CODEC], dim)];
+        parts = of;
+    }
+    for (int part = 1; part < parts; part++)
+        for (int j = 0; j < size; j++) sums[j] += sums[(int64_t)part * size + j];
+    for (int j = 0; j < size; j++) out[j] = sums[j / dim * dim + place(j % dim, head[V_CODEC], dim)];
+}
+
+/* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, and `out` of the same
+ * shape; `seen` and `places` [batch] say how much is stored and where. The heads of few sequences are read by all threads
+ * together, those of many by one each; `scratch` has room for threads * group * (largest capacity + 2 * dim) numbers. */
+void kvc_decode(
+    const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
+    int batch, const int64_t *seen, const int64_t *places, int64_t window, float *out, float *scratch, int64_t room,
+    int threads, int dim, int groups
+) {
+    const int items = batch * heads, together = items < threads || batch == 1, size = group * dim;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (!together)
+    for (int i = 0; i < items; i++) {
+        const int b = i / heads, h = i % heads;
+        float *mine = scratch;
+#ifdef _OPENMP
+        if (!together) mine += omp_get_thread_num() * room;
+#endif
+        const Side k = of_sequence(keys, places[b]), v = of_sequence(values, places[b]);
+        decode_head(query + (int64_t)i * size, &k, &v, rows + h * FIELDS, type, group, seen[b], window,
+                    out + (int64_t)i * size, mine, together ? threads : 1, dim, groups);
     }
 }
 
@@ -272,37 +302,49 @@ static void move_row(Side *side, int64_t from, int64_t to, int type, int codec, 
     }
 }
 
-/* One new token: `new_keys` and `new_values` [heads, dim], `score` [heads] and the sequence's `scores` (both NULL where no
- * head is scored). */
-void kvc_append(
-    Side *keys, Side *values, const int32_t *rows, int heads, int type, const float *new_keys, const float *new_values,
-    const float *score, _Float16 *scores, int64_t seen, int dim, int groups
+/* The new token of one head of one sequence: `new_key` and `new_value` [dim], its score and the sequence's `scores`. */
+static void append_head(
+    Side *keys, Side *values, const int32_t *head, int type, const float *new_key, const float *new_value, float score,
+    _Float16 *scores, int64_t seen, int dim, int groups
 ) {
-    for (int h = 0; h < heads; h++) {
-        const int32_t *head = rows + h * FIELDS;
-        if (head[KIND] == OTHER) continue;
-        const int64_t capacity = head[CAPACITY], ring = capacity - head[RECENT];
-        const int64_t slot = seen < capacity ? seen : ring + (seen - capacity) % head[RECENT];
-        if (head[KIND] == SCORED) {
-            _Float16 *held = scores + head[SCORE];
-            if (seen >= capacity && ring > head[SINK]) {
-                int64_t victim = head[SINK];
-                float worst = (float)held[victim];
-                for (int64_t s = victim + 1; s < ring; s++) {
-                    const float one = (float)held[s];
-                    if (one <= worst) worst = one, victim = s; /* of equal ones the lower slot stays */
-                }
-                if ((float)held[slot] > worst) {
-                    move_row(keys, head[K_ROW] + slot, head[K_ROW] + victim, type, head[K_CODEC], dim, groups);
-                    move_row(values, head[V_ROW] + slot, head[V_ROW] + victim, type, head[V_CODEC], dim, groups);
-                    held[victim] = held[slot];
-                }
+    const int64_t capacity = head[CAPACITY], ring = capacity - head[RECENT];
+    const int64_t slot = seen < capacity ? seen : ring + (seen - capacity) % head[RECENT];
+    if (head[KIND] == SCORED) {
+        _Float16 *held = scores + head[SCORE];
+        if (seen >= capacity && ring > head[SINK]) {
+            int64_t victim = head[SINK];
+            float worst = (float)held[victim];
+            for (int64_t s = victim + 1; s < ring; s++) {
+                const float one = (float)held[s];
+                if (one <= worst) worst = one, victim = s; /* of equal ones the lower slot stays */
             }
-            held[slot] = (_Float16)score[h];
+            if ((float)held[slot] > worst) {
+                move_row(keys, head[K_ROW] + slot, head[K_ROW] + victim, type, head[K_CODEC], dim, groups);
+                move_row(values, head[V_ROW] + slot, head[V_ROW] + victim, type, head[V_CODEC], dim, groups);
+                held[victim] = held[slot];
+            }
         }
-        write_row(new_keys + (int64_t)h * dim, keys, head[K_ROW] + slot, slot ? -1 : head[K_ANCHOR], type,
-                  head[K_CODEC], dim, groups);
-        write_row(new_values + (int64_t)h * dim, values, head[V_ROW] + slot, slot ? -1 : head[V_ANCHOR], type,
-                  head[V_CODEC], dim, groups);
+        held[slot] = (_Float16)score;
+    }
+    write_row(new_key, keys, head[K_ROW] + slot, slot ? -1 : head[K_ANCHOR], type,
+              head[K_CODEC], dim, groups);
+    write_row(new_value, values, head[V_ROW] + slot, slot ? -1 : head[V_ANCHOR], type, head[V_CODEC], dim, groups);
+}
+
+/* One new token a sequence: `new_keys` and `new_values` [batch, heads, dim], `score` [batch, heads] and `scores`, of which
+ * the next sequence's are `step` numbers further on (both NULL where no head is scored). */
+void kvc_append(
+    const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int batch, const int64_t *seen,
+    const int64_t *places, const float *new_keys, const float *new_values, const float *score, _Float16 *scores,
+    int64_t step, int threads, int dim, int groups
+) {
+#pragma omp parallel for num_threads(threads) if (batch > 1)
+    for (int i = 0; i < batch * heads; i++) {
+        const int b = i / heads;
+        const int32_t *head = rows + i % heads * FIELDS;
+        if (head[KIND] == OTHER) continue;
+        Side k = of_sequence(keys, places[b]), v = of_sequence(values, places[b]);
+        append_head(&k, &v, head, type, new_keys + (int64_t)i * dim, new_values + (int64_t)i * dim,
+                    score ? score[i] : 0.0f, scores ? scores + places[b] * step : 0, seen[b], dim, groups);
     }
 }

@@ -27,6 +27,7 @@ def new_token(
     norms: HeadNorms | None,
     hidden: torch.Tensor | None,
     scorer: LinearScorer | None,
+    places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `api.new_token`."""
     by_head = qkv.unflatten(1, (-1, keys.head_dim))
@@ -42,7 +43,7 @@ def new_token(
     score = None
     if scorer is not None and hidden is not None:
         score = torch.nn.functional.linear(hidden.float(), scorer.weight, scorer.bias)
-    append(keys, values, scores, layout, key[:, :, 0], value[:, :, 0], score, seen)
+    append(keys, values, scores, layout, key[:, :, 0], value[:, :, 0], score, seen, places)
     return query
 
 

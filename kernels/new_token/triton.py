@@ -109,7 +109,8 @@ def _new_token(
     query, new_keys, new_values, epsilon, size, heads, seen_by, places, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
     GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
     P8: tl.constexpr, P4: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
     TRANSFORMED: tl.constexpr,
@@ -151,7 +152,8 @@ def _new_token(
         b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D, score, scores,
         k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
         v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored, scored_slots,
+        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
         D, DP, G, GP, P8, P4, SCORES, BLOCK,
     )  # fmt: skip
 
@@ -190,7 +192,7 @@ def new_token(
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
             head_table(layout, device), seen, places, scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), layout.scored_slots, GROUP=group, R=max(16, triton.next_power_of_2(group)),
+            *rows(values), scores.stride(0), GROUP=group, R=max(16, triton.next_power_of_2(group)),
             **constants(head_dim), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
             TRANSFORMED=transform is not None, **OPTIONS,
         )  # fmt: skip

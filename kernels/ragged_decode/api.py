@@ -45,7 +45,7 @@ def ragged_decode(
         new_mask: bool [B, 1, T, T], True where query t sees new token j; None: causal.
         places: int32 [B] on the device, which of the store's sequences each of these is (None: the store has these and
             no others, in order). As `seen`, it is read by the kernels when they run, so that a recorded step follows
-            it. For the GPU's kernels alone.
+            it.
 
     Returns:
         [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, query t sees the stored tokens
@@ -71,10 +71,10 @@ def ragged_decode(
         from kvcompile.kernels.ragged_decode import triton
 
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, places)
-    if places is not None:
-        raise ValueError("sequences can be placed in a larger store only where the kernels run")
     if new_keys is None and native.usable(query, head_dim, layout):
-        return native.one_token(query, keys, values, layout, seen, scaling)
+        return native.one_token(query, keys, values, layout, seen, scaling, places)
+    if places is not None:
+        keys, values = keys.at(places), values.at(places)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
 
 

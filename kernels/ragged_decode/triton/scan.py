@@ -88,18 +88,16 @@ def _codec(index):
 
 
 @triton.jit
-def _side(place, row, anchor, exact, codes8, scales8, codes4, scales4, rows0, rows8, rows4, CODEC: tl.constexpr,
-          D: tl.constexpr, G: tl.constexpr):  # fmt: skip
+def _side(place, row, anchor, exact, codes8, scales8, codes4, scales4, rows, rows8, rows8s, rows4, rows4s,
+          CODEC: tl.constexpr, D: tl.constexpr, G: tl.constexpr):  # fmt: skip
     """Where a head's vectors, codes, scales and the exact copy of slot 0 begin in this sequence."""
     if CODEC == 0:
-        exact += (place * rows0 + row) * D
+        exact += (place * rows + row) * D
         return exact, codes8, scales8, exact
     elif CODEC == INT8:
-        first = place * rows8 + row
-        return exact, codes8 + first * D, scales8 + first * G, anchor
+        return exact, codes8 + (place * rows8 + row) * D, scales8 + (place * rows8s + row) * G, anchor
     else:
-        first = place * rows4 + row
-        return exact, codes4 + first * (D // 2), scales4 + first * G, anchor
+        return exact, codes4 + (place * rows4 + row) * (D // 2), scales4 + (place * rows4s + row) * G, anchor
 
 
 @triton.jit
@@ -107,7 +105,8 @@ def _decode(
     query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
     v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows0, k_rows8, k_rows4, k_anchored, v_rows0, v_rows8, v_rows4, v_anchored,
+    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored,
     scale, num_heads, used, length, before,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
@@ -146,9 +145,9 @@ def _decode(
                         tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D,
                         partial, stats,
                         *_side(place, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
-                               k_rows0, k_rows8, k_rows4, _codec(pair // 3), D, G),
+                               k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, _codec(pair // 3), D, G),
                         *_side(place, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
-                               v_rows0, v_rows8, v_rows4, _codec(pair % 3), D, G),
+                               v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, _codec(pair % 3), D, G),
                         start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
                         _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, STAGES, WINDOW, EXACT, CODE,
                     )  # fmt: skip
