@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,29 +32,29 @@ def identify(model: Any, name: str) -> ModelIdentity:
     Raises ModelError for a model without the usual shape, and for weights that are on the meta device, packed or not
     finite.
     """
-    config = model.config.get_text_config()
+    shape = shape_of(model.config, name)
+    dtype = _dtype_name(model)
+    if dtype not in DTYPE_BITS:
+        raise ModelError(f"{name} has weights of type {dtype}, expected one of {', '.join(DTYPE_BITS)}")
+    fingerprint, samples = _fingerprint(model, name)
+    return ModelIdentity(name=name, **shape, dtype=dtype, fingerprint=fingerprint, samples=samples)
+
+
+def shape_of(config: Any, name: str) -> dict[str, Any]:
+    """The fields `SHAPE` of a model's identity, by their names, from its transformers configuration.
+
+    Raises ModelError for a model without the usual shape.
+    """
+    config = config.get_text_config()
     try:
         heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
         layers, windows = int(config.num_hidden_layers), _windows(config)
     except AttributeError as error:
         raise ModelError(f"{name} is a {config.model_type} model, expected a decoder of attention layers") from error
-    dtype = _dtype_name(model)
-    if dtype not in DTYPE_BITS:
-        raise ModelError(f"{name} has weights of type {dtype}, expected one of {', '.join(DTYPE_BITS)}")
-    fingerprint, samples = _fingerprint(model, name)
-    return ModelIdentity(
-        name=name,
-        architecture=str(config.model_type),
-        num_layers=layers,
-        num_attention_heads=heads,
-        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=int(getattr(config, "head_dim", None) or hidden // heads),
-        hidden_size=hidden,
-        windows=windows,
-        dtype=dtype,
-        fingerprint=fingerprint,
-        samples=samples,
-    )
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    fields = (str(config.model_type), layers, heads, kv_heads, head_dim, hidden, windows)
+    return dict(zip(SHAPE, fields, strict=True))
 
 
 def check_identity(expected: ModelIdentity, found: ModelIdentity) -> None:
@@ -62,25 +63,45 @@ def check_identity(expected: ModelIdentity, found: ModelIdentity) -> None:
     The same weights in another element type are accepted: their samples may differ by the rounding to both types.
     Raises ModelError, one sentence that names the first difference.
     """
-    remedy = f"load {expected.name} or build an artifact for {found.name}"
-    for field in SHAPE:
-        was, now = getattr(expected, field), getattr(found, field)
-        if was != now:
-            raise ModelError(f"the model has {field} {now}, but the artifact is for one with {field} {was}: {remedy}")
-    if expected.fingerprint[:32] != found.fingerprint[:32]:
-        raise ModelError(f"the model's tensors differ in name or shape from those the artifact is for: {remedy}")
+    check_shape(expected, {field: getattr(found, field) for field in SHAPE}, found.name)
+    check_structure(expected, found.fingerprint[:32], found.name)
     rounded = expected.dtype != found.dtype
-    if not (_agree(expected, found) if rounded else expected.fingerprint == found.fingerprint):
-        raise ModelError(f"the model's weights are not those the artifact is for: {remedy}")
+    samples, dtypes = (expected.samples, found.samples), (expected.dtype, found.dtype)
+    if not (same_numbers(*samples, *dtypes) if rounded else expected.fingerprint == found.fingerprint):
+        raise ModelError(f"the model's weights are not those the artifact is for: {remedy(expected, found.name)}")
 
 
-def _agree(expected: ModelIdentity, found: ModelIdentity) -> bool:
-    was, now = expected.samples.astype(np.float64), found.samples.astype(np.float64)
-    if was.shape != now.shape:
-        return False
-    relative = ROUNDING[expected.dtype] + ROUNDING[found.dtype]
-    allowed = relative * np.maximum(np.abs(was), np.abs(now)) + SMALLEST_STEP
-    return bool(np.all(np.abs(was - now) <= allowed))
+def check_shape(expected: ModelIdentity, found: Mapping[str, Any], name: str) -> None:
+    """Check what `shape_of` says of the model `name`. Raises ModelError, which names the first difference."""
+    for field, now in found.items():
+        was = getattr(expected, field)
+        if was != now:
+            raise ModelError(
+                f"the model has {field} {now}, but the artifact is for one with {field} {was}: {remedy(expected, name)}"
+            )
+
+
+def check_structure(expected: ModelIdentity, found: str, name: str) -> None:
+    """Check what `structure_of` says of the model `name`. Raises ModelError."""
+    if expected.fingerprint[:32] != found:
+        raise ModelError(
+            "the model's tensors differ in name or shape from those the artifact is for: " + remedy(expected, name)
+        )
+
+
+def remedy(expected: ModelIdentity, name: str) -> str:
+    """What to do where the model `name` is not the one that an artifact is for: the end of a sentence."""
+    return f"load {expected.name} or build an artifact for {name}"
+
+
+def same_numbers(was: NDArray[np.float32], now: NDArray[np.float32], was_dtype: str, now_dtype: str) -> bool:
+    """Whether samples of two element types are the same numbers: equal in one type, within both roundings in two."""
+    if was.shape != now.shape or was_dtype == now_dtype:
+        return np.array_equal(was, now)
+    was_exact, now_exact = was.astype(np.float64), now.astype(np.float64)
+    relative = ROUNDING[was_dtype] + ROUNDING[now_dtype]
+    allowed = relative * np.maximum(np.abs(was_exact), np.abs(now_exact)) + SMALLEST_STEP
+    return bool(np.all(np.abs(was_exact - now_exact) <= allowed))
 
 
 def _windows(config: Any) -> tuple[int, ...]:
@@ -102,21 +123,31 @@ def _dtype_name(tensor: Any) -> str:
 def _fingerprint(model: Any, name: str) -> tuple[str, NDArray[np.float32]]:
     """Fingerprint and samples: of every tensor of the state dict, in the order of their names, up to 16 elements,
     evenly spread from the first to the last, as f32."""
-    structure, samples = hashlib.sha256(), []
-    for key, tensor in sorted(model.state_dict().items()):
+    tensors, samples = sorted(model.state_dict().items()), []
+    for key, tensor in tensors:
         if tensor.is_meta:
             raise ModelError(f"{name} has no numbers in {key} (meta device), expected loaded weights")
         if _dtype_name(tensor) not in DTYPE_BITS:
             raise ModelError(f"{name} has {key} of type {_dtype_name(tensor)}, expected weights that are not packed")
-        structure.update(f"{key} {list(tensor.shape)}\n".encode())
-        count = tensor.numel()
-        taken = min(count, SAMPLES)
-        places = [i * (count - 1) // max(taken - 1, 1) for i in range(taken)]
         # Indexed before it is converted: a whole tensor of a large model is never copied.
-        values = tensor.reshape(-1)[places].float().cpu().numpy()
+        values = tensor.reshape(-1)[sample_places(tensor.numel())].float().cpu().numpy()
         if not np.isfinite(values).all():
             raise ModelError(f"{name} has NaN or infinity in {key}, expected finite weights")
         samples.append(values)
     flat = np.concatenate([np.zeros(0, np.float32), *samples])
     numbers = hashlib.sha256(flat.astype("<f4").tobytes())
-    return structure.hexdigest()[:32] + numbers.hexdigest()[:32], flat
+    structure = structure_of((key, tensor.shape) for key, tensor in tensors)
+    return structure + numbers.hexdigest()[:32], flat
+
+
+def structure_of(tensors: Iterable[tuple[str, Sequence[int]]]) -> str:
+    """The first half of a fingerprint, 32 hex digits, of the names and shapes of a state dict in the order of names."""
+    lines = (f"{key} {list(shape)}\n".encode() for key, shape in tensors)
+    return hashlib.sha256(b"".join(lines)).hexdigest()[:32]
+
+
+def sample_places(count: int) -> list[int]:
+    """The elements that are read of a tensor of `count`, by their places in its flat order: the first, the last, and
+    evenly spread ones between, up to `SAMPLES`."""
+    taken = min(count, SAMPLES)
+    return [i * (count - 1) // max(taken - 1, 1) for i in range(taken)]

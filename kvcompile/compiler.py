@@ -10,7 +10,7 @@ from typing import Any
 from kvcompile.allocators import solve
 from kvcompile.artifacts import Artifact, ModelIdentity, Target, identify, validate, write
 from kvcompile.assemble import assemble, at_context, stored_parts
-from kvcompile.problem import Options, check, check_positions, pose_with, solver_report
+from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
 from kvcompile.stages import PROFILE_TOKENS, Parts, Report, Tools
 
 
@@ -24,7 +24,7 @@ def build(
     *,
     mem: str,
     context: int | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     out: str | os.PathLike[str] | None = None,
     allocator: str = "optimal",
     policy: str | None = None,
@@ -32,6 +32,7 @@ def build(
     calib: str | os.PathLike[str] | None = None,
     classes: int | None = None,
     ranks: int | None = None,
+    sequences: int | None = None,
     refine: int = 0,
     seed: int = 0,
     profile_tokens: int = PROFILE_TOKENS,
@@ -41,8 +42,9 @@ def build(
     """Compile the KV cache of a transformers causal LM to a memory target and, with `out`, write the artifact.
 
     Args:
-        mem: bytes (`8GB`, `512MiB`), or a share (`25%`) of the full cache for `batch` sequences of `context` tokens.
-        context, batch, allocator, policy, kv_dtype, classes, ranks: see `Options`.
+        mem: bytes (`8GB`, `512MiB`), or a share (`25%`) of the full cache for `batch` sequences of `context` tokens;
+            with `sequences`, the bytes that a serving engine has for its cache.
+        context, batch, allocator, policy, kv_dtype, classes, ranks, sequences: see `Options`.
         calib: a file or folder with text to calibrate on, beside what the package and the Python installation carry.
         refine: rounds in which the plan is measured and solved anew; a plan is kept only if it measures better.
         profile_tokens: the longest context that is profiled, in tokens; a longer `context` stretches its curves.
@@ -53,7 +55,7 @@ def build(
     Raises:
         KvcompileError: an impossible target, an unsupported model, too little text, or an `out` that cannot be written.
     """
-    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
+    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks, sequences)
     wanted = {mem: None if out is None else Path(out)}
     return build_many(
         model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, profile_tokens=profile_tokens,
@@ -75,6 +77,7 @@ def build_many(
     report: Report | None = None,
 ) -> list[Artifact]:
     """One artifact for every memory target in `wanted` (and the file to write it to), from one profile."""
+    check_sequences(options, wanted)
     # Here and not above: `resolve` needs neither torch nor transformers.
     from kvcompile.calibration import calibrate
     from kvcompile.models import fast_arithmetic
@@ -108,6 +111,7 @@ def resolve(
     kv_dtype: str = "auto",
     classes: int | None = None,
     ranks: int | None = None,
+    sequences: int | None = None,
     parts: Parts | None = None,
 ) -> Artifact:
     """Solve another target from the curves inside an artifact, without the model. Arguments as for `build`, with the
@@ -116,7 +120,8 @@ def resolve(
     Raises:
         KvcompileError: an impossible target, an artifact without curves, or an `out` that cannot be written.
     """
-    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks)
+    options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks, sequences)
+    check_sequences(options, [mem])
     options = options.with_defaults(artifact.target.context, artifact.target.batch)
     path = None if out is None else Path(out)
     parts = parts or stored_parts(artifact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -215,12 +216,14 @@ SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")
 
 def layer_layouts(artifact: Artifact) -> list[LayerLayout]:
     """The store's layout, layer by layer, with heads in storage order."""
-    budgets, layouts = artifact.budgets, []
-    for i, order in enumerate(budgets.head_order.tolist()):
-        tables = {name: getattr(budgets, name)[i].tolist() for name in SIZES}
-        heads = [
-            HeadSpec(POLICIES[budgets.policy[i, h]], **{name: row[h] for name, row in tables.items()}) for h in order
-        ]
-        window = artifact.model.windows[i]
-        layouts.append(LayerLayout.from_heads(heads, window if window < artifact.target.context else 0))
-    return layouts
+    return [layer_layout(artifact, i, order) for i, order in enumerate(artifact.budgets.head_order.tolist())]
+
+
+def layer_layout(artifact: Artifact, layer: int, order: Sequence[int]) -> LayerLayout:
+    """The layout of a store of the layer's heads `order`, by the model's numbers and in this order."""
+    budgets, window = artifact.budgets, artifact.model.windows[layer]
+    tables = {name: getattr(budgets, name)[layer].tolist() for name in SIZES}
+    heads = [
+        HeadSpec(POLICIES[budgets.policy[layer, h]], **{name: row[h] for name, row in tables.items()}) for h in order
+    ]
+    return LayerLayout.from_heads(heads, window if window < artifact.target.context else 0)

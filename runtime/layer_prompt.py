@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from kvcompile.kernels import HeadClass, LayerLayout
@@ -12,10 +14,18 @@ from kvcompile.runtime.policies.base import Prompt
 
 class LayerPrompt:
     """Keys and values of one layer for prompts side by side in `columns` columns, filled chunk by chunk, and what the
-    policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding)."""
+    policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding).
+    `room` are tensors [B, num_kv_heads, columns or more, D] for keys and values; None: they are allocated."""
 
-    def __init__(self, layout: LayerLayout, columns: int, pad: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        layout: LayerLayout,
+        columns: int,
+        pad: torch.Tensor | None,
+        room: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
         self.layout = layout
+        self._room = None if room is None else tuple(tensor[:, :, :columns] for tensor in room)
         self.columns = columns
         self.pad = pad
         self.filled = 0
@@ -37,12 +47,15 @@ class LayerPrompt:
         whole = keys.shape[2] == self.columns
         if not self.filled:
             shape = (*keys.shape[:2], self.columns, keys.shape[3])
-            self.keys, self.values = (keys, values) if whole else (keys.new_empty(shape), values.new_empty(shape))
+            if whole:
+                self.keys, self.values = keys, values
+            else:
+                self.keys, self.values = self._room or (keys.new_empty(shape), values.new_empty(shape))
             self._queries = query.new_empty(*query.shape[:2], 0, query.shape[3])
         first, self.filled, self._scaling = self.filled, self.filled + keys.shape[2], scaling
         if not whole:
             self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled] = keys, values
-        seen = self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        seen = self.read
         if self._tail:
             self._queries = torch.cat([self._queries, query[:, :, -self._tail :]], 2)[:, :, -self._tail :]
         if score is not None:
@@ -55,9 +68,26 @@ class LayerPrompt:
                 self._drawn[cls.start][:, :, : self.filled] += drawn
         return seen
 
+    @property
+    def read(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values so far, [B, num_kv_heads, filled, D]."""
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def ended(self) -> LayerPrompt:
+        """The prompt as if it ended with what has been read of it."""
+        found = copy.copy(self)
+        found.columns, (found.keys, found.values) = self.filled, self.read
+        found._drawn = {start: drawn[:, :, : self.filled] for start, drawn in self._drawn.items()}
+        return found
+
+    @property
+    def score(self) -> torch.Tensor | None:
+        """What the compiled scorer has said so far, f32 [B, filled, num_kv_heads]."""
+        return torch.cat(self._scores, 1) if self._scores else None
+
     def of(self, cls: HeadClass) -> Prompt:
         """What the heads of a class see of it."""
-        score = torch.cat(self._scores, 1).mT[:, cls.heads] if self._scores else None
+        score = None if self.score is None else self.score.mT[:, cls.heads]
         wanted = POLICIES[cls.policy].queries
         query = self._grouped(self._queries[:, :, max(self._queries.shape[2] - wanted, 0) :], cls)
         return Prompt(self.keys[:, cls.heads], query, self.pad, self._scaling, self._drawn.get(cls.start), score)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import torch
 
 from kvcompile.kernels import Buffers, HeadClass, LayerLayout, Transform, append, compact, ragged_decode
+from kvcompile.kernels.buffers import Make
 from kvcompile.runtime.cut import kept_columns
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt, left_padded
@@ -20,7 +22,7 @@ class LayerStore:
 
     `seen` counts the tokens that each sequence has brought so far, without padding. `transform` is for the quantised
     heads. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
-    scorer's word on each token.
+    scorer's word on each token. `make` allocates where it is given (see `Buffers`).
     """
 
     def __init__(
@@ -31,13 +33,17 @@ class LayerStore:
         device: torch.device,
         batch: int,
         transform: Transform | None = None,
+        make: Make | None = None,
     ) -> None:
         self.layout = layout
         self.batch = batch
         self.transform = transform
-        self.keys = Buffers(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch)
-        self.values = Buffers(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch)
-        self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
+        self.keys = Buffers(layout, [c.k_bits for c in layout.classes], head_dim, dtype, device, batch, make)
+        self.values = Buffers(layout, [c.v_bits for c in layout.classes], head_dim, dtype, device, batch, make)
+        if make is None:
+            self.scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=device)
+        else:
+            self.scores = make(batch, layout.scored_slots, 1, torch.float16).flatten(1)
         self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
         self.seen = [0] * batch
         self.counts: torch.Tensor | None = None
@@ -147,10 +153,20 @@ class LayerStore:
         """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
         what the policies keep of them; [B, num_heads, T, D]."""
         query, keys, values = self._transformed(query, keys, values)
-        out = ragged_decode(
-            query, self.keys, self.values, self.layout, self.seen,
-            scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
-        )  # fmt: skip
+        out = self._several(query, keys, values, mask, scaling)
+        self._keep(query, keys, values, real, scaling, score)
+        return out
+
+    def _keep(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        real: torch.Tensor | None,
+        scaling: float,
+        score: torch.Tensor | None,
+    ) -> None:
+        """Store what the policies keep of several new tokens, all transformed."""
         if real is None:
             real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
         grouped = query.unflatten(1, (self.layout.num_kv_heads, -1))
@@ -164,6 +180,30 @@ class LayerStore:
             self._write(cls, keys, values, policy.extend(state, cls, new_tokens, self.seen).to(keys.device))
         self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
         self._stale = True
+
+    @torch.no_grad()
+    def put(self, keys: torch.Tensor, values: torch.Tensor, score: torch.Tensor | None) -> None:
+        """Store what `extend` would of several new tokens, where no policy observes."""
+        _, keys, values = self._transformed(keys, keys, values)
+        self._keep(keys, keys, values, None, 1.0, score)
+
+    @torch.no_grad()
+    def look(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
+        """What `extend` gives, without storing anything."""
+        return self._several(*self._transformed(query, keys, values), None, scaling)
+
+    def _several(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        out = ragged_decode(
+            query, self.keys, self.values, self.layout, self.seen,
+            scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
+        )  # fmt: skip
         return out if self.transform is None else self.transform.outputs(out)
 
     def restart(self) -> None:
@@ -216,6 +256,35 @@ class LayerStore:
             stored.write(cls, new[:, cls.heads], placed.slot, placed.source, placed.to_slot)
             if 0 in self.seen:
                 stored.write_anchor(cls, new[:, cls.heads], placed.slot)
+
+    def one(self, sequence: int, seen: int) -> LayerStore:
+        """One sequence that has brought `seen` tokens, as a store of its own on the same memory."""
+        found = copy.copy(self)
+        found.keys, found.values = self.keys.one(sequence), self.values.one(sequence)
+        found.scores = self.scores.narrow(0, sequence, 1)
+        found._own = [[t.narrow(0, sequence, 1) for t in tensors] for tensors in self._own]
+        found.batch, found.seen, found.counts, found._stale = 1, [seen], None, True
+        return found
+
+    @torch.no_grad()
+    def steps(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        score: torch.Tensor | None,
+        places: torch.Tensor,
+        seen: torch.Tensor,
+    ) -> torch.Tensor:
+        """`step` for those of the store's sequences at `places` int32 [B], which have brought `seen` int32 [B] tokens,
+        both on the device: nothing is read by the host or counted here. For policies that do not observe."""
+        query, keys, values = self._transformed(query, keys, values)
+        flat = None if score is None else score[:, 0]
+        k, v = keys[:, :, 0], values[:, :, 0]
+        append(self.keys, self.values, self.scores, self.layout, k, v, flat, seen, places)
+        out = ragged_decode(query, self.keys, self.values, self.layout, seen + 1, scaling=scaling, places=places)
+        return out if self.transform is None else self.transform.outputs(out)
 
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index` int64 [new batch]: for beam search, repeats and selections."""

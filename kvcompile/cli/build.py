@@ -13,7 +13,7 @@ from kvcompile.allocators import ALLOCATORS, FILE
 from kvcompile.artifacts import Artifact, TargetError, fetch
 from kvcompile.cli import output, progress, tables
 from kvcompile.kernels.codecs import names
-from kvcompile.problem import KV_DTYPES, Options, check_out
+from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
 from kvcompile.problem.memory import parse_memory
 from kvcompile.report.summary import summary
 from kvcompile.stages import PROFILE_TOKENS
@@ -43,6 +43,12 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 )  # fmt: skip
 @click.option("--context", type=click.IntRange(1), help="Tokens in a sequence.  [default: the model's]")
 @click.option("--batch", type=click.IntRange(1), help="Sequences at once.  [default: 1]")
+@click.option(
+    "--sequences", type=click.IntRange(1), metavar="N",
+    help="In place of --batch, for a serving engine: --mem is all the memory that it has for its cache, in which N "
+    "sequences of --context tokens are to run at once; the target is one sequence's part of it. With --tp, SIZE is "
+    "that of all ranks together, and what the fullest has above the mean (a percent or two) comes on top.",
+)  # fmt: skip
 @click.option(
     "--allocator", type=AllocatorName(list(ALLOCATORS)), default="optimal", show_default=True,
     help="How budgets are chosen; or file:PATH, another system's plan or importance scores (see `kvcompile export`).",
@@ -78,9 +84,10 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
-    model: str | None, old: str | None, mem: str, context: int | None, batch: int | None, allocator: str,
-    policy: str | None, kv_dtype: str, classes_per_layer: int | None, tp: int | None, refine: int, calib: str | None,
-    profile_tokens: int | None, seed: int, out: str | None, as_json: bool,
+    model: str | None, old: str | None, mem: str, context: int | None, batch: int | None,
+    sequences: int | None, allocator: str, policy: str | None, kv_dtype: str, classes_per_layer: int | None,
+    tp: int | None, refine: int, calib: str | None, profile_tokens: int | None, seed: int, out: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Profile a model, solve for per-head budgets under a memory target, and write an artifact.
 
@@ -103,7 +110,8 @@ def command(
     wanted = outputs(mem, path)
     for file in wanted.values():
         check_out(file)
-    options = Options(context, batch, allocator, policy, kv_dtype, classes_per_layer, tp)
+    options = Options(context, batch, allocator, policy, kv_dtype, classes_per_layer, tp, sequences)
+    check_sequences(options, wanted)
     start = time.perf_counter()
     if old is not None:
         artifact = fetch(old)
@@ -120,7 +128,7 @@ def command(
         output.print_json(reports[0] if len(reports) == 1 else reports)
         return
     for file, one in zip(wanted.values(), built, strict=True):
-        _print(one, file)
+        _print(one, file, sequences)
     click.echo(f"  time      {seconds:.1f} s")
 
 
@@ -156,10 +164,11 @@ def _from_model(
             )  # fmt: skip
 
 
-def _print(artifact: Artifact, path: Path) -> None:
+def _print(artifact: Artifact, path: Path, sequences: int | None) -> None:
     account, solver = artifact.bytes, artifact.solver
     click.echo(f"{path}: {artifact.model.name} at {artifact.target.context} tokens, batch {artifact.target.batch}")
-    click.echo(f"  target    {output.human(artifact.target.bytes)}")
+    share = "" if sequences is None else f" for each of {sequences} sequences at once"
+    click.echo(f"  target    {output.human(artifact.target.bytes)}{share}")
     click.echo(f"  resident  {output.human(account.resident)}, {account.resident / account.full:.1%} of the full cache")
     click.echo(f"  prefill   {tables.prefill(artifact)}")
     click.echo(f"  weights   {output.human(account.scorer)} of scorer and quantiser, loaded once")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from kvcompile.allocators import check_policy, least_bytes
@@ -10,6 +11,7 @@ from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, 
 from kvcompile.kernels.codecs import codec_of, names
 from kvcompile.problem.memory import Memory, parse_memory
 from kvcompile.problem.options import KV_DTYPES, Options
+from kvcompile.problem.pages import page_target
 from kvcompile.problem.posing import may_quantise, pose_with, resolve_policy, unmeasured
 from kvcompile.stages import Parts
 
@@ -63,6 +65,9 @@ def check(
     assert options.context is not None
     assert options.batch is not None
     target = resolve_target(identity, memory, options.context, options.batch, options.kv_dtype, own)
+    if options.sequences is not None:
+        memory = page_target(memory, options.sequences, identity, target.dtype, options.ranks or 1)
+        target = replace(target, bytes=memory.bytes(full=0))
     if options.ranks is not None and (options.ranks < 1 or identity.num_kv_heads % options.ranks):
         heads = identity.num_kv_heads
         raise TargetError(f"{heads} KV heads do not divide among {options.ranks} ranks: expected a divisor with --tp")

@@ -88,6 +88,17 @@ def test_several_targets_write_a_file_each(kvcompile, artifact, tmp_path) -> Non
     assert reports[1]["target_bytes"] == 4000
 
 
+def test_build_for_the_sequences_of_an_engine(kvcompile, artifact, model_folder, tmp_path) -> None:
+    options = ("--mem", "60kB", "--sequences", 4, "--context", 192)
+    for source in (("--from", artifact), ("--model", model_folder)):
+        status, out, _ = kvcompile("build", *source, *options, "-o", tmp_path / "b.kvb")
+        assert status == 0
+        assert "for each of 4 sequences at once" in out
+        target = read(tmp_path / "b.kvb").target
+        assert (target.batch, target.context) == (1, 192)
+        assert 60_000 // 5 - 1500 < target.bytes < 60_000 // 5
+
+
 def test_solving_anew_takes_seconds_and_no_torch(artifact, tmp_path) -> None:
     code = (
         "import sys; from kvcompile import cli; sys.argv = sys.argv[1:]\n"
@@ -205,6 +216,10 @@ BUILD = ("build", "--context", "192", "-o", "{out}")
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--allocator", "duo", "--policy", "h2o"), "duo"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--kv-dtype", "int3"), "int3"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--batch", "0"), "--batch"),
+        ((*BUILD, "--mem", "8GB", "--model", "{model}", "--batch", "2", "--sequences", "2"), "give one of them"),
+        ((*BUILD, "--mem", "25%", "--model", "{model}", "--sequences", "2"), "expected bytes such as 8GB"),
+        ((*BUILD, "--mem", "8GB,25%", "--from", "{artifact}", "--sequences", "2"), "expected bytes such as 8GB"),
+        ((*BUILD, "--mem", "4kB", "--from", "{artifact}", "--sequences", "2"), "for 2 sequences at once"),
         ((*BUILD, "--mem", "25%,25%", "--model", "{model}"), "twice"),
         ((*BUILD, "--mem", "25%,8XB", "--model", "{model}"), "8XB"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--tp", "5"), "divide"),

@@ -1,0 +1,60 @@
+"""What cannot be served, each in one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvcompile.artifacts import POLICIES, Artifact, CacheError
+from kvcompile.runtime.policies import POLICIES as TOKEN_POLICIES
+
+
+def refuse_settings(vllm_config: Any) -> None:
+    """Raises CacheError: settings of vLLM that a compiled cache cannot work with."""
+    parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
+    if vllm_config.speculative_config is not None:
+        raise CacheError(
+            "speculative decoding cannot work with a compiled cache, where the slot of a rejected token has been "
+            "overwritten: leave --speculative-config out"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise CacheError(
+            "pipeline parallelism would need pages of another size on every stage: use --tensor-parallel-size"
+        )
+    if (
+        getattr(parallel, "decode_context_parallel_size", 1) > 1
+        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
+    ):
+        raise CacheError("context parallelism cuts sequences into parts, and a compiled cache has one page for each")
+    if vllm_config.lora_config is not None:
+        raise CacheError(
+            "LoRA changes keys and values that the artifact was compiled for: merge the adapter into the model, and "
+            "build an artifact for that"
+        )
+    if vllm_config.cache_config.cache_dtype != "auto":
+        raise CacheError(
+            f"the artifact says how keys and values are stored: leave --kv-cache-dtype "
+            f"{vllm_config.cache_config.cache_dtype} out, or build an artifact with --kv-dtype"
+        )
+    most, budget = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
+    if not scheduler.enable_chunked_prefill and budget < most:
+        raise CacheError(
+            f"without chunked prefill a prompt is read in one step, and a step has {budget} tokens: give "
+            f"--max-num-batched-tokens {most} or more"
+        )
+
+
+def refuse_artifact(artifact: Artifact, most_tokens: int) -> None:
+    """Raises CacheError: an artifact that cannot serve sequences of `most_tokens` tokens, or not in vLLM."""
+    for code in sorted({int(code) for code in artifact.budgets.policy.flat}):
+        policy = TOKEN_POLICIES.get(POLICIES[code]) if code < len(POLICIES) else None
+        if policy is None or policy.observes:
+            name = POLICIES[code] if code < len(POLICIES) else f"number {code}"
+            raise CacheError(
+                f"the token policy {name} cannot be served: expected an artifact whose heads are full, recent, snapkv "
+                "or scored"
+            )
+    if most_tokens > artifact.target.context:
+        raise CacheError(
+            f"the artifact is for sequences of {artifact.target.context} tokens: give --max-model-len "
+            f"{artifact.target.context} or less, not {most_tokens}"
+        )
