@@ -92,11 +92,11 @@ def _attention(model: ModelIdentity, batch: int, tokens: int, queries: int) -> i
 
 
 def _cut(plan: Artifact, batch: int, tokens: int, policies: Collection[str]) -> int:
-    """Scores of every token by head, sorted; a sequence's kept keys or values on their way to codes."""
+    """Scores of every token by head, sorted; kept keys or values on their way to codes."""
     model, budgets = plan.model, plan.budgets
     scores = 0 if policies <= {"full", "recent"} else 32 * batch * tokens * model.num_kv_heads
     if "snapkv" in policies:
         scores += _attention(model, batch, tokens, 32)
     codes = [is_quantised(int(bits)) for bits in (*budgets.k_bits.ravel(), *budgets.v_bits.ravel())]
     most = int(budgets.capacity.clip(max=tokens).sum(axis=1).max())
-    return scores + (16 if any(codes) else 4) * most * model.head_dim
+    return scores + (16 if any(codes) else 4) * batch * most * model.head_dim

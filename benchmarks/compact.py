@@ -1,14 +1,15 @@
-"""`compact` of one layer: a prompt is cut to a quarter of its bytes; rows that are kept are read and written once.
+"""`compact` of one layer: prompts are cut to a quarter of its bytes; rows that are kept are read and written once.
 
 python benchmarks/compact.py [--context 32768]
 """
 
 from __future__ import annotations
 
+import torch
 from layer import Layer, layer, options, report
 
 from kvcompile.kernels import compact
-from kvcompile.runtime.store import kept_tokens
+from kvcompile.runtime.cut import kept_columns
 from kvcompile.runtime.transforms import layer_transform
 
 
@@ -20,14 +21,14 @@ def main() -> None:
 
     def call(one: Layer):
         heads, dim = one.layout.num_kv_heads, one.keys.head_dim
-        prompt = one.random(heads, one.context, dim), one.random(heads, one.context, dim)
-        scores = one.random(heads, one.context).float()
-        tokens = [kept_tokens(c, one.context, scores[c.heads], one.device) for c in one.layout.classes]
+        prompt = [one.random(one.batch, heads, one.context, dim) for _ in range(2)]
+        scores, pad = one.random(one.batch, heads, one.context).float(), torch.zeros_like(one.seen, dtype=torch.int64)
+        tokens = [kept_columns(c, one.context, pad, scores[:, c.heads]) for c in one.layout.classes]
         order = one.plan.budgets.head_order[0].tolist()
         transform = layer_transform(one.plan.quantiser, 0, order, one.layout, one.device)
         read = sum(t.numel() for t in tokens) * 2 * dim * prompt[0].element_size()
-        moved = read + one.stored_bytes / one.batch
-        return lambda: compact(one.keys, one.values, one.layout, 0, *prompt, tokens, transform), moved
+        moved = read + one.stored_bytes
+        return lambda: compact(one.keys, one.values, one.layout, *prompt, tokens, one.seen, transform), moved
 
     made = {name: call(one) for name, one in subjects.items()}
     report("compact", args, {n: c for n, (c, _) in made.items()}, {n: moved for n, (_, moved) in made.items()},

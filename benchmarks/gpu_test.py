@@ -28,7 +28,7 @@ from supervise import begin, finish
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [
-    ("kernels against their references", ["tests/kernels/test_triton.py"]),
+    ("kernels against their references", ["tests/kernels/test_triton*.py"]),
     ("decode loop", ["tests/runtime/test_decode.py", "tests/runtime/test_cuda*.py"]),
     ("other tests of the kernels", ["tests/kernels"]),
 ]

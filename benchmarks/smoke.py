@@ -104,17 +104,16 @@ def appending(device: torch.device) -> str:
 
 
 def compacting(device: torch.device) -> str:
-    """A prompt of 300 tokens, cut: rows as the reference writes them."""
+    """Two prompts of 300 tokens, cut in one call: rows as the reference writes them."""
     torch.manual_seed(0)
     of, dtype = layout("mixed"), torch.float16
     ours = sides(of, dtype, device)
     theirs = [on_cpu(side) for side in ours]
-    prompt = [torch.randn(4, 300, DIM, device=device).to(dtype) for _ in range(2)]
-    tokens = [
-        torch.stack([torch.randperm(300)[: c.capacity].sort().values for _ in range(c.count)]) for c in of.classes
-    ]
-    compact(*ours, of, 1, *prompt, [t.to(device) for t in tokens])
-    compact_reference.compact(*theirs, of, 1, *(side.cpu() for side in prompt), tokens, None)
+    prompt = [torch.randn(2, 4, 300, DIM, device=device).to(dtype) for _ in range(2)]
+    tokens = [torch.rand(2, c.count, 300).argsort(2)[:, :, : c.capacity].sort().values for c in of.classes]
+    seen = torch.tensor([300, 300], dtype=torch.int32)
+    compact(*ours, of, *prompt, [t.to(device) for t in tokens], seen.to(device))
+    compact_reference.compact(*theirs, of, *(side.cpu() for side in prompt), tokens, seen, None)
     return same_store(ours, theirs, 0.02)
 
 

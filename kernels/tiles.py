@@ -1,4 +1,4 @@
-"""Loads and products of tiles that the Triton kernels share."""
+"""Loads, products and addresses that the Triton kernels share."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def transformed(prompt, token, valid, matrix, mean, first, STEP: tl.constexpr, C
         return total
     mask = valid[:, None] & (e < COUNT)[None, :]
     return tl.load(prompt + token[:, None] * D + (first + e * STEP)[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def of_sequence(b, exact, codes8, scales8, codes4, scales4, anchors, rows, rows8, rows8s, rows4, rows4s, anchored,
+                D: tl.constexpr, G: tl.constexpr):  # fmt: skip
+    """Where the buffers of one side begin for sequence b of the store."""
+    return (
+        exact + b * rows * D, codes8 + b * rows8 * D, scales8 + b * rows8s * G, codes4 + b * rows4 * (D // 2),
+        scales4 + b * rows4s * G, anchors + b * anchored * D,
+    )  # fmt: skip

@@ -2,9 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-from kvcompile.kernels import HeadClass
+from kvcompile.kernels import HeadClass, LayerLayout
+from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.policies import POLICIES
+
+
+def kept_of(prompt: LayerPrompt, layout: LayerLayout, state: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The columns of prompts that a layer's heads keep, class by class as in `kept_columns`; what their policies
+    remember of them goes into `state`."""
+    pad, chosen = prompt.columns - prompt.lengths.long(), []
+    for cls, own in zip(layout.classes, state, strict=True):
+        view, score = prompt.of(cls), None
+        if own or prompt.columns > cls.capacity:
+            score = POLICIES[cls.policy].score(view)
+        column = kept_columns(cls, prompt.columns, pad, score)
+        if own and score is not None:
+            token = column - pad[:, None, None]
+            slot = torch.arange(column.shape[2], device=pad.device)
+            empty = (slot >= prompt.lengths[:, None])[:, None]
+            worth = score.gather(2, column).masked_fill(empty, 0)
+            POLICIES[cls.policy].remember(own, token.masked_fill(empty, 0), worth)
+        chosen.append(column)
+    return chosen
 
 
 def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: torch.device) -> torch.Tensor:

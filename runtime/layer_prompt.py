@@ -81,6 +81,12 @@ class LayerPrompt:
         return found
 
     @property
+    def lengths(self) -> torch.Tensor:
+        """Tokens of every sequence, int32 [B] where its keys are."""
+        whole = torch.full((len(self.keys),), self.columns, dtype=torch.int32, device=self.keys.device)
+        return whole if self.pad is None else whole - self.pad.int()
+
+    @property
     def score(self) -> torch.Tensor | None:
         """What the compiled scorer has said so far, f32 [B, filled, num_kv_heads]."""
         return torch.cat(self._scores, 1) if self._scores else None

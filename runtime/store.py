@@ -9,7 +9,7 @@ import torch
 
 from kvcompile.kernels import Buffers, HeadClass, LayerLayout, Transform, append, compact, ragged_decode
 from kvcompile.kernels.buffers import Make
-from kvcompile.runtime.cut import kept_columns
+from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt, left_padded
 from kvcompile.runtime.policies import POLICIES
@@ -94,26 +94,12 @@ class LayerStore:
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
         """Keep of prompts that have been read what the policies choose."""
-        device, columns = prompt.keys.device, prompt.columns
-        pad = torch.zeros(self.batch, dtype=torch.int64, device=device) if prompt.pad is None else prompt.pad
-        first = [0] * self.batch if prompt.pad is None else pad.tolist()
-        chosen = []
-        for cls, state in zip(self.layout.classes, self.state, strict=True):
-            view, score = prompt.of(cls), None
-            if state or columns > cls.capacity:
-                score = POLICIES[cls.policy].score(view)
-            column = kept_columns(cls, columns, pad, score)
-            if state and score is not None:
-                token = column - pad[:, None, None]
-                slot = torch.arange(column.shape[2], device=device)
-                empty = (slot >= columns - pad[:, None])[:, None]
-                worth = score.gather(2, column).masked_fill(empty, 0)
-                POLICIES[cls.policy].remember(state, token.masked_fill(empty, 0), worth)
-            chosen.append(column)
-        self.seen, self._stale = [columns - n for n in first], True
-        for b, n in enumerate(self.seen):
-            kept = [column[b, :, : min(n, column.shape[2])] for column in chosen]
-            compact(self.keys, self.values, self.layout, b, prompt.keys[b], prompt.values[b], kept, self.transform)
+        kept = kept_of(prompt, self.layout, self.state)
+        lengths = prompt.lengths
+        compact(self.keys, self.values, self.layout, prompt.keys, prompt.values, kept, lengths, self.transform)
+        # Without padding the host need not wait for the device.
+        self.seen = [prompt.columns] * self.batch if prompt.pad is None else lengths.tolist()
+        self._stale = True
 
     @torch.no_grad()
     def step(

@@ -16,6 +16,7 @@ from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
 from kvcompile.kernels.layout import HeadRow, LayerLayout
+from kvcompile.kernels.tiles import of_sequence
 
 ROW = tl.constexpr(len(HeadRow._fields))
 CAPACITY, SINK, RECENT, KIND, SCORE, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
@@ -82,16 +83,6 @@ def worst_score(held, start, stop, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _of_sequence(b, exact, codes8, scales8, codes4, scales4, anchors, rows, rows8, rows8s, rows4, rows4s, anchored,
-                 D: tl.constexpr, G: tl.constexpr):  # fmt: skip
-    """Where the buffers of one side begin for sequence b of the store."""
-    return (
-        exact + b * rows * D, codes8 + b * rows8 * D, scales8 + b * rows8s * G, codes4 + b * rows4 * (D // 2),
-        scales4 + b * rows4s * G, anchors + b * anchored * D,
-    )  # fmt: skip
-
-
-@triton.jit
 def store_token(
     b, h, heads, seen_by, places, new_key, new_value, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
@@ -110,11 +101,11 @@ def store_token(
     slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
     k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
     v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = _of_sequence(
+    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = of_sequence(
         b, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
         k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored, D, G,
     )  # fmt: skip
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = _of_sequence(
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = of_sequence(
         b, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
         v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, D, G,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`compact` on a GPU: one pass over a prompt's keys and values, transformed and quantised on the way."""
+"""`compact` on a GPU: one pass over the kept keys and values of all prompts, transformed and quantised on the way."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, head_table, tensors
+from kvcompile.kernels.arguments import groups, head_table, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import fill4
 from kvcompile.kernels.codecs.int8.triton import INT8, fill8
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import HeadRow, LayerLayout
+from kvcompile.kernels.tiles import of_sequence
 from kvcompile.kernels.transform import Transform
 
 ROW = tl.constexpr(len(HeadRow._fields))
@@ -47,60 +48,84 @@ def _fill(prompt, matrix, mean, exact, codes8, scales8, codes4, scales4, anchor,
 
 @triton.jit
 def _compact(
-    heads, tokens, keys, values, k_matrix, k_mean, v_matrix, v_mean,
+    heads, tokens, seen_by, keys, values, k_matrix, k_mean, v_matrix, v_mean,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors, count,
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
+    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored,
+    slots, count, k_sequence, k_head, k_token, v_sequence, v_head, v_token,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr,
     TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of slots, head) of one sequence, whose buffers these are; its prompt has `count` tokens."""
+    """Program (block of slots, head, sequence). A sequence has `slots` slots in `tokens`, and its prompt `count`
+    columns; `k_sequence`, `k_head` and `k_token` are rows from one sequence, head and token to the next."""
     h = tl.program_id(1).to(tl.int64)
+    b = tl.program_id(2).to(tl.int64)
     row = heads + h * ROW
-    kept = tl.minimum(tl.load(row + CAPACITY), count)
+    kept = tl.minimum(tl.minimum(tl.load(row + CAPACITY), count), tl.load(seen_by + b))
     slot = tl.program_id(0) * N + tl.arange(0, N)
     if tl.program_id(0) * N >= kept:
         return
     valid = slot < kept
-    token = tl.load(tokens + tl.load(row + SLOT) + slot, mask=valid, other=0).to(tl.int64)
-    k_row, v_row = tl.load(row + K_ROW).to(tl.int64), tl.load(row + V_ROW).to(tl.int64)
-    k_anchor, v_anchor = tl.load(row + K_ANCHOR), tl.load(row + V_ANCHOR)
-    _fill(keys + h * count * D, k_matrix + h * D * D, k_mean + h * D, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
-          k_anchors + k_anchor * D, tl.load(row + K_CODEC), k_row, k_anchor >= 0, token, slot, valid,
-          D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
-    _fill(values + h * count * D, v_matrix + h * D * D, v_mean + h * D, v_exact, v_codes8, v_scales8, v_codes4,
-          v_scales4, v_anchors + v_anchor * D, tl.load(row + V_CODEC), v_row, v_anchor >= 0, token, slot,
-          valid, D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
+    token = tl.load(tokens + b * slots + tl.load(row + SLOT) + slot, mask=valid, other=0).to(tl.int64)
+    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = of_sequence(
+        b, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
+        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored, D, G,
+    )  # fmt: skip
+    k_row, k_anchor = tl.load(row + K_ROW).to(tl.int64), tl.load(row + K_ANCHOR)
+    _fill(keys + (b * k_sequence + h * k_head) * D, k_matrix + h * D * D, k_mean + h * D, k_exact, k_codes8, k_scales8,
+          k_codes4, k_scales4, k_anchors + k_anchor * D, tl.load(row + K_CODEC), k_row, k_anchor >= 0, token * k_token,
+          slot, valid, D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
+    # Where values go is worked out here, and not before: registers are scarce in what fills keys.
+    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = of_sequence(
+        b, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
+        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, D, G,
+    )  # fmt: skip
+    v_row, v_anchor = tl.load(row + V_ROW).to(tl.int64), tl.load(row + V_ANCHOR)
+    _fill(values + (b * v_sequence + h * v_head) * D, v_matrix + h * D * D, v_mean + h * D, v_exact, v_codes8,
+          v_scales8, v_codes4, v_scales4, v_anchors + v_anchor * D, tl.load(row + V_CODEC), v_row, v_anchor >= 0,
+          token * v_token, slot, valid, D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
 
 
 def compact(
     keys: Buffers,
     values: Buffers,
     layout: LayerLayout,
-    sequence: int,
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
     tokens: Sequence[torch.Tensor],
+    seen: Sequence[int] | torch.Tensor,
     transform: Transform | None,
 ) -> None:
-    """See `api.compact`."""
-    heads, count, head_dim = new_keys.shape
+    """See `api.compact`. `seen` is best an int32 tensor on the device: a list has to be copied there."""
+    batch, heads, count, head_dim = new_keys.shape
     device = new_keys.device
     # Every slot of the layer in one list; those of a short prompt that stay empty are not read.
-    places = torch.zeros(layout.slots, dtype=torch.int32, device=device)
+    places = torch.zeros(batch, layout.slots, dtype=torch.int32, device=device)
     for cls, token in zip(layout.classes, tokens, strict=True):
-        first = layout.rows[cls.start].slot
-        places[first : first + cls.slots].view(cls.count, cls.capacity)[:, : token.shape[1]] = token
+        own = places.narrow(1, layout.rows[cls.start].slot, cls.slots).unflatten(1, (cls.count, cls.capacity))
+        own[:, :, : token.shape[2]] = token
+    if not isinstance(seen, torch.Tensor):
+        seen = torch.tensor(seen, dtype=torch.int32, device=device)
+    new_keys, new_values = (new if _in_rows(new) else new.contiguous() for new in (new_keys, new_values))
     matrices = (new_keys,) * 4  # never read
     if transform is not None:
         matrices = (transform.key, transform.key_mean, transform.value, transform.value_mean)
     parts = groups(head_dim)
     most = min(max(cls.capacity for cls in layout.classes), count)
     with on_device(device):
-        _compact[(triton.cdiv(most, BLOCK), heads)](
-            head_table(layout, device), places, new_keys.contiguous(), new_values.contiguous(), *matrices,
-            *(t[sequence] for side in (keys, values) for t in tensors(side)), count,
+        _compact[(triton.cdiv(most, BLOCK), heads, batch)](
+            head_table(layout, device), places, seen, new_keys, new_values, *matrices, *tensors(keys), *tensors(values),
+            *rows(keys), *rows(values), layout.slots, count,
+            *(step // head_dim for new in (new_keys, new_values) for step in new.stride()[:3]),
             D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
             P8=max(16, triton.next_power_of_2(head_dim // parts)),
             P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=BLOCK,
             TRANSFORMED=transform is not None, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
+
+
+def _in_rows(new: torch.Tensor) -> bool:
+    """Whether a prompt's vectors [B, H, n, D] lie in memory as rows of D numbers, in any order: then they are read
+    where they are, without a copy of the whole prompt."""
+    return new.stride(3) == 1 and all(step % new.shape[3] == 0 for step in new.stride()[:3])

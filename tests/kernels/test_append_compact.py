@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, compact
+from kvcompile.kernels import Buffers, HeadClass, HeadSpec, LayerLayout, Transform, append, compact
 from kvcompile.kernels.append import dense as append_dense
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.compact import reference as compact_reference
@@ -140,45 +140,65 @@ def transform_of(layout: LayerLayout, head_dim: int, generator: torch.Generator)
     heads=st.lists(specs(), min_size=1, max_size=4),
     head_dim=st.sampled_from([2, 16, 96]),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    count=st.integers(1, 20),
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
     transformed=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_compact(
-    heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, count: int, transformed: bool, seed: int
+    heads: list[HeadSpec], head_dim: int, dtype: torch.dtype, lengths: list[int], transformed: bool, seed: int
 ) -> None:
+    """Prompts of all lengths side by side, padded on the left."""
     generator = torch.Generator().manual_seed(seed)
-    layout = LayerLayout.from_heads(heads)
+    layout, batch, columns = LayerLayout.from_heads(heads), len(lengths), max(1, *lengths)
     transform = transform_of(layout, head_dim, generator) if transformed else None
-    ours = sides(layout, head_dim, dtype, 2)
+    ours = sides(layout, head_dim, dtype, batch)
     theirs = copy.deepcopy(ours)
-    k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
-    tokens = [
-        torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
-        for c in layout.classes
-    ]
-    compact(*ours, layout, 1, k, v, tokens, transform)
-    compact_reference.compact(*theirs, layout, 1, k, v, tokens, transform)
+    shape = (batch, layout.num_kv_heads, columns, head_dim)
+    k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    tokens = chosen(layout, lengths, columns, generator)
+    compact(*ours, layout, k, v, tokens, lengths, transform)
+    compact_reference.compact(*theirs, layout, k, v, tokens, torch.tensor(lengths), transform)
     for one, two in zip(ours, theirs, strict=True):
         for cls in layout.classes:
-            # A product of matrices may round to the other side of a code's edge: then the code differs by one.
-            for a, b in zip(one.views(cls), two.views(cls), strict=True):
-                if a.dtype == torch.uint8:
-                    bits = one.places[cls.start].codec
-                    low = torch.tensor(15, dtype=torch.uint8) if bits == 4 else torch.tensor(255, dtype=torch.uint8)
-                    parts = [(a & low, b & low), (a >> 4, b >> 4)] if bits == 4 else [(a, b)]
-                    assert all((x.int() - y.int()).abs().max() <= 1 for x, y in parts)
-                    assert (a != b).float().mean() < 0.05
-                else:
-                    torch.testing.assert_close(a, b, atol=0, rtol=2e-3 if a.dtype == torch.float16 else 0)
-            if one.anchor(cls) is not None:
-                torch.testing.assert_close(one.anchor(cls), two.anchor(cls), atol=1e-5, rtol=1e-2)
+            for b, n in enumerate(lengths):
+                check_slots(one, two, cls, b, min(n, cls.capacity))
+
+
+def chosen(layout: LayerLayout, lengths: list[int], columns: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """Columns that every head keeps, of a sequence's own ones first."""
+    found = []
+    for cls in layout.classes:
+        own = torch.arange(columns) >= columns - torch.tensor(lengths)[:, None, None]
+        drawn = torch.rand(len(lengths), cls.count, columns, generator=generator) + own
+        found.append(drawn.argsort(2, descending=True)[:, :, : cls.capacity])
+    return found
+
+
+def check_slots(one: Buffers, two: Buffers, cls: HeadClass, b: int, filled: int) -> None:
+    """A product of matrices may round to the other side of a code's edge: then the code differs by one."""
+    if not filled:
+        return
+    for a, c in zip(one.views(cls), two.views(cls), strict=True):
+        a, c = a[b, :, :filled], c[b, :, :filled]
+        if a.dtype == torch.uint8:
+            bits = one.places[cls.start].codec
+            low = torch.tensor(15, dtype=torch.uint8) if bits == 4 else torch.tensor(255, dtype=torch.uint8)
+            parts = [(a & low, c & low), (a >> 4, c >> 4)] if bits == 4 else [(a, c)]
+            assert all((x.int() - y.int()).abs().max() <= 1 for x, y in parts)
+            assert (a != c).float().mean() < 0.05
+        else:
+            torch.testing.assert_close(a, c, atol=0, rtol=2e-3 if a.dtype == torch.float16 else 0)
+    anchors = one.anchor(cls), two.anchor(cls)
+    if anchors[0] is not None and anchors[1] is not None:
+        torch.testing.assert_close(anchors[0][b], anchors[1][b], atol=1e-5, rtol=1e-2)
 
 
 def test_compact_refuses_shapes_that_do_not_fit() -> None:
     layout = LayerLayout.from_heads([HeadSpec("recent", 3, 1, 2)] * 2)
-    stores, prompt = sides(layout, 8, torch.float32, 1), torch.zeros(2, 9, 8)
-    with pytest.raises(ValueError, match="do not fit a layer"):
-        compact(*stores, layout, 0, prompt[:1], prompt[:1], [torch.zeros(2, 3, dtype=torch.int64)])
-    with pytest.raises(ValueError, match="for 2 heads of 3 slots"):
-        compact(*stores, layout, 0, prompt, prompt, [torch.zeros(2, 4, dtype=torch.int64)])
+    stores, prompt = sides(layout, 8, torch.float32, 1), torch.zeros(1, 2, 9, 8)
+    with pytest.raises(ValueError, match="do not fit 1 sequences"):
+        compact(*stores, layout, prompt[:, :1], prompt[:, :1], [torch.zeros(1, 2, 3, dtype=torch.int64)], [9])
+    with pytest.raises(ValueError, match="2 lengths for 1 sequences"):
+        compact(*stores, layout, prompt, prompt, [torch.zeros(1, 2, 3, dtype=torch.int64)], [9, 9])
+    with pytest.raises(ValueError, match="for 1 x 2 heads of 3 slots"):
+        compact(*stores, layout, prompt, prompt, [torch.zeros(1, 2, 4, dtype=torch.int64)], [9])

@@ -2,65 +2,27 @@
 
 from __future__ import annotations
 
-import copy
-import random
-
 import pytest
 import torch
+from device_stores import DEVICE, QUANTISED, TOLERANCE, on_cpu, sides
 
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout
 from kvcompile.kernels.append import reference as append_reference
-from kvcompile.kernels.compact import reference as compact_reference
 from kvcompile.kernels.ragged_decode import reference as decode_reference
 from kvcompile.kernels.ragged_decode.work import span, work_list
 
 pytest.importorskip("triton")
 from kvcompile.kernels.append import triton as append_kernel
-from kvcompile.kernels.compact import triton as compact_kernel
 from kvcompile.kernels.ragged_decode import triton as decode_kernel
 from kvcompile.kernels.ragged_decode.tuning import Tuning
 
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-# The interpreter's products of bfloat16 are wrong.
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3} | ({torch.bfloat16: 2e-2} if GPU else {})
 ONE = LayerLayout.from_heads([HeadSpec("recent", 1, 0, 1)])
 RAGGED = LayerLayout.from_heads(
     [HeadSpec("full", 130, 4, 27), HeadSpec("recent", 5, 4, 1), HeadSpec("snapkv", 71, 4, 6)]
 )
-QUANTISED = LayerLayout.from_heads(
-    [
-        HeadSpec("full", 131, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 0, 8, 16, 8),
-        HeadSpec("scored", 40, 1, 8, 8, 8), HeadSpec("scored", 67, 2, 8, 4, 16),
-    ]
-)  # fmt: skip
 WINDOW = LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7)
 LAYOUTS = {"one": ONE, "ragged": RAGGED, "quantised": QUANTISED, "window": WINDOW}
 LENGTHS = [[400], [2], [150, 3, 61]]
-
-
-def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, seed: int = 0) -> list[Buffers]:
-    """Keys and values, full of random vectors."""
-    generator = torch.Generator().manual_seed(seed)
-    stores = []
-    for name in ("k_bits", "v_bits"):
-        stored = Buffers(layout, [getattr(c, name) for c in layout.classes], head_dim, dtype, DEVICE, batch)
-        for cls in layout.classes:
-            slot = torch.arange(cls.capacity).expand(batch, cls.count, -1).to(DEVICE)
-            new = torch.randn(batch, cls.count, cls.capacity, head_dim, generator=generator).to(DEVICE, dtype)
-            stored.write(cls, new, slot, slot[:, :, :0], slot[:, :, :0])
-            stored.write_anchor(cls, new, slot)
-        stores.append(stored)
-    return stores
-
-
-def on_cpu(stored: Buffers) -> Buffers:
-    """A copy for the reference."""
-    copied = copy.deepcopy(stored)
-    copied.exact, copied.anchors = copied.exact.cpu(), copied.anchors.cpu()
-    copied.codes = {id: t.cpu() for id, t in copied.codes.items()}
-    copied.scales = {id: t.cpu() for id, t in copied.scales.items()}
-    return copied
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -196,54 +158,3 @@ def test_items_have_nearly_equal_bytes() -> None:
         start, stop = span(part, work.heads[h][1], layout.rows[h].capacity, 64)
         sizes.append((stop - start) * (layout.rows[h].k_codec or 16))  # int8 is 8, int4 is 4
     assert max(sizes) < 1.15 * sum(sizes) / len(sizes)
-
-
-@pytest.mark.parametrize("trial", range(16))
-def test_append_and_compact(trial: int) -> None:
-    rng, generator = random.Random(trial), torch.Generator().manual_seed(trial)
-    heads = []
-    for _ in range(rng.randint(1, 4)):
-        capacity = rng.randint(1, 12)
-        sink = rng.randint(0, min(4, capacity - 1))
-        policy = rng.choice(["full", "recent", "snapkv", "scored", "scored", "h2o"])
-        bits = rng.choice([4, 8, 16]), rng.choice([4, 8, 16])
-        heads.append(HeadSpec(policy, capacity, sink, rng.randint(1, capacity - sink), *bits))
-    layout = LayerLayout.from_heads(heads)
-    head_dim, dtype = rng.choice([16, 64, 96, 128]), rng.choice(list(TOLERANCE))
-    lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 3))]
-    ours = sides(layout, head_dim, dtype, len(lengths))
-    scores = torch.randint(-3, 3, (len(lengths), layout.scored_slots), generator=generator).half()  # with ties
-    theirs, other_scores, scores = [on_cpu(side) for side in ours], scores.clone(), scores.to(DEVICE)
-    for step in range(4):
-        seen = [n + step for n in lengths]
-        shape = (len(lengths), layout.num_kv_heads, head_dim)
-        k, v = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
-        score = torch.randint(-3, 3, shape[:2], generator=generator).float() if layout.scored_slots else None
-        on_device = None if score is None else score.to(DEVICE)
-        append_kernel.append(*ours, scores, layout, k.to(DEVICE), v.to(DEVICE), on_device, seen)
-        append_reference.append(*theirs, other_scores, layout, k, v, score, seen)
-    assert torch.equal(scores.cpu(), other_scores)
-    for one, two in zip(ours, theirs, strict=True):
-        assert all(torch.equal(a.cpu(), b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
-
-    count, parts = rng.randint(1, 20), []
-    for _ in range(2):
-        shape = (layout.num_kv_heads, head_dim, head_dim)
-        matrix = torch.eye(head_dim) + torch.randn(shape, generator=generator) * 0.1
-        mean = torch.randn(layout.num_kv_heads, head_dim, generator=generator)
-        parts += [matrix, torch.linalg.inv(matrix), mean]
-    transform = rng.choice([None, Transform(*parts)])
-    moved = None if transform is None else Transform(*(part.to(DEVICE) for part in parts))
-    k, v = (torch.randn(layout.num_kv_heads, count, head_dim, generator=generator).to(dtype) for _ in range(2))
-    tokens = [
-        torch.stack([torch.randperm(count, generator=generator)[: c.capacity] for _ in range(c.count)])
-        for c in layout.classes
-    ]
-    last = len(lengths) - 1
-    compact_kernel.compact(*ours, layout, last, k.to(DEVICE), v.to(DEVICE), [t.to(DEVICE) for t in tokens], moved)
-    compact_reference.compact(*theirs, layout, last, k, v, tokens, transform)
-    for one, two in zip(ours, theirs, strict=True):
-        # A product of matrices may round to the other side of a code's edge.
-        for a, b in zip(one.tensors(), two.tensors(), strict=True):
-            close = (a.cpu().float() - b.float()).abs() <= 1e-5 + 1e-2 * b.float().abs()
-            assert (a.cpu() == b if a.dtype == torch.uint8 else close).float().mean() > 0.98

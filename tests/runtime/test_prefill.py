@@ -30,7 +30,7 @@ def kept(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     compact = store.compact
 
     def watch(*args: Any) -> None:
-        found.extend(args[6])
+        found.extend(column[b, :, :n] for column in args[5] for b, n in enumerate(args[6].tolist()))
         compact(*args)
 
     monkeypatch.setattr(store, "compact", watch)
