@@ -52,6 +52,10 @@ class PageLayout:
         step = math.lcm(PAGE_ALIGN, *rows)
         return cls(tuple(layers), head_dim, dtype, tuple(offsets), end, -(-max(end, least) // step) * step)
 
+    def part(self, layer: int) -> slice:
+        """A layer's bytes of a page."""
+        return slice(self.offsets[layer], (*self.offsets, self.used)[layer + 1])
+
     def store(self, layer: int, pool: torch.Tensor, transform: Transform | None) -> LayerStore:
         """One layer of all pages: views of `pool`, int8 [pages, nbytes]."""
         carving = _Carving(pool, self.offsets[layer])

@@ -152,6 +152,6 @@ class Serving:
             bias = torch.tensor(scorer.bias[index][heads], dtype=torch.float32, device=device)
             scheduler = config.scheduler_config
             scores = Scores(weight, bias, max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs))
-            scores.listen(parent.qkv_proj)
+            scores.listen(parent.get_submodule("qkv_proj"))
         new.setup(served, index, first or new, transform, scores)
         return first or new

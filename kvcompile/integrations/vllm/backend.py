@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,17 +25,27 @@ from kvcompile.runtime.prompt_attention import prompt_attention
 
 
 @dataclass(frozen=True)
-class Metadata:
-    """`places` and `seen` int32 on the device: the pages of the sequences that take a step, and how many tokens they
-    hold before it. `rows` int64 are their rows of the batch (None: the first ones, in order)."""
+class Steps:
+    """Sequences that take a step. `places` and `seen` int32 on the device: their pages, and how many tokens they hold
+    before it; `rows` int64: their rows of the batch (None: the first ones, in order)."""
 
     places: torch.Tensor
     seen: torch.Tensor
-    rows: torch.Tensor | None
-    pieces: tuple[Piece, ...]
+    rows: torch.Tensor | None = None
 
 
-class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
+@dataclass
+class Metadata:
+    """What a batch is; found out by the first layer that asks, when kept states have been put into their pages."""
+
+    find: Callable[[], tuple[Steps, list[Piece]]]
+
+    @cached_property
+    def found(self) -> tuple[Steps, list[Piece]]:
+        return self.find()
+
+
+class Builder(AttentionMetadataBuilder[Metadata]):
     """A batch of steps alone needs nothing from the host; where prompts are read, their pieces are told there."""
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
@@ -59,20 +71,22 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
         places, seen = self._places[:count], self._seen[:count]
         # `is_prefilling` is on the host.
         if m.max_query_len == 1 and not (m.is_prefilling is not None and bool(m.is_prefilling[:count].any())):
-            return Metadata(places, seen, None, ())
+            return Metadata(lambda: (Steps(places, seen), []))
         lengths = (m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound)[:count].tolist()
         prompts = [0] * count if m.rswa_prefix_lens is None else m.rswa_prefix_lens[:count].tolist()
         starts = m.query_start_loc_cpu[: count + 1].tolist()
         blocks = m.block_table_tensor[:count, 0].tolist()
         if m.max_query_len == 1 and self._graphs:
             self._only_steps(lengths, prompts, blocks)
-            return Metadata(places, seen, None, ())
-        steps, pieces = split(starts, lengths, prompts, blocks, self._waiting)
-        if m.max_query_len == 1 and not pieces:
-            return Metadata(places, seen, None, ())
-        chosen = torch.tensor(steps, dtype=torch.int64, device=places.device)
-        rows = torch.tensor([starts[i] for i in steps], dtype=torch.int64, device=places.device)
-        return Metadata(places[chosen], seen[chosen], rows, tuple(pieces))
+            return Metadata(lambda: (Steps(places, seen), []))
+
+        def find() -> tuple[Steps, list[Piece]]:
+            steps, pieces = split(starts, lengths, prompts, blocks, self._waiting)
+            chosen = torch.tensor(steps, dtype=torch.int64, device=places.device)
+            rows = torch.tensor([starts[i] for i in steps], dtype=torch.int64, device=places.device)
+            return Steps(places[chosen], seen[chosen], rows), pieces
+
+        return Metadata(find)
 
     def _only_steps(self, lengths: list[int], prompts: list[int], blocks: list[int]) -> None:
         """vLLM replays a recorded step for any batch of single tokens, and one of them may be a prompt's, where a chunk
@@ -86,7 +100,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):  # type: ignore[misc]
                 self._waiting.begin(block, length)
 
 
-class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
+class Impl(AttentionImpl[Metadata]):
     """What vLLM calls; the work is the layer's."""
 
     def __init__(
@@ -122,24 +136,22 @@ class Impl(AttentionImpl[Metadata]):  # type: ignore[misc]
         """`query` [T, num_heads, D], `key` and `value` [T, num_kv_heads, D]; fills `output` [T, num_heads, D]."""
         m, score = attn_metadata, None if layer.scores is None else layer.scores.out
         if m is None or layer.store is None:  # vLLM measures what the longest prompts take
-            rows = (t.transpose(0, 1)[None] for t in (query, key, value))
-            output.copy_(prompt_attention(*rows, None, 0, self.scale)[0].transpose(0, 1))
+            q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))
+            output.copy_(prompt_attention(q, k, v, None, 0, self.scale)[0].transpose(0, 1))
             return output
-        if m.rows is None:
-            now = slice(len(m.places))
-            scored = None if score is None else score[now]
-            output[now] = layer.steps(query[now], key[now], value[now], scored, m.places, m.seen)
-        elif len(m.rows):
-            scored = None if score is None else score[m.rows]
-            output[m.rows] = layer.steps(query[m.rows], key[m.rows], value[m.rows], scored, m.places, m.seen)
-        for piece in m.pieces:
+        steps, pieces = m.found
+        if len(steps.places):
+            rows = slice(len(steps.places)) if steps.rows is None else steps.rows
+            scored = None if score is None else score[rows]
+            output[rows] = layer.steps(query[rows], key[rows], value[rows], scored, steps.places, steps.seen)
+        for piece in pieces:
             now = slice(piece.start, piece.stop)
             scored = None if score is None else score[now]
             output[now] = layer.read(piece, query[now], key[now], value[now], scored)
         return output
 
 
-class Backend(AttentionBackend):  # type: ignore[misc]
+class Backend(AttentionBackend):
     """Any head size, in the model's own dtype; the artifact says how keys and values are stored."""
 
     supported_dtypes = (torch.float16, torch.bfloat16, torch.float32)

@@ -6,8 +6,9 @@ of it must not depend on that, so a prompt's exact keys and values wait (`Waitin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,28 @@ class Piece:
     first `prompt` rows are the prompt's, the others what was answered before vLLM preempted the request, read again.
 
     `slot`: where the prompt waits (-1: it is here as a whole); `first` and `last`: whether this is the beginning and
-    the end of what is read of it; `length`: prompt tokens to read in all, from the beginning or from a kept state on.
+    the end of what is read of it; `length`: prompt tokens to read in all, from the beginning or from a kept state on;
+    `keep`: where the state at its end is kept (-1: nowhere).
     """
 
     start: int
     stop: int
     block: int
     before: int
-    prompt: int
-    slot: int
-    first: bool
-    last: bool
-    length: int
+    prompt: int = 0
+    slot: int = -1
+    first: bool = False
+    last: bool = False
+    length: int = 0
+    keep: int = -1
+
+
+class Mark(NamedTuple):
+    """The state of a request after its first `tokens` tokens is a shared prefix: read to there, cut, and then read on.
+    `keep` is where it is kept (-1: not in this step)."""
+
+    tokens: int
+    keep: int
 
 
 @dataclass
@@ -43,10 +54,12 @@ class Held:
 
 @dataclass
 class Waiting:
-    """Which prompts wait, in `slots` places. `kept` are the blocks that begin with a kept state, and its tokens."""
+    """Which prompts wait, in `slots` places. `kept` are the blocks that begin with a kept state, and its tokens; `marks`
+    the blocks of the batch under way whose prompts have a shared prefix."""
 
     slots: int
     kept: dict[int, int] = field(default_factory=dict)
+    marks: Mapping[int, Mark] = field(default_factory=dict)
     _held: dict[int, Held] = field(default_factory=dict)
 
     def begin(self, block: int, tokens: int) -> None:
@@ -54,79 +67,87 @@ class Waiting:
         self.drop(block)
         self.kept[block] = tokens
 
-    def at(self, block: int) -> int | None:
-        """The slot of the prompt that this block's sequence is reading, if it waits."""
-        return next((slot for slot, held in self._held.items() if held.block == block), None)
+    def at(self, block: int) -> Held | None:
+        """The prompt that this block's sequence is reading, if it waits."""
+        return next((held for held in self._held.values() if held.block == block), None)
 
     def end(self, block: int, tokens: int) -> Held | None:
         """What waits of this block's prompt, if it is the first `tokens` of it, and waits no more."""
-        slot = self.at(block)
-        held = None if slot is None else self._held.pop(slot)
+        held = self.at(block)
+        self.drop(block)
         return held if held is not None and held.origin + held.filled == tokens else None
 
     def drop(self, block: int) -> None:
         """The sequence that had this block is gone, or its prompt has ended."""
-        if (slot := self.at(block)) is not None:
-            del self._held[slot]
+        if (held := self.at(block)) is not None:
+            del self._held[held.slot]
 
-    def take(self, block: int, origin: int, present: Sequence[int]) -> int:
-        """A slot for a prompt that begins. One whose sequence is not in the batch any more is free: vLLM schedules a
-        prompt that it has begun in every step, before others, until it is done, preempted or aborted."""
-        self.drop(block)
+    def take(self, block: int, origin: int, present: Sequence[int]) -> Held:
+        """A place for a prompt that begins. That of a sequence that is not in the batch any more is free: vLLM
+        schedules a prompt that it has begun in every step, before others, until it is done, preempted or aborted."""
         for slot, held in list(self._held.items()):
             if held.block not in present:
                 del self._held[slot]
-        slot = next((slot for slot in range(self.slots) if slot not in self._held), None)
-        if slot is None:
+        free = next((slot for slot in range(self.slots) if slot not in self._held), None)
+        if free is None:
             raise RuntimeError(
                 f'more than {self.slots} prompts are read in chunks at once: give "staged" in '
                 "--model-loader-extra-config a larger number"
             )
-        self._held[slot] = Held(slot, block, origin, 0)
-        return slot
+        self._held[free] = Held(free, block, origin, 0)
+        return self._held[free]
 
-    def piece(self, start: int, stop: int, block: int, before: int, prompt: int, present: Sequence[int]) -> Piece:
-        """The piece that rows [start, stop) are; `prompt`: tokens of the request's whole prompt."""
-        here = min(max(prompt - before, 0), stop - start)
-        slot = self.at(block)
-        if before == 0 or (slot is not None and before != self._held[slot].origin + self._held[slot].filled):
+    def piece(self, rows: tuple[int, int], block: int, before: int, end: int, keep: int, present: list[int]) -> Piece:
+        """The piece that these rows are, of a prompt (or a part of one) that ends after `end` tokens."""
+        (start, stop), held = rows, self.at(block)
+        here = min(end - before, stop - start)
+        if held is not None and (before == 0 or before != held.origin + held.filled):
             self.drop(block)
-            slot = None
-        last = before + here == prompt
-        if not here:  # nothing but what was answered before
-            return Piece(start, stop, block, before, 0, -1, False, False, 0)
-        first = slot is None
-        if slot is None:
-            if before and self.kept.get(block) != before:
-                raise RuntimeError(f"block {block} holds no state after {before} tokens")
-            self.kept.pop(block, None)
+            held = None
+        last, first = before + here == end, held is None
+        if held is None:
+            kept = self.kept.pop(block, None)
+            if before and kept != before:
+                raise RuntimeError(f"block {block} holds no state of {before} tokens")
             if last:
-                return Piece(start, stop, block, before, here, -1, True, True, here)
-            slot = self.take(block, before, present)
-        held = self._held[slot]
+                return Piece(start, stop, block, before, here, -1, True, True, here, keep)
+            held = self.take(block, before, present)
         held.filled += here
         if last:
-            del self._held[slot]
-        return Piece(start, stop, block, before, here, slot, first, last, prompt - held.origin)
+            self.drop(block)
+        return Piece(start, stop, block, before, here, held.slot, first, last, end - held.origin, keep)
 
 
 def split(
-    starts: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], blocks: Sequence[int], waiting: Waiting
+    starts: Sequence[int], lengths: Sequence[int], prompts: Sequence[int], blocks: list[int], waiting: Waiting
 ) -> tuple[list[int], list[Piece]]:
-    """The requests of a batch that take a step, and the pieces of the others.
+    """The requests of a batch that take a step, and the pieces of the others, in the order in which they are read.
 
     `starts` [n + 1]: first rows; `lengths` [n]: tokens of every sequence, these rows included; `prompts` [n]: tokens of
     its prompt (0: not known, as in a dry run); `blocks` [n].
     """
-    steps, pieces = [], []
+    steps: list[int] = []
+    pieces: list[Piece] = []
     for i, block in enumerate(blocks):
-        start, stop = starts[i], starts[i + 1]
-        before = lengths[i] - (stop - start)
+        row, stop = starts[i], starts[i + 1]
+        before = lengths[i] - (stop - row)
         prompt = prompts[i] or lengths[i]
-        if stop - start == 1 and before + 1 >= prompt and waiting.at(block) is None:
+        mark = waiting.marks.get(block, Mark(0, -1))
+        if stop - row == 1 and before + 1 >= prompt and waiting.at(block) is None and before >= mark.tokens:
             # A single token on what is stored, or into an empty store: one way for all of them.
             waiting.kept.pop(block, None)
             steps.append(i)
-        elif stop > start:
-            pieces.append(waiting.piece(start, stop, block, before, prompt, blocks))
+            continue
+        for end in sorted({min(mark.tokens, prompt), prompt}):
+            here = min(end - before, stop - row)
+            if here <= 0:
+                continue
+            then = stop if end == prompt else row + here
+            keep = mark.keep if before + here == mark.tokens else -1
+            pieces.append(waiting.piece((row, then), block, before, end, keep, blocks))
+            row, before = row + here, before + here
+            if before == end < prompt:
+                waiting.begin(block, end)
+        if row < stop and before >= prompt and (not pieces or pieces[-1].stop <= row):
+            pieces.append(Piece(row, stop, block, before))  # nothing but what was answered before
     return steps, pieces

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.attention import _encode_layer_name
 
 from kvcompile.integrations.vllm.batch import Piece, Waiting
 from kvcompile.integrations.vllm.score import Scores
@@ -21,9 +22,9 @@ from kvcompile.runtime.prompt_attention import prompt_attention
 from kvcompile.runtime.store import LayerStore
 
 
-@dataclass(frozen=True)
+@dataclass
 class Served:
-    """What all layers of a model share: the page of a sequence, and the prompts that wait."""
+    """What all layers of a model share: the page of a sequence, the prompts that wait, and the states that are kept."""
 
     page: PageLayout
     waiting: Waiting
@@ -32,9 +33,11 @@ class Served:
     """Of a sequence."""
     dtype: torch.dtype
     """Of the model."""
+    states: torch.Tensor | None = None
+    """Kept pages int8 [states, page bytes], in the host's memory."""
 
 
-class CompiledAttention(Attention):  # type: ignore[misc]
+class CompiledAttention(Attention):
     """One layer. The model's first one has the page of a sequence as its spec; the others name it as the layer whose
     cache they share, and use their own part of the page."""
 
@@ -67,6 +70,26 @@ class CompiledAttention(Attention):  # type: ignore[misc]
         self.kv_cache = kv_cache
         self.store = self.served.page.store(self.index, kv_cache.flatten(1), self.transform)
 
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_shape: torch.Size | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """As vLLM's own: rows [T, heads * D] in and out. The attention is told to wait for the scores."""
+        output = query.new_empty(len(query), self.num_heads, self.head_size, dtype=output_dtype or query.dtype)
+        torch.ops.vllm.unified_attention_with_output(
+            query.view(-1, self.num_heads, self.head_size),
+            key.view(-1, self.num_kv_heads, self.head_size),
+            value.view(-1, self.num_kv_heads, self.head_size),
+            output,
+            _encode_layer_name(self.layer_name),
+            kv_cache_dummy_dep=None if self.scores is None else self.scores.written(),
+        )
+        return output.flatten(1)
+
     def steps(
         self,
         query: torch.Tensor,
@@ -78,9 +101,9 @@ class CompiledAttention(Attention):  # type: ignore[misc]
     ) -> torch.Tensor:
         """One token a sequence: `query` [B, num_heads, D], `key` and `value` [B, num_kv_heads, D]; as `query`."""
         assert self.store is not None
-        one = (t.unsqueeze(2) for t in (query, key, value))
+        q, k, v = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
         scored = None if score is None else score.unsqueeze(1)
-        return self.store.steps(*one, self.impl.scale, scored, places, seen).squeeze(2)
+        return self.store.steps(q, k, v, self.impl.scale, scored, places, seen).squeeze(2)
 
     def read(
         self, piece: Piece, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: torch.Tensor | None
@@ -90,8 +113,8 @@ class CompiledAttention(Attention):  # type: ignore[misc]
         out = torch.empty_like(query)
         n = piece.prompt
         if n:
-            rows = (t[:n].transpose(0, 1)[None] for t in (query, key, value))
-            out[:n] = self._prompt(piece, *rows, None if score is None else score[None, :n])[0].transpose(0, 1)
+            q, k, v = (t[:n].transpose(0, 1)[None] for t in (query, key, value))
+            out[:n] = self._prompt(piece, q, k, v, None if score is None else score[None, :n])[0].transpose(0, 1)
         if n < len(query):  # answers once more, a token at a time, as they were stored the first time
             places = torch.tensor([piece.block], dtype=torch.int32, device=query.device)
             for t in range(n, len(query)):
@@ -118,6 +141,10 @@ class CompiledAttention(Attention):  # type: ignore[misc]
         if piece.last:
             self.prompts.pop(piece.slot, None)
             self._keep(prompt, piece.block, origin)
+        if piece.keep >= 0:
+            assert self.served.states is not None
+            own = self.served.page.part(self.index)
+            self.served.states[piece.keep, own].copy_(self.kv_cache[piece.block].flatten()[own])
         return out
 
     def flush(self, slot: int, block: int, origin: int) -> None:

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 # Nothing here may import more of this package when the plugin is merely installed: the rest is imported on use.
 
 
-class Loader(BaseModelLoader):  # type: ignore[misc]
+class Loader(BaseModelLoader):
     """Weights are loaded as `load_format` says (default: `auto`) and stay as they are."""
 
     def __init__(self, load_config: LoadConfig) -> None:
@@ -37,6 +37,6 @@ class Loader(BaseModelLoader):  # type: ignore[misc]
         from kvcompile.integrations.vllm.adopt import Serving
 
         serving = Serving.prepare(self.options, vllm_config, model_config, self.inner)
-        model = self.inner.load_model(vllm_config, model_config, prefix)
+        model: nn.Module = self.inner.load_model(vllm_config, model_config, prefix)
         serving.adopt(model)
         return model
