@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from kvcompile.artifacts.schema import DTYPE_BITS, POLICIES, Artifact, ModelIdentity
@@ -19,6 +20,8 @@ INNER = 28
 the supported families."""
 ROPE_BYTES = 12
 """Of a rotary table, an element, while it is made in float32."""
+NUMBERS = 32
+"""Bytes of a token's numbers: its id, its position, and whether it is padding."""
 WORKSPACE = 1 << 18
 """Bytes of what matrix products and attention kernels allocate for themselves, beside an eighth of all else."""
 
@@ -39,34 +42,52 @@ def prefill_bytes(
     tokens: int,
     chunk: int = PREFILL_CHUNK,
     *,
+    cut_every: int | None = None,
+    follow_up: bool = False,
     dtype: str | None = None,
     inner: int | None = None,
     padded: bool = False,
 ) -> int:
     """Most bytes that `batch` prompts of `tokens` tokens take beside weights and cache while they are read in chunks of
-    `chunk` tokens each: hidden states, keys and values of one layer, and what one chunk needs.
+    `chunk` tokens each: the hidden states of all tokens, the keys and values that one layer has of them, and what one
+    chunk needs. The first two grow with the prompts; where they are cut to the budget every `cut_every` tokens, they
+    are those of so many tokens at the most.
 
-    `dtype` is that of the computation (None: the model's), `inner` what `feed_forward_elements` says of the model,
-    `padded` whether the prompts are of unequal length. For prompts of one chunk, which go through the model at once,
-    it holds too.
+    `follow_up`: they come when a cache is full. `dtype` is that of the computation (None: the model's), `inner` what
+    `feed_forward_elements` says of the model, `padded` whether the prompts are of unequal length. For prompts of one
+    chunk, which go through the model at once, it holds too.
     """
+    if cut_every is not None and cut_every < tokens:
+        pieces = [
+            prefill_bytes(
+                plan, batch, cut_every, chunk, follow_up=later or follow_up, dtype=dtype, inner=inner, padded=padded
+            )
+            for later in (False, True)
+        ]
+        return max(pieces) + NUMBERS * batch * tokens
     model = plan.model
     size = DTYPE_BITS[dtype or model.dtype] // 8
+    policies = {POLICIES[code] for code in plan.budgets.policy.ravel()}
+    if follow_up and "h2o" in policies:
+        chunk = tokens
     columns, rows = batch * tokens, batch * min(chunk, tokens)
-    tables = (columns if padded else tokens) * model.head_dim  # elements of a cosine or a sine
+    tables = (columns if padded or follow_up else tokens) * model.head_dim  # elements of a cosine or a sine
     kinds = 2 if 0 < sum(map(bool, model.windows)) < model.num_layers else 1  # of rotary embedding, at most
     cached = 2 * columns * model.num_kv_heads * model.head_dim * size
-    kept = columns * model.hidden_size * size + kinds * 2 * tables * size + (8 + padded) * columns
+    kept = columns * model.hidden_size * size + kinds * 2 * tables * size + NUMBERS * columns
     inner = INNER * model.hidden_size if inner is None else inner
     projected = (model.hidden_size + (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim) * size
     rotated = 3 * model.num_attention_heads * model.head_dim * size
-    policies = {POLICIES[code] for code in plan.budgets.policy.ravel()}
+    if follow_up:
+        meeting = _stored(plan, batch, tokens, chunk, size, padded, policies)
+    else:
+        meeting = _masks(model, batch, tokens, chunk, size, padded)
     chunk_bytes = max(
-        rows * (projected + rotated) + _masks(model, batch, tokens, chunk, size, padded),
+        rows * (projected + rotated) + meeting,
         rows * (2 * model.hidden_size + inner) * size,
         rows * model.hidden_size * (2 * size + 12),  # a norm computes in float32
-        rows * projected + _attention(model, batch, tokens, chunk) if "h2o" in policies else 0,
-        _cut(plan, batch, tokens, policies),
+        rows * projected + _attention(model, batch, tokens, chunk) if "h2o" in policies and not follow_up else 0,
+        _cut(plan, batch, tokens, policies - {"snapkv"} if follow_up else policies),
     )
     most = max(kept + cached + chunk_bytes, kept + ROPE_BYTES * tables)
     return int(most + most // 8 + WORKSPACE)
@@ -82,6 +103,33 @@ def _masks(model: ModelIdentity, batch: int, tokens: int, chunk: int, size: int,
     group, own = model.num_attention_heads // model.num_kv_heads, batch if padded else 1
     elements = min(max(MASK_ELEMENTS, own * group * tokens), own * group * min(chunk, tokens) * tokens)
     return elements * (1 + size) + 2 * elements // group
+
+
+def _stored(
+    plan: Artifact, batch: int, tokens: int, chunk: int, size: int, padded: bool, policies: Collection[str]
+) -> int:
+    """What a chunk of a follow-up meets of one class of heads: its stored keys and values, decoded and side by side
+    with those of the follow-up, and masks."""
+    model, budgets = plan.model, plan.budgets
+    group = model.num_attention_heads // model.num_kv_heads
+    heads, most = max(
+        ((count, count * (capacity + tokens)) for (capacity, *_), count in _classes(plan)), key=lambda pair: pair[1]
+    )
+    columns, own = most // heads, batch if padded else 1
+    decoded = 2 * batch * (2 * most - heads * tokens) * model.head_dim * size
+    codes = [is_quantised(int(bits)) for bits in (*budgets.k_bits.ravel(), *budgets.v_bits.ravel())]
+    transformed = 12 * batch * min(chunk, tokens) * model.num_attention_heads * model.head_dim if any(codes) else 0
+    if "h2o" in policies:  # keys of one sequence, and the weights that its new tokens give them, in float32
+        return transformed + max(decoded, 12 * heads * columns * (group * tokens + model.head_dim))
+    elements = min(max(MASK_ELEMENTS, own * group * columns), own * group * min(chunk, tokens) * columns)
+    return decoded + transformed + elements * (1 + size) + 3 * elements // group
+
+
+def _classes(plan: Artifact) -> Iterable[tuple[tuple[int, ...], int]]:
+    """The kinds of heads in every layer, capacity first, and how many there are of each."""
+    tables = [getattr(plan.budgets, name) for name in ("capacity", "policy", "sink", "recent", "k_bits", "v_bits")]
+    for layer in range(plan.model.num_layers):
+        yield from Counter(zip(*(table[layer].tolist() for table in tables), strict=True)).items()
 
 
 def _attention(model: ModelIdentity, batch: int, tokens: int, queries: int) -> int:

@@ -13,8 +13,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout, Transform
+from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
-from kvcompile.runtime.prompt_attention import prompt_attention
+from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.store import LayerStore
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class RaggedLayer(CacheLayerMixin):
         self.store = self.make_store(batch=batch)
         self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
-        self.prompt: LayerPrompt | None = None  # while one is read in chunks
+        self.prompt: LayerPrompt | FollowUp | None = None  # while one is read in chunks
         self.expected = False  # set by the attached model for the length of one forward pass
 
     @property
@@ -76,13 +77,10 @@ class RaggedLayer(CacheLayerMixin):
         `exact` is the model's own attention over them, for the prompt. One token on a filled cache is a step: it is
         never padding, and its mask is not read."""
         if query.device != (own := self.store.keys.exact.device):
-            raise CacheError(
-                f"this cache is on {own} and the model now on {query.device}: take another one from new_cache()"
-            )
+            found = f"this cache is on {own} and the model now on {query.device}"
+            raise CacheError(f"{found}: take another one from new_cache()")
         if self.prompt is not None:
-            seen = self.prompt.add(query, keys, values, scaling, self.score)
-            window = self.store.layout.window
-            return prompt_attention(query, *seen, self.prompt.pad, window, scaling).transpose(1, 2)
+            return self.prompt.attend(query, keys, values, scaling, self.score).transpose(1, 2)
         first = self.columns == 0
         if not first and len(query) != self.store.batch:
             raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
@@ -101,15 +99,19 @@ class RaggedLayer(CacheLayerMixin):
 
     @contextmanager
     def reading(self, batch: int, columns: int, pad: torch.Tensor | None) -> Iterator[None]:
-        """Within, `attend` is called with `columns` columns of prompts chunk by chunk, and attends exactly to what has
-        come so far; afterwards they are cut to the budget. Sequence b is the columns from `pad[b]` int64 [B] on."""
-        self._fit_batch(batch)
+        """Within, `attend` is called with `columns` columns of prompts (on a filled cache: of follow-ups) chunk by
+        chunk, and attends exactly to what has come so far; afterwards the policies choose what is kept. Sequence b is
+        the columns from `pad[b]` int64 [B] on."""
         own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
-        self.prompt = LayerPrompt(self.store.layout, columns, own)
+        if not self.columns:
+            self._fit_batch(batch)
+            self.prompt = LayerPrompt(self.store.layout, columns, own)
+        else:
+            self.prompt = FollowUp(self.store, columns, own)
         try:
             yield
-            self.store.cut(self.prompt)
-            self.columns = columns
+            self.prompt.end() if isinstance(self.prompt, FollowUp) else self.store.cut(self.prompt)
+            self.columns += columns
         finally:
             self.prompt = None
 
@@ -208,6 +210,12 @@ class RaggedCache(Cache):
     def nbytes(self) -> int:
         """Bytes resident now: the sizes of all storages."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
+
+    @property
+    def observes(self) -> bool:
+        """Whether it has heads of a policy that learns from the attention of every new token."""
+        policies = {cls.policy for layer in self.layers for cls in layer.store.layout.classes}
+        return any(POLICIES[policy].observes for policy in policies)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a recorded step has stored."""

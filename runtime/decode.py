@@ -10,7 +10,7 @@ import torch
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime.cache import RaggedCache
-from kvcompile.runtime.prefill import chunk_length, read_prompts
+from kvcompile.runtime.prefill import chunk_length, cut_length, read
 from kvcompile.runtime.recording import Recording, on, recordable
 from kvcompile.runtime.sampling import Sampling
 
@@ -30,13 +30,20 @@ class Decoder:
     """
 
     def __init__(
-        self, model: Any, cache: RaggedCache, sampling: Sampling | None = None, prefill_chunk: int | None = None
+        self,
+        model: Any,
+        cache: RaggedCache,
+        sampling: Sampling | None = None,
+        prefill_chunk: int | None = None,
+        prefill_cut_every: int | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
         self.sampling = sampling or Sampling()
         self.prefill_chunk = chunk_length(prefill_chunk)
         """Longer prompts are read in chunks of so many tokens."""
+        self.prefill_cut_every = cut_length(prefill_cut_every)
+        """After so many tokens of a prompt it is cut to the budget; None: after the last one alone."""
         self.device = model.device
         self.runs_ahead = self.device.type == "cuda"
         """Whether a step returns before it is done, so that the next can be started before its token is looked at."""
@@ -60,53 +67,38 @@ class Decoder:
 
     @torch.inference_mode()
     def prefill(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, prefill_chunk: int | None = None
+        self,
+        ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        prefill_chunk: int | None = None,
+        prefill_cut_every: int | None = None,
     ) -> torch.Tensor:
-        """Read prompts int64 [B, n], left-padded where `attention_mask` [B, n] is 0; the first new tokens, [B].
+        """Read prompts int64 [B, n], left-padded where `attention_mask` [B, n] is 0; the first new tokens, [B]. On a
+        cache that holds something already, `ids` is a follow-up.
 
-        Prompts of more columns than `prefill_chunk` (None: the decoder's) are read layer by layer in such chunks, which
-        bounds the memory that this takes (`prefill_bytes`) and changes nothing else. On a cache that holds something
-        already, `ids` is a follow-up, which goes through the model at once.
+        Prompts and follow-ups of more columns than `prefill_chunk` (None: the decoder's) are read layer by layer in
+        such chunks, which bounds the memory that this takes (`prefill_bytes`) and changes nothing else. With
+        `prefill_cut_every` (None: the decoder's) a prompt is cut to the budget after every so many columns, and what
+        comes next sees only what was kept: no keys, values and hidden states grow with it then, but less of it is seen.
+        Follow-ups of caches with heads of a policy that learns from attention (`h2o`) go through the model at once.
 
         Raises:
-            CacheError: another number of prompts than the cache has sequences, or padding after the first token.
+            CacheError: another number of prompts than the cache has sequences, padding after the first token, or chunks
+                or pieces of less than one token.
         """
-        batch, columns = ids.shape
-        filled = self.cache.get_seq_length()
-        before = self.cache.layers[0].store.seen if filled else [0] * batch
+        before = self.cache.layers[0].store.seen if self.cache.get_seq_length() else [0] * len(ids)
         chunk = self.prefill_chunk if prefill_chunk is None else chunk_length(prefill_chunk)
-        if len(before) != batch:
-            raise CacheError(f"{batch} prompts for a cache of {len(before)} sequences")
+        every = self.prefill_cut_every if prefill_cut_every is None else cut_length(prefill_cut_every)
+        if len(before) != len(ids):
+            raise CacheError(f"{len(ids)} prompts for a cache of {len(before)} sequences")
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
         if bool((real[:, 1:] < real[:, :-1]).any()):
             raise CacheError("prompts of unequal length have to be padded on the left")
-        padded = not bool(real.all())
         start = torch.tensor(before, device=ids.device)[:, None]
         with on(self.device):
-            if not filled and columns > chunk:
-                logits = self._read(ids, real if padded else None, chunk)
-            else:
-                logits = self._read_at_once(ids, real, padded, start)
+            logits = read(self.model, self.cache, ids, real, start, chunk, every)
             self.start(self.sampling.choose(logits)[:, None], start + real.sum(1, keepdim=True))
             return self.token[:, 0].clone()
-
-    def _read(self, ids: torch.Tensor, real: torch.Tensor | None, chunk: int) -> torch.Tensor:
-        if real is None:
-            return read_prompts(self.model, self.cache, ids, torch.arange(ids.shape[1]).to(ids)[None], None, chunk)
-        pad = ids.shape[1] - real.sum(1)
-        return read_prompts(self.model, self.cache, ids, (real.cumsum(1) - 1).clamp(min=0), pad, chunk)
-
-    def _read_at_once(self, ids: torch.Tensor, real: torch.Tensor, padded: bool, start: torch.Tensor) -> torch.Tensor:
-        if padded and ids.shape[1] == 1:
-            # The model takes one column alone for a step, whose token is never padding.
-            ids, real = ids.repeat(1, 2), torch.nn.functional.pad(real, (1, 0))
-        positions = (real.cumsum(1) - 1).clamp(min=0) + start
-        # transformers' mask has a column for all that came before too, which nothing asks for.
-        whole = torch.nn.functional.pad(real, (self.cache.get_seq_length(), 0), value=1)
-        options: dict[str, Any] = {"attention_mask": whole} if padded else {}
-        options |= {"position_ids": positions, "past_key_values": self.cache, "logits_to_keep": 1}
-        logits: torch.Tensor = self.model(ids, **options).logits
-        return logits[:, -1]
 
     @torch.inference_mode()
     def start(self, token: torch.Tensor, position: torch.Tensor | int) -> None:
@@ -170,16 +162,18 @@ def generate(
     pad: int = 0,
     on_token: OnToken | None = None,
     prefill_chunk: int | None = None,
+    prefill_cut_every: int | None = None,
 ) -> torch.Tensor:
     """New tokens int64 [B, up to max_new_tokens] after prompts `ids` int64 [B, n], inside the cache's budget.
 
-    Prompts longer than `prefill_chunk` are read in chunks of so many tokens (None: `PREFILL_CHUNK`).
+    Prompts longer than `prefill_chunk` are read in chunks of so many tokens (None: `PREFILL_CHUNK`), and cut to the
+    budget after every `prefill_cut_every` tokens (None: after the last one alone); see `Decoder.prefill`.
 
     A sequence ends with a token of `eos` and is filled up with `pad`; when all have ended, generation stops. Tokens are
     handed on and looked at while the next step is under way, so that no step waits for the host; one step more than
     needed may have been stored. Raises CacheError for prompts that do not fit the cache.
     """
-    decoder = Decoder(model, cache, sampling, prefill_chunk)
+    decoder = Decoder(model, cache, sampling, prefill_chunk, prefill_cut_every)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     found: list[torch.Tensor] = []
     tokens = decoder.prefill(ids, attention_mask)

@@ -10,6 +10,7 @@ from kvcompile.kernels import HeadClass, LayerLayout
 from kvcompile.runtime.drawn import attention_drawn
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import Prompt
+from kvcompile.runtime.prompt_attention import prompt_attention
 
 
 class LayerPrompt:
@@ -33,6 +34,27 @@ class LayerPrompt:
         self._tail = max(POLICIES[cls.policy].queries for cls in layout.classes)
         self._drawn: dict[int, torch.Tensor] = {}
         self._scores: list[torch.Tensor] = []
+
+    @classmethod
+    def whole(
+        cls,
+        layout: LayerLayout,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        real: torch.Tensor | None,
+        scaling: float,
+        score: torch.Tensor | None,
+    ) -> LayerPrompt:
+        """Prompts read at once, given as for `add`; `real` bool [B, n] is False for padding, wherever it is."""
+        pad = None
+        if real is not None:
+            pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
+            query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
+            score = moved[3]
+        prompt = cls(layout, keys.shape[2], pad)
+        prompt.add(query, keys, values, scaling, score)
+        return prompt
 
     def add(
         self,
@@ -67,6 +89,18 @@ class LayerPrompt:
                     self._drawn[cls.start] = drawn.new_zeros(*drawn.shape[:2], self.columns)
                 self._drawn[cls.start][:, :, : self.filled] += drawn
         return seen
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float,
+        score: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Take the next T columns as `add` does; their exact attention over all so far, [B, num_heads, T, D]."""
+        seen = self.add(query, keys, values, scaling, score)
+        return prompt_attention(query, *seen, self.pad, self.layout.window, scaling)
 
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""Reading long prompts layer by layer, and each layer in chunks, so that little grows with them.
+"""Reading long prompts and follow-ups layer by layer, and each layer in chunks, so that little grows with them.
 
 The hidden states of the whole prompt are kept, and overwritten in place, layer after layer; of keys and values those of
 one layer are there at a time, as it is cut to its budget before the next one reads. Attention within the prompt is
-exact, so chunks of any length give what the whole prompt gives, up to rounding.
+exact, so chunks of any length give what the whole prompt gives, up to rounding. A follow-up, on a filled cache, also
+sees what was stored before it, and its own keys and values are there until the layer has read it to its end.
 """
 
 from __future__ import annotations
@@ -30,11 +31,72 @@ def chunk_length(asked: int | None) -> int:
     return PREFILL_CHUNK if asked is None else asked
 
 
+def cut_length(asked: int | None) -> int | None:
+    """Tokens after which a prompt is cut; None: after its last one alone.
+
+    Raises:
+        CacheError: fewer than one.
+    """
+    if asked is not None and asked < 1:
+        raise CacheError(f"a cut every {asked} prompt tokens was asked for, expected 1 or more")
+    return asked
+
+
+@torch.inference_mode()
+def read(
+    model: Any,
+    cache: RaggedCache,
+    ids: torch.Tensor,
+    real: torch.Tensor,
+    start: torch.Tensor,
+    chunk: int,
+    cut_every: int | None,
+) -> torch.Tensor:
+    """Read prompts or follow-ups int64 [B, n], left-padded where `real` [B, n] is 0; logits [B, vocab] after the last
+    token. `start` [B, 1] counts the tokens before them. They are cut to the budget every `cut_every` columns, and what
+    comes next is a follow-up."""
+    columns = ids.shape[1]
+    piece = cut_every or columns
+    pad, positions = columns - real.sum(1), (real.cumsum(1) - 1).clamp(min=0) + start
+    padded = int(pad.max())
+    for first in range(0, columns, piece):
+        now = slice(first, min(first + piece, columns))
+        own = (pad - first).clamp(min=0, max=now.stop - first) if padded > first else None
+        logits = _read_piece(model, cache, ids[:, now], positions[:, now], own, chunk)
+    return logits
+
+
+def _read_piece(
+    model: Any, cache: RaggedCache, ids: torch.Tensor, positions: torch.Tensor, pad: torch.Tensor | None, chunk: int
+) -> torch.Tensor:
+    columns, filled = ids.shape[1], cache.get_seq_length() > 0
+    step = columns == 1 and pad is None
+    if (step or cache.observes) if filled else columns <= chunk:
+        return _read_at_once(model, cache, ids, positions, pad)
+    return read_prompts(model, cache, ids, positions if pad is not None or filled else positions[:1], pad, chunk)
+
+
+def _read_at_once(
+    model: Any, cache: RaggedCache, ids: torch.Tensor, positions: torch.Tensor, pad: torch.Tensor | None
+) -> torch.Tensor:
+    options: dict[str, Any] = {"past_key_values": cache, "logits_to_keep": 1}
+    if pad is not None:
+        if ids.shape[1] == 1:
+            # The model takes one column alone for a step, whose token is never padding.
+            ids, positions, pad = ids.repeat(1, 2), positions.repeat(1, 2), pad + 1
+        real = torch.arange(ids.shape[1], device=ids.device) >= pad[:, None]
+        # transformers' mask has a column for all that came before too, which nothing asks for.
+        options["attention_mask"] = torch.nn.functional.pad(real.long(), (cache.get_seq_length(), 0), value=1)
+    logits: torch.Tensor = model(ids, position_ids=positions, **options).logits
+    return logits[:, -1]
+
+
 @torch.inference_mode()
 def read_prompts(
     model: Any, cache: RaggedCache, ids: torch.Tensor, positions: torch.Tensor, pad: torch.Tensor | None, chunk: int
 ) -> torch.Tensor:
-    """Read prompts int64 [B, n] into an empty cache, `chunk` columns at a time; logits [B, vocab] after the last one.
+    """Read prompts int64 [B, n] into an empty cache, or follow-ups into a filled one whose policies do not observe,
+    `chunk` columns at a time; logits [B, vocab] after the last one.
 
     Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding); `positions` int64 [1 or B, n].
     """

@@ -12,7 +12,6 @@ import torch
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
-from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.sampling import Sampling
 
 
@@ -91,9 +90,8 @@ class Recording:
 
 def recordable(model: Any, cache: RaggedCache) -> bool:
     """Whether a step can be one CUDA graph: all on one GPU, and no policy that learns from every step's attention."""
-    policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
     devices = {model.device, *(tensor.device for tensor in cache.tensors())}
-    return model.device.type == "cuda" and len(devices) == 1 and not any(POLICIES[p].observes for p in policies)
+    return model.device.type == "cuda" and len(devices) == 1 and not cache.observes
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

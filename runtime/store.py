@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels import Buffers, HeadClass, LayerLayout, Transform, append, compact, ragged_decode
+from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact, ragged_decode
 from kvcompile.kernels.buffers import Make
+from kvcompile.runtime import new_tokens
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
-from kvcompile.runtime.layer_prompt import LayerPrompt, left_padded
+from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.policies.base import NewTokens, Placement
 
 
 class LayerStore:
@@ -82,14 +82,7 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        pad = None
-        if real is not None:
-            pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
-            query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
-            score = moved[3]
-        prompt = LayerPrompt(self.layout, keys.shape[2], pad)
-        prompt.add(query, keys, values, scaling, score)
-        self.cut(prompt)
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score))
 
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
@@ -111,18 +104,13 @@ class LayerStore:
         score: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
-        query, keys, values = self._transformed(query, keys, values)
+        query, keys, values = self.transformed(query, keys, values)
         flat = None if score is None else score[:, 0]
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.lengths())
-        for cls, state in self._observing():
-            placed = Placement.at(POLICIES[cls.policy].place(state, cls, self.seen))
-            self._write(cls, keys, values, placed)
+        new_tokens.place(self, keys, values)
         self.count_step()
         out = ragged_decode(query, self.keys, self.values, self.layout, self.lengths(), scaling=scaling)
-        for cls, state in self._observing():
-            grouped = query.squeeze(2).unflatten(1, (self.layout.num_kv_heads, -1))
-            stored = self.keys.read(cls, cls.capacity, query.dtype)
-            POLICIES[cls.policy].observe(state, cls, grouped[:, cls.heads], stored, self.seen, scaling)
+        new_tokens.observe(self, query, scaling)
         return out if self.transform is None else self.transform.outputs(out)
 
     @torch.no_grad()
@@ -138,57 +126,36 @@ class LayerStore:
     ) -> torch.Tensor:
         """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
         what the policies keep of them; [B, num_heads, T, D]."""
-        query, keys, values = self._transformed(query, keys, values)
-        out = self._several(query, keys, values, mask, scaling)
-        self._keep(query, keys, values, real, scaling, score)
+        query, keys, values = self.transformed(query, keys, values)
+        out = self.several(query, keys, values, scaling, mask)
+        new_tokens.keep(self, query, keys, values, real, scaling, score)
         return out
-
-    def _keep(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        real: torch.Tensor | None,
-        scaling: float,
-        score: torch.Tensor | None,
-    ) -> None:
-        """Store what the policies keep of several new tokens, all transformed."""
-        if real is None:
-            real = torch.ones(query.shape[0], query.shape[2], dtype=torch.bool, device=query.device)
-        grouped = query.unflatten(1, (self.layout.num_kv_heads, -1))
-        for cls, state in zip(self.layout.classes, self.state, strict=True):
-            policy = POLICIES[cls.policy]
-            stored = self.keys.read(cls, cls.capacity, query.dtype) if policy.observes else keys[:, cls.heads, :0]
-            new_tokens = NewTokens(
-                grouped[:, cls.heads], stored, keys[:, cls.heads], real, scaling,
-                None if score is None else score.mT[:, cls.heads],
-            )  # fmt: skip
-            self._write(cls, keys, values, policy.extend(state, cls, new_tokens, self.seen).to(keys.device))
-        self.seen = [n + int(count) for n, count in zip(self.seen, real.sum(1).tolist(), strict=True)]
-        self._stale = True
 
     @torch.no_grad()
     def put(self, keys: torch.Tensor, values: torch.Tensor, score: torch.Tensor | None) -> None:
         """Store what `extend` would of several new tokens, where no policy observes."""
-        _, keys, values = self._transformed(keys, keys, values)
-        self._keep(keys, keys, values, None, 1.0, score)
+        _, keys, values = self.transformed(keys, keys, values)
+        new_tokens.keep(self, keys, keys, values, None, 1.0, score)
 
     @torch.no_grad()
     def look(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What `extend` gives, without storing anything."""
-        return self._several(*self._transformed(query, keys, values), None, scaling)
+        """What `extend` gives, without storing anything; `query` may be that of the last new tokens alone."""
+        return self.several(*self.transformed(query, keys, values), scaling)
 
-    def _several(
+    @torch.no_grad()
+    def several(
         self,
         query: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
-        mask: torch.Tensor | None,
         scaling: float,
+        mask: torch.Tensor | None = None,
+        pad: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The same of tokens that are transformed; see `ragged_decode` for `mask` and `pad`."""
         out = ragged_decode(
             query, self.keys, self.values, self.layout, self.seen,
-            scaling=scaling, new_keys=keys, new_values=values, new_mask=mask,
+            scaling=scaling, new_keys=keys, new_values=values, new_mask=mask, new_pad=pad,
         )  # fmt: skip
         return out if self.transform is None else self.transform.outputs(out)
 
@@ -197,6 +164,11 @@ class LayerStore:
         for tensor in self.tensors():
             tensor.zero_()
         self.seen, self._stale = [0] * self.batch, True
+
+    def count(self, tokens: Sequence[int]) -> None:
+        """Count new tokens, one number a sequence."""
+        self.seen = [n + more for n, more in zip(self.seen, tokens, strict=True)]
+        self._stale = True
 
     def advance(self, tokens: int) -> None:
         """Count tokens that every sequence has got on the host; a step counts on the device itself."""
@@ -224,24 +196,14 @@ class LayerStore:
         self.ready()
         return self.seen if self.counts is None else self.counts
 
-    def _observing(self) -> list[tuple[HeadClass, list[torch.Tensor]]]:
-        """Classes whose policy learns from every step, with what it remembers."""
-        pairs = zip(self.layout.classes, self._own, strict=True)
-        return [(cls, own) for cls, own in pairs if POLICIES[cls.policy].observes]
-
-    def _transformed(
+    def transformed(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of new tokens as they meet what quantised heads store, in their own dtypes."""
         if self.transform is None:
             return query, keys, values
         k, v = self.transform.keys(keys), self.transform.values(values)
         return self.transform.queries(query), k.to(keys.dtype), v.to(values.dtype)
-
-    def _write(self, cls: HeadClass, keys: torch.Tensor, values: torch.Tensor, placed: Placement) -> None:
-        for stored, new in ((self.keys, keys), (self.values, values)):
-            stored.write(cls, new[:, cls.heads], placed.slot, placed.source, placed.to_slot)
-            if 0 in self.seen:
-                stored.write_anchor(cls, new[:, cls.heads], placed.slot)
 
     def one(self, sequence: int, seen: int) -> LayerStore:
         """One sequence that has brought `seen` tokens, as a store of its own on the same memory."""
@@ -265,7 +227,7 @@ class LayerStore:
     ) -> torch.Tensor:
         """`step` for those of the store's sequences at `places` int32 [B], which have brought `seen` int32 [B] tokens,
         both on the device: nothing is read by the host or counted here. For policies that do not observe."""
-        query, keys, values = self._transformed(query, keys, values)
+        query, keys, values = self.transformed(query, keys, values)
         flat = None if score is None else score[:, 0]
         k, v = keys[:, :, 0], values[:, :, 0]
         append(self.keys, self.values, self.scores, self.layout, k, v, flat, seen, places)

@@ -29,6 +29,7 @@ def ragged_decode(
     new_keys: torch.Tensor | None = None,
     new_values: torch.Tensor | None = None,
     new_mask: torch.Tensor | None = None,
+    new_pad: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend to every filled slot and, where given, causally to the new tokens themselves.
@@ -40,16 +41,19 @@ def ragged_decode(
         layout: the layer's classes; `num_heads` is a multiple of its KV heads.
         seen: tokens stored so far, one number a sequence; a head of capacity C has `min(seen, C)` filled slots.
         scaling: factor on the logits.
-        new_keys, new_values: [B, num_kv_heads, T, D], tokens not yet stored. Without them the query's own tokens
-            have been stored already, and T must be 1.
-        new_mask: bool [B, 1, T, T], True where query t sees new token j; None: causal.
+        new_keys, new_values: [B, num_kv_heads, N, D], tokens not yet stored, of which the queries are those of the
+            last T. Without them the query's own tokens have been stored already, and T must be 1.
+        new_mask: bool [B, 1, T, T], True where query t sees new token j, for N = T; a token that does not see itself
+            is padding. None: causal, and within the layer's sliding window.
+        new_pad: int64 [B] on the device, in place of a mask: the new tokens of sequence b before this one are padding
+            (None: no padding). What padding itself sees is left open, but finite.
         places: int32 [B] on the device, which of the store's sequences each of these is (None: the store has these and
             no others, in order). As `seen`, it is read by the kernels when they run, so that a recorded step follows
             it.
 
     Returns:
-        [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, query t sees the stored tokens
-        fewer than `window` before it.
+        [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, a query sees the stored tokens
+        fewer than `window` before it; padding is not counted.
 
     Raises:
         ValueError: shapes that do not fit each other.
@@ -66,16 +70,29 @@ def ragged_decode(
         raise ValueError(f"{len(seen)} lengths for a batch of {batch}")
     if new_keys is None and length != 1:
         raise ValueError(f"{length} query tokens without their own keys: only one token can be stored in advance")
+    new = length if new_keys is None else new_keys.shape[2]
+    if new < length or (new_mask is not None and (new > length or new_pad is not None)):
+        raise ValueError(f"{length} queries and {new} new tokens with a mask and padding: expected one of these")
     rows = length * num_heads // layout.num_kv_heads
-    if takes_kernels(query, layout) and rows <= MOST_ROWS and _whole_words(head_dim, layout):
+    # The kernel counts columns, in which padding would shift a sliding window.
+    fits = new == length and (not layout.window or (new_mask is None and new_pad is None))
+    if takes_kernels(query, layout) and fits and rows <= MOST_ROWS and _whole_words(head_dim, layout):
         from kvcompile.kernels.ragged_decode import triton
 
+        new_mask = new_mask if new_pad is None else _mask(new_pad, length)
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, places)
     if new_keys is None and native.usable(query, head_dim, layout):
         return native.one_token(query, keys, values, layout, seen, scaling, places)
     if places is not None:
         keys, values = keys.at(places), values.at(places)
-    return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+    return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, new_pad)
+
+
+def _mask(pad: torch.Tensor, length: int) -> torch.Tensor:
+    """The mask bool [B, 1, T, T] that `new_pad` stands for; padding sees itself."""
+    column = torch.arange(length, device=pad.device)
+    real = (column >= pad[:, None, None]) & (column <= column[:, None])
+    return (real | (column == column[:, None]))[:, None]
 
 
 def _whole_words(head_dim: int, layout: LayerLayout) -> bool:

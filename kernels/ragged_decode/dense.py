@@ -7,16 +7,15 @@ Several new tokens go class by class through `scaled_dot_product_attention`. The
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
+from kvcompile.artifacts import MASK_ELEMENTS
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.ragged_decode.columns import one_token
-
-MASK_ELEMENTS = 1 << 24
-"""Most elements of one mask; longer runs of new tokens go through in blocks of queries."""
 
 
 def ragged_decode(
@@ -29,11 +28,12 @@ def ragged_decode(
     new_keys: torch.Tensor | None,
     new_values: torch.Tensor | None,
     new_mask: torch.Tensor | None,
+    new_pad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `api.ragged_decode`."""
     seen = seen.tolist() if isinstance(seen, torch.Tensor) else seen
     if new_keys is not None and new_values is not None:
-        return _several_tokens(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask)
+        return _several_tokens(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, new_pad)
     return one_token(query.squeeze(2), keys, values, layout, seen, scaling).unsqueeze(2)
 
 
@@ -47,64 +47,76 @@ def _several_tokens(
     new_keys: torch.Tensor,
     new_values: torch.Tensor,
     new_mask: torch.Tensor | None,
+    new_pad: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch, num_heads, length, _ = query.shape
-    group = num_heads // layout.num_kv_heads
+    _, num_heads, length, _ = query.shape
+    group, total = num_heads // layout.num_kv_heads, new_keys.shape[2]
     grouped = query.unflatten(1, (layout.num_kv_heads, group))
     out = torch.empty_like(grouped)
+    alike = new_mask is None and new_pad is None and min(seen) == max(seen)
+    masked = seen[:1] if alike else seen  # sequences that have masks of their own
     for cls in layout.classes:
-        heads = cls.heads
         filled = min(max(seen), cls.capacity)
-        q = grouped[:, heads]
-        k = torch.cat([keys.read(cls, filled, query.dtype), new_keys[:, heads]], dim=2)
-        v = torch.cat([values.read(cls, filled, query.dtype), new_values[:, heads]], dim=2)
-        block = max(1, MASK_ELEMENTS // (batch * group * k.shape[2]))
+        stored_k, stored_v = (side.read(cls, filled, query.dtype) for side in (keys, values))
+        block = max(1, MASK_ELEMENTS // (len(masked) * group * (filled + total)))
         for t in range(0, length, block):
-            rows = q[:, :, :, t : t + block]
-            mask = _extended_mask(cls, layout.window, seen, new_mask, length, t, rows.shape[3], query.device)
+            rows = grouped[:, cls.heads, :, t : t + block]
+            start = total - length + t
+            new = _new_rows(start, start + rows.shape[3], layout.window, len(masked), new_mask, new_pad, query.device)
+            mask = torch.cat([_stored_rows(cls, filled, layout.window, masked, new), new.visible], dim=3)
+            k = torch.cat([stored_k, new_keys[:, cls.heads, new.columns]], dim=2)
+            v = torch.cat([stored_v, new_values[:, cls.heads, new.columns]], dim=2)
             # Query heads of a group and their tokens are rows of one product, so K and V are not repeated.
             attended = scaled_dot_product_attention(
                 rows.flatten(2, 3), k, v, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling
             )
-            out[:, heads, :, t : t + block] = attended.unflatten(2, (group, -1))
+            out[:, cls.heads, :, t : t + block] = attended.unflatten(2, (group, -1))
     return out.flatten(1, 2)
 
 
-def _stored_mask(
-    cls: HeadClass, window: int, seen: Sequence[int], length: int, device: torch.device, first: int = 0
-) -> torch.Tensor | None:
-    """Which filled slots the new tokens `first` .. `first + length - 1` see: bool [B, 1, length, filled], or None if
-    they see all."""
-    filled = min(max(seen), cls.capacity)
-    if min(seen) >= filled and not window:
-        return None
+class _Rows(NamedTuple):
+    """A block of n queries: `number` int64 [B, n] of their tokens among the new ones, padding not counted, and which of
+    the new ones at `columns` they see, `visible` bool [B, 1, n, columns]."""
+
+    number: torch.Tensor
+    columns: slice
+    visible: torch.Tensor
+
+
+def _new_rows(
+    start: int,
+    stop: int,
+    window: int,
+    batch: int,
+    new_mask: torch.Tensor | None,
+    new_pad: torch.Tensor | None,
+    device: torch.device,
+) -> _Rows:
+    """Of the new tokens `start` .. `stop` - 1."""
+    if new_mask is not None:
+        new_mask = new_mask.expand(batch, -1, -1, -1)
+        number = new_mask[:, 0].diagonal(dim1=1, dim2=2).cumsum(1) - 1
+        return _Rows(number[:, start:stop], slice(None), new_mask[:, :, start:stop])
+    first = max(0, start - window + 1) if window else 0
+    row, column = torch.arange(start, stop, device=device), torch.arange(first, stop, device=device)
+    visible = (column <= row[:, None])[None]
+    if window:
+        visible = visible & (column > row[:, None] - window)
+    if new_pad is None:
+        new_pad = torch.zeros(batch, dtype=torch.int64, device=device)
+    # Padding sees itself: a row without any would be no number.
+    visible = visible & ((column >= new_pad[:, None, None]) | (column == row[:, None]))
+    return _Rows(row - new_pad[:, None], slice(first, stop), visible[:, None])
+
+
+def _stored_rows(cls: HeadClass, filled: int, window: int, seen: Sequence[int], new: _Rows) -> torch.Tensor:
+    """Which of the `filled` slots a block of queries sees: bool [B, 1, n, filled]."""
+    device = new.number.device
     slot = torch.arange(filled, device=device)
     count = torch.tensor(seen, device=device).view(-1, 1, 1, 1)
-    mask = (slot < count).expand(-1, 1, length, filled)
+    mask = slot < count
     if window:
         # A sliding layer is one ring without sinks, so a slot holds the last token that is its number modulo the ring.
         token = count - 1 - (count - 1 - slot) % cls.capacity
-        query = count + torch.arange(first, first + length, device=device).view(1, 1, -1, 1)
-        mask = mask & (token > query - window)
-    return mask
-
-
-def _extended_mask(
-    cls: HeadClass,
-    window: int,
-    seen: Sequence[int],
-    new_mask: torch.Tensor | None,
-    total: int,
-    first: int,
-    length: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """Which filled slots and new tokens the queries `first` .. see: bool [B, 1, length, filled + total]."""
-    if new_mask is None:
-        causal = torch.ones(total, total, dtype=torch.bool, device=device).tril()
-        new_mask = causal.expand(len(seen), 1, total, total)
-    rows = new_mask[:, :, first : first + length]
-    stored = _stored_mask(cls, window, seen, length, device, first)
-    if stored is None:
-        return pad(rows, (min(max(seen), cls.capacity), 0), value=True)
-    return torch.cat([stored, rows], dim=-1)
+        mask = mask & (token > count + new.number[:, None, :, None] - window)
+    return mask.expand(-1, -1, new.number.shape[1], -1)

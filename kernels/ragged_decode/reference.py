@@ -21,6 +21,7 @@ def ragged_decode(
     new_keys: torch.Tensor | None = None,
     new_values: torch.Tensor | None = None,
     new_mask: torch.Tensor | None = None,
+    new_pad: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `api.ragged_decode`; float64 [B, num_heads, T, D]."""
     batch, num_heads, length, _ = query.shape
@@ -28,7 +29,9 @@ def ragged_decode(
     out = torch.zeros(query.shape, dtype=torch.float64)
     heads = [(cls, i) for cls in layout.classes for i in range(cls.count)]
     for b in range(batch):
-        first = seen[b] - (new_keys is None)  # number of the first query's token
+        total = length if new_keys is None else new_keys.shape[2]
+        own, number = _new(total, b, layout.window, new_mask, new_pad)
+        first = seen[b] - (new_keys is None)  # number of the first new token
         for h, (cls, i) in enumerate(heads):
             filled = min(seen[b], cls.capacity)
             stored_k, stored_v = (stored.read(cls, filled, torch.float64)[b, i] for stored in (keys, values))
@@ -36,13 +39,27 @@ def ragged_decode(
             for token in range(seen[b]):
                 holds[cls.ring_slot(token)] = token
             for t in range(length):
-                see = [s for s in range(filled) if not layout.window or holds[s] > first + t - layout.window]
+                asks = total - length + t
+                oldest = first + number[asks] - layout.window if layout.window else -1
+                see = [s for s in range(filled) if holds[s] > oldest]
                 k, v = stored_k[see], stored_v[see]
                 if new_keys is not None and new_values is not None:
-                    new = [j for j in range(length) if (j <= t if new_mask is None else bool(new_mask[b, 0, t, j]))]
-                    k = torch.cat([k, new_keys[b, h, new].double()])
-                    v = torch.cat([v, new_values[b, h, new].double()])
+                    k = torch.cat([k, new_keys[b, h, own[asks]].double()])
+                    v = torch.cat([v, new_values[b, h, own[asks]].double()])
                 for q in range(h * group, (h + 1) * group):
                     weights = (k @ query[b, q, t].double() * scaling).softmax(0)
                     out[b, q, t] = weights @ v
     return out
+
+
+def _new(
+    total: int, b: int, window: int, new_mask: torch.Tensor | None, new_pad: torch.Tensor | None
+) -> tuple[list[list[int]], list[int]]:
+    """Which new tokens each of them sees, and their numbers, padding not counted."""
+    if new_mask is not None:
+        seen = [[j for j in range(total) if bool(new_mask[b, 0, t, j])] for t in range(total)]
+    else:
+        pad = 0 if new_pad is None else int(new_pad[b])
+        seen = [[j for j in range(pad, t + 1) if not window or j > t - window] or [t] for t in range(total)]
+    real = [t in own and (new_pad is None or t >= int(new_pad[b])) for t, own in enumerate(seen)]
+    return seen, [sum(real[: t + 1]) - 1 for t in range(total)]

@@ -116,10 +116,16 @@ class Policy:
         return Placement.at(slot)
 
 
+def slots_of(cls: HeadClass, token: torch.Tensor) -> torch.Tensor:
+    """`HeadClass.ring_slot` of many tokens."""
+    ring = cls.capacity - cls.recent + (token - cls.capacity) % cls.recent
+    return torch.where(token < cls.capacity, token, ring)
+
+
 def ring_slots(cls: HeadClass, seen: int, length: int) -> torch.Tensor:
     """Slots of the next `length` tokens after `seen`, int64 [length]; -1 where a later one of them takes the same slot,
     as of more tokens than the ring holds only the last stay."""
-    slots = torch.tensor([cls.ring_slot(seen + t) for t in range(length)], dtype=torch.int64)
     token = torch.arange(seen, seen + length)
+    slots = slots_of(cls, token)
     rewritten = (token >= cls.capacity - cls.recent) & (token + cls.recent < seen + length)
     return slots.masked_fill(rewritten, -1)

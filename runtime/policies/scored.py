@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass, overwrite
-from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, Prompt, ring_slots
+from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, Prompt, ring_slots, slots_of
 
 
 class Scored(Policy):
@@ -60,7 +60,7 @@ class Scored(Policy):
         first = max(seen, cls.capacity) - cls.recent  # number of the first of them
         numbers = torch.arange(first, first + gone, device=device)
         old = numbers[numbers < seen]
-        source = torch.tensor([cls.ring_slot(int(t)) for t in old], dtype=torch.int64, device=device)
+        source = slots_of(cls, old)
         fresh = numbers[len(old) :] - seen  # places among the new tokens
         leaving = torch.cat([kept[:, source], score[:, fresh]], dim=1)
 

@@ -85,6 +85,40 @@ def test_padding_among_new_tokens_is_not_seen() -> None:
     torch.testing.assert_close(out.double(), expected, atol=3e-5, rtol=3e-5)
 
 
+@pytest.mark.parametrize("length", [1, 3, 11])
+@pytest.mark.parametrize("pads", [None, [0, 6, 2]], ids=str)
+@pytest.mark.parametrize("elements", [1 << 22, 200], ids=["at once", "in blocks"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_last_of_several_new_tokens(
+    monkeypatch: pytest.MonkeyPatch, layout: LayerLayout, elements: int, pads: list[int] | None, length: int
+) -> None:
+    """Fewer queries than new tokens, of which there are more than the window has; with padding before them."""
+    monkeypatch.setattr(dense, "MASK_ELEMENTS", elements)
+    data = inputs(layout, 3, 2, 11, torch.float32)
+    query = data.pop("query")[:, :, -length:]
+    args = (query, data.pop("keys"), data.pop("values"), layout, [50, 0, 11])
+    pad = None if pads is None else torch.tensor(pads)
+    out = ragged_decode(*args, scaling=0.3, new_pad=pad, **data)
+    expected = reference.ragged_decode(*args, scaling=0.3, new_pad=pad, **data)
+    assert out.isfinite().all()
+    real = torch.arange(11 - length, 11) >= (torch.zeros(3, 1) if pad is None else pad[:, None])
+    real = real[:, None, :, None].expand_as(out)
+    torch.testing.assert_close(out.double()[real], expected[real], atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_mask_and_the_padding_that_it_stands_for(layout: LayerLayout) -> None:
+    """Also where a sliding window must not count padding."""
+    data = inputs(layout, 2, 2, 9, torch.float32)
+    pad, row, column = torch.tensor([0, 5]), torch.arange(9)[:, None], torch.arange(9)
+    mask = (column <= row) & (column > row - (layout.window or 9)) & (column >= pad[:, None, None])
+    args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, [9, 40])
+    masked = ragged_decode(*args, scaling=1.0, new_mask=mask[:, None], **data)
+    padded = ragged_decode(*args, scaling=1.0, new_pad=pad, **data)
+    torch.testing.assert_close(masked[0], padded[0])
+    torch.testing.assert_close(masked[1, :, 5:], padded[1, :, 5:])
+
+
 def test_blocks_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layout, seen = LAYOUTS["window"], [20]
     data = inputs(layout, 1, 3, 11, torch.float32)
@@ -110,5 +144,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
             [5],
             scaling=1.0,
         )
+    new = {name: data[name][:, :, :1] for name in ("new_keys", "new_values")}
+    with pytest.raises(ValueError, match="2 queries and 1 new tokens"):
+        ragged_decode(data["query"], data["keys"], data["values"], layout, [5], scaling=1.0, **new)
     with pytest.raises(ValueError, match="lengths"):
         ragged_decode(data["query"][:, :, :1], data["keys"], data["values"], layout, [5, 5], scaling=1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from device_stores import DEVICE, QUANTISED, TOLERANCE, on_cpu, sides
 
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.ragged_decode import reference as decode_reference
 from kvcompile.kernels.ragged_decode.work import span, work_list
@@ -39,6 +39,10 @@ def test_ragged_decode(
 def test_more_rows_than_eight_programs_take(layout: LayerLayout) -> None:
     """And more new tokens than one block of them has."""
     decoded_as_by_the_reference(layout, 16, [40, 3], 4, 18, torch.float16)
+
+
+def test_more_new_tokens_than_the_window_has() -> None:
+    decoded_as_by_the_reference(WINDOW, 16, [40, 3], 2, 12, torch.float32)
 
 
 def decoded_as_by_the_reference(
@@ -132,6 +136,26 @@ def test_padding_among_new_tokens_is_not_seen() -> None:
         new_values=new_values.cpu(), new_mask=mask.cpu(),
     )  # fmt: skip
     torch.testing.assert_close(out.cpu().double(), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_padding_in_place_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few new tokens, which the kernel takes, and on a layer with a window, which it does not."""
+    monkeypatch.setenv("KVCOMPILE_KERNELS", "triton")
+    seen, length, head_dim, pad = [9, 140], 5, 64, torch.tensor([2, 0], device=DEVICE)
+    for layout in (QUANTISED, WINDOW):
+        keys, values = sides(layout, head_dim, torch.float32, 2)
+        shape = (2, layout.num_kv_heads, length, head_dim)
+        query, new_keys, new_values = (torch.randn(shape, device=DEVICE) for _ in range(3))
+        new = {"new_keys": new_keys, "new_values": new_values, "new_pad": pad}
+        out = ragged_decode(query, keys, values, layout, seen, scaling=0.1, **new)
+        expected = decode_reference.ragged_decode(
+            query.cpu(), on_cpu(keys), on_cpu(values), layout, seen, scaling=0.1,
+            **{name: tensor.cpu() for name, tensor in new.items()},
+        )  # fmt: skip
+        assert out.isfinite().all()
+        for b, first in enumerate(pad.tolist()):
+            found, wanted = out.cpu().double()[b, :, first:], expected[b, :, first:]
+            torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 8, 50, 1000])

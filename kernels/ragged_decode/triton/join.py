@@ -11,8 +11,8 @@ from kvcompile.kernels.tiles import columns, product
 @triton.jit
 def join(
     rows, partial, stats, count, query, new_keys, new_values, new_mask, out, scale, used, length,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
-    MASKED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, MOST: tl.constexpr,
+    WINDOW: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """`count` items of one head in one sequence (all pointers are theirs), for R of its rows: with m_i, l_i and acc_i
     of item i and m the highest m_i, the output is sum(acc_i 2^(m_i - m)) / sum(l_i 2^(m_i - m)). New tokens come in
@@ -51,6 +51,8 @@ def join(
                 )
             else:
                 visible = visible & (t[:, None] <= asks[None, :])
+                if WINDOW > 0:
+                    visible = visible & (t[:, None] > asks[None, :] - WINDOW)
             logits = tl.where(visible, logits, float("-inf"))
             both = tl.maximum(m, tl.max(logits, 0))
             finite = tl.where(both == float("-inf"), 0.0, both)

@@ -167,5 +167,5 @@ def _decode(
             tl.program_id(2) * R + tl.arange(0, R), partial + first_item * used * D, stats + first_item * 2 * used,
             tl.minimum(count, (filled + N - 1) // N), query + which * used * D, new_keys + which * length * D,
             new_values + which * length * D, new_mask + b * length * length, out + which * used * D, scale * LOG2E,
-            used, length, D, DP, R, TB, MOST, NEW, MASKED,
+            used, length, D, DP, R, TB, MOST, WINDOW, NEW, MASKED,
         )  # fmt: skip
