@@ -31,7 +31,8 @@ class Answer:
 @dataclass(frozen=True)
 class Asked:
     """A prompt's token ids, int64 [1, n] on the host, and how to answer: at most `longest` new tokens; sampled answers
-    to one `seed` are the same, with either cache. Inside a budget the prompt is read `prefill_chunk` tokens at a time.
+    to one `seed` are the same, with either cache. Inside a budget the prompt is read `prefill_chunk` tokens at a time,
+    and cut every `prefill_cut_every` tokens (None: after the last one).
     """
 
     ids: torch.Tensor
@@ -39,6 +40,7 @@ class Asked:
     sampling: Sampling
     seed: int
     prefill_chunk: int
+    prefill_cut_every: int | None = None
 
 
 def prompt_ids(tokenizer: Any, text: str, raw: bool) -> torch.Tensor:
@@ -68,6 +70,7 @@ def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool, timed: 
         new = generate(
             model, cache, asked.ids.to(model.device), max_new_tokens=asked.longest, sampling=asked.sampling,
             eos=ending_tokens(model, tokenizer), on_token=streamer.put, prefill_chunk=asked.prefill_chunk,
+            prefill_cut_every=asked.prefill_cut_every,
         )  # fmt: skip
         streamer.end()
         return _answer(tokenizer, new[0].tolist(), streamer, cache.nbytes)

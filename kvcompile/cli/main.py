@@ -1,4 +1,4 @@
-"""The command line: `kvcompile build | run | eval | inspect | verify | export | push | bench`."""
+"""The command line: `kvcompile build | run | serve | eval | inspect | verify | export | push | bench`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kvcompile.artifacts import KvcompileError
 COMMANDS = {
     "build": "profile a model, solve for a memory target, write an artifact",
     "run": "answer a prompt inside an artifact's budget",
+    "serve": "start a vLLM server whose caches are an artifact's",
     "eval": "measure quality at several budgets, beside other methods",
     "inspect": "show what is in an artifact",
     "verify": "check an artifact, and its byte account against a model",

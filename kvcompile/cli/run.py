@@ -46,13 +46,20 @@ from kvcompile.cli import output, progress
     show_default=True,
     help="Tokens of the prompt that are read at once; fewer take less memory.",
 )
+@click.option(
+    "--prefill-cut-every",
+    type=click.IntRange(1),
+    metavar="TOKENS",
+    help="Cut the prompt to the budget every so many tokens, for memory that does not grow with it; what comes next "
+    "sees only what was kept, which costs quality.  [default: after the last one]",
+)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
 @click.option("--compare", is_flag=True, help="Answer with the full cache too, and show where the answers part.")
 @click.option("--json", "as_json", is_flag=True, help="The answer and its figures as JSON on stdout.")
 def command(
     artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-    prefill_chunk: int, seed: int, raw: bool, compare: bool, as_json: bool,
+    prefill_chunk: int, prefill_cut_every: int | None, seed: int, raw: bool, compare: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr. With --compare both answers are
     shown when both are done, with their figures."""
@@ -69,7 +76,7 @@ def command(
         with progress.waiting("loading the model"):
             loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
         ids = prompt_ids(loaded.tokenizer, text, raw)
-        asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed, prefill_chunk)
+        asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed, prefill_chunk, prefill_cut_every)
         # Before anything is said of a prompt that another model's artifact has no business with.
         check_identity(plan.model, identify(loaded.model, plan.model.name))
         _note_length(ids.shape[1], plan.target.context)
@@ -116,7 +123,7 @@ def figures(plan: Artifact, model: Any, asked: Any, answer: Any) -> dict[str, An
     that reading the prompt takes beside weights and cache."""
     tokens = asked.ids.shape[1]
     read = prefill_bytes(
-        plan, 1, tokens, asked.prefill_chunk,
+        plan, 1, tokens, asked.prefill_chunk, cut_every=asked.prefill_cut_every,
         dtype=str(model.dtype).removeprefix("torch."), inner=feed_forward_elements(model.config.get_text_config()),
     )  # fmt: skip
     return {

@@ -100,6 +100,8 @@ class Serving:
         # With a window of R-SWA, vLLM tells every attention backend how long the prompts are. It means nothing else to
         # a model whose layers are ours.
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
+        if rank:
+            return
         share = artifact.bytes.resident / artifact.target.batch / max(artifact.bytes.full / artifact.target.batch, 1)
         log.info(
             "kvcompile: %d bytes a sequence of up to %d tokens, in pages of %d (the artifact: %d, %.1f %% of the full "

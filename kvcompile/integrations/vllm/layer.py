@@ -128,6 +128,8 @@ class CompiledAttention(Attention):
         self, piece: Piece, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: torch.Tensor | None
     ) -> torch.Tensor:
         prompt, scale = self._waiting(piece), self.impl.scale
+        if score is not None and piece.slot >= 0:
+            score = score.clone()  # the next pass writes its scores to the same place
         keys, values = prompt.add(query, key, value, scale, score)
         origin = piece.before + piece.prompt - prompt.filled
         if not origin:

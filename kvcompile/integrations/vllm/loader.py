@@ -34,6 +34,9 @@ class Loader(BaseModelLoader):
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises KvcompileError: what cannot be served, or does not belong together, before weights are read."""
+        from kvcompile.integrations.vllm.version import check_version
+
+        check_version()
         from kvcompile.integrations.vllm.adopt import Serving
 
         serving = Serving.prepare(self.options, vllm_config, model_config, self.inner)

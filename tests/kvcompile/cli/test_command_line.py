@@ -145,6 +145,20 @@ def test_run_in_chunks_says_the_same_and_promises_less(kvcompile, artifact, prom
     assert "reading the prompt: at most" in err
 
 
+def test_run_cuts_the_prompt_on_the_way_and_promises_less(kvcompile, artifact, prompt, tmp_path) -> None:
+    command = ("run", artifact, "--prompt", prompt, "--max-new-tokens", 9, "--json")
+    short, cut = (json.loads(kvcompile(*command, "--prefill-cut-every", n)[1]) for n in (10_000, 16))
+    assert short["text"] == json.loads(kvcompile(*command)[1])["text"]
+    assert cut["new_tokens"] == 9
+    assert cut["cache_bytes"] == short["cache_bytes"]
+    plan = read(artifact)
+    figures = {n: prefill_bytes(plan, 1, 4096, cut_every=n) for n in (None, 512, 64)}
+    assert figures[64] < figures[512] < figures[None]
+    status, _, err = kvcompile(*command, "--prefill-cut-every", 0)
+    assert status == 2
+    assert "--prefill-cut-every" in err
+
+
 def test_run_equals_plain_generation_at_a_full_target(kvcompile, artifact, prompt, model_folder, tmp_path) -> None:
     from kvcompile.models import load
 
