@@ -1,0 +1,48 @@
+"""vLLM engines for tests, one at a time in the test's own process."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+EXACT, ROUNDED = (
+    ROOT / "artifacts" / "reference" / f"smollm2-135m-{name}.kvb" for name in ("4096-25pct", "2048-12.5pct")
+)
+"""SmolLM2 with heads in bfloat16, and with scored heads of 4 and 8 bits."""
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"
+)
+
+
+@contextmanager
+def engine(model: Path, artifact: Path | None, **settings: Any) -> Iterator[Any]:
+    """`vllm.LLM` with this artifact, or plain; gone afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    extra = settings.pop("extra", {})
+    if artifact is not None:
+        settings |= {"load_format": "kvcompile", "model_loader_extra_config": {"artifact": str(artifact), **extra}}
+    llm = LLM(str(model), **{"max_model_len": 2048, "enforce_eager": True, "dtype": "float32", **settings})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def greedy(llm: Any, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[list[int]]:
+    """Tokens that an engine answers with, all prompts at once."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
+    outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
