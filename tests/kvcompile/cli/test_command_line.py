@@ -145,7 +145,7 @@ def test_run_in_chunks_says_the_same_and_promises_less(kvcompile, artifact, prom
     assert "reading the prompt: at most" in err
 
 
-def test_run_cuts_the_prompt_on_the_way_and_promises_less(kvcompile, artifact, prompt, tmp_path) -> None:
+def test_run_cuts_the_prompt_on_the_way_and_promises_less(kvcompile, artifact, prompt) -> None:
     command = ("run", artifact, "--prompt", prompt, "--max-new-tokens", 9, "--json")
     short, cut = (json.loads(kvcompile(*command, "--prefill-cut-every", n)[1]) for n in (10_000, 16))
     assert short["text"] == json.loads(kvcompile(*command)[1])["text"]
