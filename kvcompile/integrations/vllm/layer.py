@@ -135,11 +135,8 @@ class CompiledAttention(Attention):
         if not origin:
             out = prompt_attention(query, keys, values, None, prompt.layout.window, scale)
         else:
-            # What follows a kept state sees what is stored of it, and itself. Earlier queries of it have been answered.
-            store = self._one(piece.block, origin)
-            asked = query.new_zeros(*query.shape[:2], prompt.filled, query.shape[3])
-            asked[:, :, -piece.prompt :] = query
-            out = store.look(asked, keys, values, scale)[:, :, -piece.prompt :]
+            # What follows a kept state sees what is stored of it, and itself.
+            out = self._one(piece.block, origin).look(query, keys, values, scale)
         if piece.last:
             self.prompts.pop(piece.slot, None)
             self._keep(prompt, piece.block, origin)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vllm_engines
 from tiny_models import CONFIGS, make_artifact, tiny_model
 
 from kvcompile.artifacts import write
 
 pytest.importorskip("vllm")
-from vllm_engines import EXACT, engine
+from vllm_engines import EXACT, engine, solved
 
 
 def sentence(model: Path, artifact: Path, **settings: Any) -> str:
@@ -25,7 +29,7 @@ def sentence(model: Path, artifact: Path, **settings: Any) -> str:
 
 
 def test_another_models_artifact(smollm2: Path, tmp_path: Path) -> None:
-    write(tmp_path / "tiny.kvb", make_artifact(tiny_model(CONFIGS["llama"]), context=2048))
+    write(make_artifact(tiny_model(CONFIGS["llama"]), context=2048), tmp_path / "tiny.kvb")
     assert "the artifact is for" in sentence(smollm2, tmp_path / "tiny.kvb")
 
 
@@ -57,16 +61,21 @@ def test_a_step_with_too_few_tokens(smollm2: Path) -> None:
 
 
 def test_speculative_decoding(smollm2: Path) -> None:
-    speculative = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    assert "speculative decoding cannot work" in sentence(smollm2, EXACT, speculative_config=speculative)
+    """In a process of its own: n-grams load numba, whose library the next engine of a process trips over."""
+    code = f"""
+from vllm_engines import EXACT, engine
+speculative = {{"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}}
+with engine({str(smollm2)!r}, EXACT, speculative_config=speculative):
+    pass
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(vllm_engines.__file__).parent)}
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, env=environment)
+    assert "CacheError: speculative decoding cannot work" in done.stderr.splitlines()[-1]
 
 
 def test_a_policy_that_observes(smollm2: Path, tmp_path: Path) -> None:
-    from kvcompile import resolve
-    from kvcompile.artifacts import read
-
-    resolve(read(EXACT), mem="25%", allocator="uniform", policy="h2o", out=tmp_path / "h2o.kvb")
-    assert "the token policy h2o cannot be served" in sentence(smollm2, tmp_path / "h2o.kvb")
+    h2o = solved(EXACT, tmp_path / "h2o.kvb", "--mem", "25%", "--allocator", "uniform", "--policy", "h2o")
+    assert "the token policy h2o cannot be served" in sentence(smollm2, h2o)
 
 
 def test_a_damaged_file(smollm2: Path, tmp_path: Path) -> None:

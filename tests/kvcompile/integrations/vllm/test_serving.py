@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams
-from vllm_engines import EXACT, ROUNDED, engine, greedy
+from vllm_engines import EXACT, ROUNDED, engine, greedy, solved
 
 from kvcompile.artifacts import read
 
@@ -97,10 +97,7 @@ def test_rounded_and_scored_heads(smollm2: Path, text_ids: list[int], ours: Ours
 
 
 def test_a_full_budget_is_plain_vllm(smollm2: Path, text_ids: list[int], tmp_path: Path) -> None:
-    from kvcompile import resolve
-
-    full = tmp_path / "full.kvb"
-    resolve(read(EXACT), mem="100%", context=2048, kv_dtype="fp32", out=full)
+    full = solved(EXACT, tmp_path / "full.kvb", "--mem", "100%", "--context", "2048", "--kv-dtype", "fp32")
     prompts = prompts_of(text_ids)
     with engine(smollm2, None) as llm:
         plain = greedy(llm, prompts, COUNT)

@@ -1,0 +1,85 @@
+"""Every family that vLLM's CPU build runs, with heads of every kind: the engine's answers are our runtime's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from kvcompile.artifacts import write
+
+pytest.importorskip("vllm")
+from vllm_engines import engine, greedy
+
+# Heads of 32 elements, the smallest that vLLM's own attention for CPUs is made for.
+WIDE = SHAPE | {"hidden_size": 192, "intermediate_size": 128, "vocab_size": 128}
+FAMILIES = {
+    "llama": LlamaConfig(**WIDE),
+    "mistral": MistralConfig(**WIDE, sliding_window=None),
+    "mistral, sliding": MistralConfig(**WIDE, sliding_window=24),
+    "qwen2": Qwen2Config(**WIDE),
+    "qwen3": Qwen3Config(**WIDE, head_dim=32),
+    "phi3": Phi3Config(**WIDE, sliding_window=None),
+    "gemma3": Gemma3TextConfig(
+        **WIDE, head_dim=32, sliding_window=24, query_pre_attn_scalar=32,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+    "qwen3-moe": Qwen3MoeConfig(
+        **WIDE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+}  # fmt: skip
+PLANS: dict[str, dict[str, Any]] = {
+    "recent": {"capacity": 20},
+    "scored": {"capacity": 20, "policy": "scored", "recent": 8},
+    "scored, rounded": {"capacity": 24, "policy": "scored", "recent": 8, "bits": [(8, 8), (8, 4), (32, 8)]},
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    folder: Path = tmp_path_factory.mktemp("model")
+    tiny_model(FAMILIES[request.param]).save_pretrained(folder)
+    return request.param, folder
+
+
+def test_every_family_is_here() -> None:
+    kinds = {config.model_type for config in CONFIGS.values()}
+    assert {config.model_type for config in FAMILIES.values()} == kinds
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_answers_are_the_runtimes(
+    family: tuple[str, Path], plan: str, ours: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    """Prompts of which most are cut, in chunks of 32 tokens, five at once."""
+    _, folder = family
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    artifact = tmp_path / "tiny.kvb"
+    write(make_artifact(model, **PLANS[plan]), artifact)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 120, (n,), generator=generator).tolist() for n in (5, 40, 1, 90, 33)]
+    expected = [ours(folder, artifact, prompt, 12) for prompt in prompts]
+    settings = {"max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    with engine(folder, artifact, **settings) as llm:
+        found = greedy(llm, prompts, 12, detokenize=False)
+    if "rounded" not in plan:
+        assert found == expected
+        return
+    agreed = sum(a == b for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True))
+    assert agreed >= 0.7 * 12 * len(prompts)
