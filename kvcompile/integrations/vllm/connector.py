@@ -1,9 +1,9 @@
 """Shared prefixes: the state at the end of one is kept, and forked by the requests that begin with the same tokens.
 
-A request says with `extra_args` (`vllm_xargs` over HTTP) how much of its prompt others share: `{"kvcompile_keep": 1200}`
-is its first 1,200 tokens, -1 all of it. These are read and cut to the budget, the state is kept, and the rest of the
-prompt is read on top of it: the same whether the state has been kept before or not. Any later request whose prompt
-begins with exactly these tokens starts from the state and reads the rest alone.
+A request says with `extra_args` (`vllm_xargs` over HTTP) how much of its prompt others share: with
+`{"kvcompile_keep": 1200}` it is the first 1,200 tokens, with -1 all of them. These are read and cut to the budget, the
+state is kept, and the rest of the prompt is read on top of it: the same whether the state has been kept before or not.
+Any later request whose prompt begins with exactly these tokens starts from the state and reads the rest alone.
 
 In vLLM this is a KV connector: `--kv-transfer-config` as `kvcompile serve --prefixes N` writes it.
 """

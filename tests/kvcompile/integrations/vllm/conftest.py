@@ -23,17 +23,35 @@ def smollm2() -> Path:
     return Path(os.environ["KVCOMPILE_SMOLLM2"])
 
 
+@cache
+def loaded(model: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def margin() -> Callable[..., float]:
+    """`margin(model, artifact, prompt, answer, token)`: by how much our runtime prefers the last token of its answer
+    to another one in the same place, in nats."""
+    from kvcompile.runtime import attach
+
+    def preferred(model: Path, artifact: Path, prompt: Sequence[int], answer: Sequence[int], token: int) -> float:
+        with attach(loaded(model), artifact) as attachment, torch.no_grad():
+            cache = attachment.new_cache()
+            logits = attachment.model(torch.tensor([list(prompt)]), past_key_values=cache).logits
+            for fed in answer[:-1]:
+                logits = attachment.model(torch.tensor([[fed]]), past_key_values=cache).logits
+        return float(logits[0, -1, answer[-1]] - logits[0, -1, token])
+
+    return preferred
+
+
 @pytest.fixture(scope="session")
 def ours() -> Callable[..., list[int]]:
     """`ours(model, artifact, prompt, count, shared=0)`: what our runtime answers; `shared` prompt tokens are read and
     cut first."""
-    from transformers import AutoModelForCausalLM
-
     from kvcompile.runtime import attach
-
-    @cache
-    def loaded(model: Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
 
     @cache
     def answer(model: Path, artifact: Path, prompt: tuple[int, ...], count: int, shared: int) -> list[int]:

@@ -81,19 +81,22 @@ def test_requests_that_come_and_go(smollm2: Path, text_ids: list[int], ours: Our
 
 
 @pytest.mark.parametrize("chunk", [4096, 200])
-def test_rounded_and_scored_heads(smollm2: Path, text_ids: list[int], ours: Ours, chunk: int) -> None:
-    """A number at the border of two levels may fall either way, so what is asked is agreement: no answer parts within
-    its first tokens, and most do not part."""
+def test_rounded_and_scored_heads(
+    smollm2: Path, text_ids: list[int], ours: Ours, margin: Callable[..., float], chunk: int
+) -> None:
+    """A number at the border of two levels may fall either way, so answers may part, but only between two tokens that
+    our runtime holds for nearly as good, and most do not."""
     prompts = [p for p in prompts_of(text_ids) if len(p) <= 2000 - COUNT]
     with engine(smollm2, ROUNDED, max_num_batched_tokens=chunk) as llm:
         answers = greedy(llm, prompts, COUNT)
-    agreed = [
-        next(
-            (i for i, (a, b) in enumerate(zip(answer, ours(smollm2, ROUNDED, p, COUNT), strict=True)) if a != b), COUNT
-        )
-        for answer, p in zip(answers, prompts, strict=True)
-    ]
-    assert sum(agreed) >= 0.8 * COUNT * len(prompts), agreed
+    same = 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = ours(smollm2, ROUNDED, prompt, COUNT)
+        parted = next((i for i, (a, b) in enumerate(zip(answer, expected, strict=True)) if a != b), COUNT)
+        same += parted
+        if parted < COUNT:
+            assert margin(smollm2, ROUNDED, prompt, expected[: parted + 1], answer[parted]) < 0.3
+    assert same >= 0.6 * COUNT * len(prompts)
 
 
 def test_a_full_budget_is_plain_vllm(smollm2: Path, text_ids: list[int], tmp_path: Path) -> None:
@@ -111,7 +114,9 @@ def test_bytes_are_the_account(smollm2: Path) -> None:
         config = llm.llm_engine.vllm_config
         layer = next(iter(config.compilation_config.static_forward_context.values()))
         page = layer.served.page.nbytes
-        assert layer.kv_cache.numel() == page * config.cache_config.num_gpu_blocks
+        blocks = len(layer.kv_cache)
+        assert blocks == config.cache_config.num_gpu_blocks
+        assert layer.kv_cache.numel() == page * blocks
     promised = read(ROUNDED).bytes.resident
     assert promised <= page <= 1.01 * promised
-    assert config.cache_config.num_gpu_blocks == 2**30 // page
+    assert blocks == 2**30 // page
