@@ -2,9 +2,9 @@
 
     python benchmarks/serve_soak.py MODEL ARTIFACT --clients 64 --minutes 10
 
-Clients ask completions, streamed completions and chats, some give up half way. Answers to all prompts, asked one by one
-before, are what each has to be. Prints a line of JSON: requests, errors, wrong answers, and the server's resident memory
-after the first minute and at the end.
+Clients ask completions, streamed completions and chats, some give up half way. Answers to all prompts, asked one by
+one before, are what each has to be. Prints a line of JSON: requests, errors, wrong answers, and the server's resident
+memory after the first minute and at the end.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ def main() -> None:
     ]
     command = [
         sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", options.model,
-        "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model", "--dtype", "float32", "--enforce-eager", *words,
+        "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "model",
+        "--dtype", "float32", "--enforce-eager", *words,
     ]  # fmt: skip
     environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"} | os.environ
     with open(options.log, "w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as server:

@@ -54,8 +54,8 @@ class Held:
 
 @dataclass
 class Waiting:
-    """Which prompts wait, in `slots` places. `kept` are the blocks that begin with a kept state, and its tokens; `marks`
-    the blocks of the batch under way whose prompts have a shared prefix."""
+    """Which prompts wait, in `slots` places. `kept` are the blocks that begin with a kept state, and its tokens;
+    `marks` the blocks of the batch under way whose prompts have a shared prefix."""
 
     slots: int
     kept: dict[int, int] = field(default_factory=dict)
