@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import vllm_engines
 from tiny_models import CONFIGS, make_artifact, tiny_model
 
 from kvcompile.artifacts import write
 
 pytest.importorskip("vllm")
+import vllm_engines
 from vllm_engines import EXACT, engine, solved
 
 
