@@ -23,7 +23,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
 if importlib.util.find_spec("vllm"):  # elsewhere, other tests of the same process want the hub
-    os.environ.update(SETTINGS)
+    os.environ.update(SETTINGS | os.environ)
 
 
 @contextmanager
