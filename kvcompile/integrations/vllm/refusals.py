@@ -20,6 +20,10 @@ def refuse_settings(vllm_config: Any) -> None:
         raise CacheError(
             "pipeline parallelism would need pages of another size on every stage: use --tensor-parallel-size"
         )
+    if parallel.data_parallel_size > 1:
+        raise CacheError(
+            "data parallelism inside vLLM has not been tried with compiled caches: start a server for each replica"
+        )
     if (
         getattr(parallel, "decode_context_parallel_size", 1) > 1
         or getattr(parallel, "prefill_context_parallel_size", 1) > 1
