@@ -34,7 +34,7 @@ def measured(options: argparse.Namespace) -> dict[str, Any]:
         kv_cache_memory_bytes=memory, max_num_batched_tokens=options.chunk, enable_prefix_caching=False, **settings,
     )  # fmt: skip
     ids = AutoTokenizer.from_pretrained(options.model)(TEXT.read_text(encoding="utf-8"))["input_ids"]
-    ids = ids * (1 + options.prompt // len(ids) + 1)
+    ids = ids * (1 + (options.prompt + options.requests) // len(ids))
     prompts = [{"prompt_token_ids": ids[i : i + options.prompt]} for i in range(options.requests)]
     sampling = SamplingParams(temperature=0, max_tokens=options.new, ignore_eos=True)
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from transformers import (
     MistralConfig,
     MixtralConfig,
     Phi3Config,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
@@ -40,24 +42,32 @@ SHAPE = {
     "num_key_value_heads": 3, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": None,
     "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
-CONFIGS = {
-    "llama": LlamaConfig(**SHAPE, attention_bias=True),
-    "mistral": MistralConfig(**SHAPE, sliding_window=None),
-    "mistral, sliding": MistralConfig(**SHAPE, sliding_window=24),
-    "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
-    "phi3": Phi3Config(**SHAPE, sliding_window=None),
-    "gemma3": Gemma3TextConfig(
-        **SHAPE, head_dim=16, sliding_window=24, query_pre_attn_scalar=16,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "mixtral": MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen3-moe": Qwen3MoeConfig(
-        **SHAPE, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32
-    ),
+
+
+def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str, PretrainedConfig]:
+    """A configuration of every family, for models of this shape."""
+    return {
+        "llama": LlamaConfig(**shape, attention_bias=True),
+        "mistral": MistralConfig(**shape, sliding_window=None),
+        "mistral, sliding": MistralConfig(**shape, sliding_window=24),
+        "qwen2": Qwen2Config(**shape),
+        "qwen3": Qwen3Config(**shape, head_dim=head_dim),
+        "phi3": Phi3Config(**shape, sliding_window=None),
+        "gemma3": Gemma3TextConfig(
+            **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
+        "mixtral": MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+        "qwen3-moe": Qwen3MoeConfig(
+            **shape, head_dim=head_dim, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=expert_size
+        ),
+    }  # fmt: skip
+
+
+CONFIGS = configs(SHAPE, 16, 32) | {
     "multi-head": LlamaConfig(**{**SHAPE, "num_key_value_heads": 6}),
     "multi-query": LlamaConfig(**{**SHAPE, "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56}),
-}  # fmt: skip
+}
 
 
 def tiny_model(config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

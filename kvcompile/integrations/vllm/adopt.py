@@ -102,12 +102,11 @@ class Serving:
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
         if rank:
             return
-        share = artifact.bytes.resident / artifact.target.batch / max(artifact.bytes.full / artifact.target.batch, 1)
         log.info(
             "kvcompile: %d bytes a sequence of up to %d tokens, in pages of %d (the artifact: %d, %.1f %% of the full "
             "cache)",
             used, artifact.target.context, served.page.nbytes, artifact.bytes.resident // artifact.target.batch,
-            100 * share,
+            100 * artifact.bytes.resident / artifact.bytes.full,
         )  # fmt: skip
 
     def _pages(self, here: int) -> list[PageLayout]:

@@ -18,7 +18,6 @@ from kvcompile.integrations.vllm.spec import CompiledSpec
 from kvcompile.kernels import Transform
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.pages import PageLayout
-from kvcompile.runtime.prompt_attention import prompt_attention
 from kvcompile.runtime.store import LayerStore
 
 
@@ -130,13 +129,13 @@ class CompiledAttention(Attention):
         prompt, scale = self._waiting(piece), self.impl.scale
         if score is not None and piece.slot >= 0:
             score = score.clone()  # the next pass writes its scores to the same place
-        keys, values = prompt.add(query, key, value, scale, score)
-        origin = piece.before + piece.prompt - prompt.filled
+        origin = piece.before - prompt.filled
         if not origin:
-            out = prompt_attention(query, keys, values, None, prompt.layout.window, scale)
+            out = prompt.attend(query, key, value, scale, score)
         else:
             # What follows a kept state sees what is stored of it, and itself.
-            out = self._one(piece.block, origin).look(query, keys, values, scale)
+            seen = prompt.add(query, key, value, scale, score)
+            out = self._one(piece.block, origin).look(query, *seen, scale)
         if piece.last:
             self.prompts.pop(piece.slot, None)
             self._keep(prompt, piece.block, origin)

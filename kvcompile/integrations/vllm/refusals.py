@@ -24,10 +24,7 @@ def refuse_settings(vllm_config: Any) -> None:
         raise CacheError(
             "data parallelism inside vLLM has not been tried with compiled caches: start a server for each replica"
         )
-    if (
-        getattr(parallel, "decode_context_parallel_size", 1) > 1
-        or getattr(parallel, "prefill_context_parallel_size", 1) > 1
-    ):
+    if max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1:
         raise CacheError("context parallelism cuts sequences into parts, and a compiled cache has one page for each")
     if vllm_config.lora_config is not None:
         raise CacheError(

@@ -8,18 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from tiny_models import CONFIGS, SHAPE, configs, make_artifact, tiny_model
+from transformers import AutoModelForCausalLM
 
 from kvcompile.artifacts import write
 
@@ -28,22 +18,7 @@ from vllm_engines import engine, greedy
 
 # Heads of 32 elements, the smallest that vLLM's own attention for CPUs is made for.
 WIDE = SHAPE | {"hidden_size": 192, "intermediate_size": 128, "vocab_size": 128}
-FAMILIES = {
-    "llama": LlamaConfig(**WIDE),
-    "mistral": MistralConfig(**WIDE, sliding_window=None),
-    "mistral, sliding": MistralConfig(**WIDE, sliding_window=24),
-    "qwen2": Qwen2Config(**WIDE),
-    "qwen3": Qwen3Config(**WIDE, head_dim=32),
-    "phi3": Phi3Config(**WIDE, sliding_window=None),
-    "gemma3": Gemma3TextConfig(
-        **WIDE, head_dim=32, sliding_window=24, query_pre_attn_scalar=32,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-    ),
-    "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-    "qwen3-moe": Qwen3MoeConfig(
-        **WIDE, head_dim=32, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
-    ),
-}  # fmt: skip
+FAMILIES = configs(WIDE, 32, 64)
 PLANS: dict[str, dict[str, Any]] = {
     "recent": {"capacity": 20},
     "scored": {"capacity": 20, "policy": "scored", "recent": 8},
