@@ -22,7 +22,8 @@ class Scratch(threading.local):
         key = (name, dtype, like.device)
         held = self.held.get(key)
         if held is None or held.numel() < like.numel():
-            held = self.held[key] = torch.empty(max(like.numel(), BLOCK), dtype=dtype, device=like.device)
+            with torch.inference_mode(False):  # else nothing outside of that mode could write to it later
+                held = self.held[key] = torch.empty(max(like.numel(), BLOCK), dtype=dtype, device=like.device)
         return held[: like.numel()].view(like.shape)
 
 
