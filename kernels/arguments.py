@@ -20,6 +20,14 @@ ORDER: tuple[Codec, ...] = (INT8, INT4)
 FIELDS = ("exact", *(f"{kind}{codec.bits}" for codec in ORDER for kind in ("codes", "scales")), "anchors")
 """Names of `tensors`, without the prefix of a side."""
 
+SIZES = [
+    f"{side}_{name}"
+    for side in "kv"
+    for name in ("rows", *(f"rows{c.bits}{s}" for c in ORDER for s in ("", "s")), "anchored")
+]
+"""Names of `rows` with the prefix of a side. They differ from layer to layer: Triton would compile a kernel anew where one
+of them is a multiple of 16, or 1, and another is not."""
+
 
 def tensors(side: Buffers) -> tuple[torch.Tensor, ...]:
     """Every buffer of a side, empty ones too: [batch, rows, X] each."""

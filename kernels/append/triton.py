@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, head_table, in_order, rows, tensors
+from kvcompile.kernels.arguments import SIZES, groups, head_table, in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import put4
 from kvcompile.kernels.codecs.int8.triton import INT8, put8
@@ -138,7 +138,7 @@ def store_token(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
 def _append(
     heads, seen_by, places, new_keys, new_values, score, scores,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,

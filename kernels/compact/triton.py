@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, head_table, rows, tensors
+from kvcompile.kernels.arguments import SIZES, groups, head_table, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import fill4
 from kvcompile.kernels.codecs.int8.triton import INT8, fill8
@@ -46,7 +46,7 @@ def _fill(prompt, matrix, mean, exact, codes8, scales8, codes4, scales4, anchor,
                   D, G, P4, N, TRANSFORMED)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "slots", "count"])
 def _compact(
     heads, tokens, seen_by, keys, values, k_matrix, k_mean, v_matrix, v_mean,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
-from kvcompile.kernels.arguments import head_table, in_order, rows, tensors
+from kvcompile.kernels.arguments import SIZES, head_table, in_order, rows, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
@@ -103,7 +103,7 @@ def _put_vector(
         tl.store(out + e, tl.load(x + e, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
 def _new_token(
     qkv, cos, sin, q_norm, k_norm, hidden, scorer, bias, k_inverse, k_matrix, k_mean, v_matrix, v_mean,
     query, new_keys, new_values, epsilon, size, heads, seen_by, places, scores,

@@ -68,6 +68,12 @@ def test_silu_mul(dtype: torch.dtype, batch: int, size: int) -> None:
     )
 
 
+def one_step_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Bytes of codes, of 8 bits or twice 4: a bfloat16 that is rounded once more or less often is another code."""
+    a, b = a.int(), b.int()
+    return ((a >> 4) - (b >> 4)).abs().le(1) & ((a & 15) - (b & 15)).abs().le(1) | (a - b).abs().le(1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "head_dim", "batch"), [(1, 16, 1), (5, 64, 3), (7, 96, 1), (8, 128, 1)])
 @pytest.mark.parametrize("normed", [False, True], ids=["", "norms"])
@@ -102,7 +108,9 @@ def test_new_token(
         # A key that was rotated in another precision may round to the other side of a code's edge.
         for a, b in zip(one.tensors(), two.tensors(), strict=True):
             close = (a.float() - b.float()).abs() <= 1e-2 + 1e-2 * b.float().abs()
-            assert (a == b if a.dtype == torch.uint8 else close).float().mean() > 0.97
+            if a.dtype == torch.uint8:
+                close = (one_step_apart if dtype == torch.bfloat16 else torch.eq)(a, b)
+            assert close.float().mean() > 0.97
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -23,6 +23,8 @@ RAGGED = LayerLayout.from_heads(
 WINDOW = LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7)
 LAYOUTS = {"one": ONE, "ragged": RAGGED, "quantised": QUANTISED, "window": WINDOW}
 LENGTHS = [[400], [2], [150, 3, 61]]
+LITTLE = Tuning(32, 2)
+"""Items so small that a head has several and the last is shorter."""
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -45,9 +47,21 @@ def test_more_new_tokens_than_the_window_has() -> None:
     decoded_as_by_the_reference(WINDOW, 16, [40, 3], 2, 12, torch.float32)
 
 
+@pytest.mark.parametrize("halves", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("length", [1, 3])
+def test_many_items_of_a_head(halves: int, dtype: torch.dtype, length: int) -> None:
+    """Which are joined in groups, the last of which is not full, and of a short text only some: 21, 10 and 1."""
+    layout = LayerLayout.from_heads([HeadSpec("full", 330 * halves, 4, 27), HeadSpec("recent", 40, 1, 39, 8, 4)])
+    seen = [1000, 155 * halves, 7]
+    chosen = Tuning(16 * halves, halves, programs=200)
+    decoded_as_by_the_reference(layout, 64, seen, 3, length, dtype, chosen)
+
+
 def decoded_as_by_the_reference(
-    layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype
-) -> None:
+    layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype,
+    chosen: Tuning = LITTLE,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(group)
     batch, heads = len(seen), layout.num_kv_heads
     keys, values = sides(layout, head_dim, dtype, batch)
@@ -57,8 +71,6 @@ def decoded_as_by_the_reference(
 
     query, new = draw(heads * group), (draw(heads), draw(heads)) if length > 1 else (None, None)
     counts = torch.tensor(seen, dtype=torch.int32, device=DEVICE)
-    # Little items, so that a head has several and the last is shorter.
-    chosen = Tuning(32, 1, 2, 8)
     out = decode_kernel.ragged_decode(query, keys, values, layout, counts, 0.1, *new, None, chosen=chosen)
     assert out.dtype == dtype
     expected = decode_reference.ragged_decode(

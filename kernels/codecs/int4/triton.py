@@ -69,10 +69,10 @@ def logits4(parts, sums, codes, scales, slot, valid, scale, D: tl.constexpr, G: 
 
 
 @triton.jit
-def mixed4(acc, alpha, beta, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def mixed4(acc, alpha, weights, codes, scales, slots, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
            DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """See `integers.mixed`."""
-    return mixed(acc, alpha, beta, weights, codes, scales, slot, valid, PER, BITS, D, G, P, DTYPE, N)
+    return mixed(acc, alpha, weights, codes, scales, slots, valid, PER, BITS, D, G, P, DTYPE, N)
 
 
 @triton.jit

@@ -62,10 +62,10 @@ def logits8(parts, sums, codes, scales, slot, valid, scale, D: tl.constexpr, G: 
 
 
 @triton.jit
-def mixed8(acc, alpha, beta, weights, codes, scales, slot, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
+def mixed8(acc, alpha, weights, codes, scales, slots, valid, D: tl.constexpr, G: tl.constexpr, P: tl.constexpr,
            DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
     """See `integers.mixed`."""
-    return mixed(acc, alpha, beta, weights, codes, scales, slot, valid, PER, BITS, D, G, P, DTYPE, N)
+    return mixed(acc, alpha, weights, codes, scales, slots, valid, PER, BITS, D, G, P, DTYPE, N)
 
 
 @triton.jit

@@ -175,20 +175,26 @@ def logits(parts, sums, codes, scales, slot, valid, scale, PER: tl.constexpr, BI
 
 
 @triton.jit
-def mixed(acc, alpha, beta, weights, codes, scales, slot, valid, PER: tl.constexpr, BITS: tl.constexpr,
-          D: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """`acc` times `alpha` plus `beta` times the sums of w s (c + o_j), and of w s, by group."""
+def mixed(acc, alpha, weights, codes, scales, slots, valid, PER: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+          G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """`acc` times `alpha` plus the sums of w s (c + o_j), and of w s, by group, over all blocks of slots."""
     SIZE: tl.constexpr = D // G
-    by_group = group_scales(scales, slot, valid, G)
+    by_group = ()
+    for half in tl.static_range(len(slots)):
+        by_group = by_group + (group_scales(scales, slots[half], valid[half], G),)
     new = ()
     for g in tl.static_range(G):
-        scaled = (weights * by_group[g][:, None]).to(DTYPE)
-        tiles = spread(units(codes, slot, valid, g, SIZE // PER, P, D // PER, True), BITS, DTYPE)
-        for j in tl.static_range(PER):
-            one = product(tiles[j], scaled)
-            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + one * beta[None, :],)
-        sums = product(first_row(N, DTYPE), scaled)
-        new = new + (acc[g * (PER + 1) + PER] * alpha[None, :] + sums * beta[None, :],)
+        found = ()
+        for j in tl.static_range(PER + 1):
+            found = found + (acc[g * (PER + 1) + j] * alpha[None, :],)
+        for half in tl.static_range(len(slots)):
+            scaled = (weights[half] * by_group[half][g][:, None]).to(DTYPE)
+            tiles = spread(units(codes, slots[half], valid[half], g, SIZE // PER, P, D // PER, True), BITS, DTYPE)
+            more = ()
+            for j in tl.static_range(PER):
+                more = more + (tl.dot(tiles[j], scaled, found[j], input_precision="tf32x3"),)
+            found = more + (tl.dot(first_row(N, DTYPE), scaled, found[PER], input_precision="tf32x3"),)
+        new = new + found
     return new
 
 

@@ -14,8 +14,10 @@ from kvcompile.kernels.arguments import rows as side_rows
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.ragged_decode.occupancy import resident
+from kvcompile.kernels.ragged_decode.triton.join import FAN
 from kvcompile.kernels.ragged_decode.triton.scan import CODECS, _decode
-from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of, resident
+from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
 from kvcompile.kernels.ragged_decode.work import work_list
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -48,7 +50,7 @@ def constants(
 
     found = {
         "PAIRS": pairs, "D": head_dim, "DP": padded(head_dim), "G": groups(head_dim), "P8": padded(size // 2),
-        "P4": padded(size // 4), "R": 8, "TB": 16, "N": chosen.block,
+        "P4": padded(size // 4), "R": 8, "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
         "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked,
@@ -87,11 +89,11 @@ def ragged_decode(
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
 
     places = in_order(layout, batch, device) if places is None else places
+    done = _done(layout, batch, blocks, fixed["MOST"], device)
 
     def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
         return (
-            query, partial, stats, *tables, seen, places, _done(layout, batch, blocks, device), out, *new, mask,
-            *tensors(keys), *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
+            query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
             int(new_keys is None),
         )  # fmt: skip
 
@@ -100,7 +102,7 @@ def ragged_decode(
         if key not in layout.memo:
             some = torch.empty(1, dtype=torch.float32, device=device)
             like = arguments(_Tables(seen, seen, seen), some, some)
-            more, programs = _fitted(like, fixed | options, device) if device.type == "cuda" else ({}, chosen.programs)
+            more, programs = _fitted(like, fixed | options) if device.type == "cuda" else ({}, chosen.programs)
             programs = items_of(programs, device, batch * blocks)
             layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), options | more
         tables, options = layout.memo[key]
@@ -119,11 +121,13 @@ def _tables(
     return _Tables(items, ranges, head_table(layout, device))
 
 
-def _done(layout: LayerLayout, batch: int, blocks: int, device: torch.device) -> torch.Tensor:
-    """Counters int32 [batch, H, blocks of rows] of programs that are done, which every launch leaves at 0."""
-    key = ("ragged_decode counters", device, batch, blocks)
+def _done(layout: LayerLayout, batch: int, blocks: int, most: int, device: torch.device) -> torch.Tensor:
+    """Counters int32 [batch, H, blocks of rows, 1 + groups] of groups of `FAN` items that are joined, and of items of
+    each group that are done, which every launch leaves at 0."""
+    key = ("ragged_decode counters", device, batch, blocks, most)
     if key not in layout.memo:
-        layout.memo[key] = torch.zeros(batch, layout.num_kv_heads, blocks, dtype=torch.int32, device=device)
+        shape = (batch, layout.num_kv_heads, blocks, 1 + -(-most // FAN.value))
+        layout.memo[key] = torch.zeros(shape, dtype=torch.int32, device=device)
     counters: torch.Tensor = layout.memo[key]
     return counters
 
@@ -132,7 +136,7 @@ ALL_REGISTERS = {"maxnreg": 255}
 """Left alone, the compiler may spill a register to fit one program more on a processor."""
 
 
-def _fitted(arguments: Sequence[Any], options: Mapping[str, Any], device: torch.device) -> tuple[dict[str, int], int]:
+def _fitted(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
     """Options with which the kernel spills nothing, beside those given, and how many programs a processor then holds at
     a time, by what the compiler made of it."""
 
@@ -144,5 +148,4 @@ def _fitted(arguments: Sequence[Any], options: Mapping[str, Any], device: torch.
     kernel, more = compiled({}), {}
     if kernel.n_spills and (other := compiled(ALL_REGISTERS)).n_spills < kernel.n_spills:
         kernel, more = other, ALL_REGISTERS
-    properties = torch.cuda.get_device_properties(device)
-    return more, resident(kernel.n_regs, kernel.metadata.shared, options["num_warps"], properties)
+    return more, resident(kernel.function, 32 * options["num_warps"], kernel.metadata.shared)

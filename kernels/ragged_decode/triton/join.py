@@ -1,4 +1,4 @@
-"""The items of a head joined, and with them new tokens that are not stored yet."""
+"""The items of a head joined, and then new tokens that are not stored yet."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ import triton.language as tl
 
 from kvcompile.kernels.tiles import columns, product
 
+FAN = tl.constexpr(8)
+"""Items that are joined by the last of their programs."""
+
 
 @triton.jit
-def join(
-    rows, partial, stats, count, query, new_keys, new_values, new_mask, out, scale, used, length,
-    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, MOST: tl.constexpr,
-    WINDOW: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """`count` items of one head in one sequence (all pointers are theirs), for R of its rows: with m_i, l_i and acc_i
-    of item i and m the highest m_i, the output is sum(acc_i 2^(m_i - m)) / sum(l_i 2^(m_i - m)). New tokens come in
-    blocks of `TB`."""
+def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+          MOST: tl.constexpr):  # fmt: skip
+    """`count` items, at most `MOST`, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i, l_i
+    and acc_i of item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
     d = tl.arange(0, DP)
     mine = rows < used
     inside = (d < D)[:, None] & mine[None, :]
     i = tl.arange(0, MOST)
-    at = stats + i[:, None] * 2 * used + rows[None, :]
+    at = stats + i[:, None] * step * 2 * used + rows[None, :]
     there = (i < count)[:, None] & mine[None, :]
     # .cg: other programs have written these, and the first-level cache is not kept coherent.
     highest = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
@@ -30,11 +29,29 @@ def join(
     finite = tl.where(m == float("-inf"), 0.0, m)
     l = tl.sum(tl.exp2(highest - finite[None, :]) * sums, 0)
     acc = tl.zeros([DP, R], tl.float32)
-    # The loads of an item depend on no other item, so that several are under way.
-    for n in tl.range(count, loop_unroll_factor=2):
-        own = tl.load(stats + n * 2 * used + rows, mask=mine, other=float("-inf"), cache_modifier=".cg")
-        one = partial + (n * used + rows)[None, :] * D + d[:, None]
-        acc += tl.load(one, mask=inside, other=0.0, cache_modifier=".cg") * tl.exp2(own - finite)[None, :]
+    TOGETHER: tl.constexpr = min(4, 512 // DP)  # loads that are under way at a time: as many as registers hold
+    for first in range(0, count, TOGETHER):
+        for n in tl.static_range(TOGETHER):
+            item = (first + n) * step
+            own = tl.load(stats + item * 2 * used + rows, mask=mine & (first + n < count), other=float("-inf"),
+                          cache_modifier=".cg")  # fmt: skip
+            one = tl.load(partial + (item * used + rows)[None, :] * D + d[:, None],
+                          mask=inside & (first + n < count), other=0.0, cache_modifier=".cg")  # fmt: skip
+            acc += one * tl.exp2(own - finite)[None, :]
+    return m, l, acc
+
+
+@triton.jit
+def finish(
+    rows, m, l, acc, query, new_keys, new_values, new_mask, out, scale, used, length,
+    D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, WINDOW: tl.constexpr, NEW: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The output of one head in one sequence (all pointers are theirs), for R of its rows, from what `merge` found of
+    its stored tokens. New tokens come in blocks of `TB`."""
+    d = tl.arange(0, DP)
+    mine = rows < used
+    inside = (d < D)[:, None] & mine[None, :]
     if NEW:
         dtype = query.dtype.element_ty
         q = columns(query, rows, used, 1, D, DP, D).to(dtype)

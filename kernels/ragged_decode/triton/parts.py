@@ -54,26 +54,26 @@ def key_logits(parts, sums, exact, codes, scales, slot, valid, scale, CODEC: tl.
 
 
 @triton.jit
-def mixed(acc, alpha, beta, weights, exact, codes, scales, slot, valid, CODEC: tl.constexpr, D: tl.constexpr,
+def mixed(acc, alpha, weights, exact, codes, scales, slots, valid, CODEC: tl.constexpr, D: tl.constexpr,
           DP: tl.constexpr, G: tl.constexpr, P: tl.constexpr, DTYPE: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """`acc` times `alpha` plus `beta` times the weighted values of the slots, tile by tile.
-
-    `weights` [slots, rows] are at most 1, and the largest of every row is 1: in half precision, those of a block
-    without the row's highest logit would otherwise vanish, many thousands of which can carry a visible share.
-    """
+    """`acc` times `alpha` plus the weighted values of all blocks of slots, tile by tile; `weights` are at most 1."""
     if CODEC == 0:
         new = ()
         for i in tl.static_range(-(-DP // WIDE)):
             d = i * WIDE + tl.arange(0, min(DP, WIDE))
+            one = acc[i] * alpha[None, :]
             # Loaded with elements first, as the product needs them: a tile that is turned round cannot be loaded
             # asynchronously.
-            v = tl.load(exact + slot[None, :] * D + d[:, None], mask=valid[None, :] & (d < D)[:, None], other=0.0)
-            new = new + (acc[i] * alpha[None, :] + product(v, weights.to(DTYPE)) * beta[None, :],)
+            for half in tl.static_range(len(slots)):
+                mask = valid[half][None, :] & (d < D)[:, None]
+                v = tl.load(exact + slots[half][None, :] * D + d[:, None], mask=mask, other=0.0)
+                one = tl.dot(v, weights[half].to(DTYPE), one, input_precision="tf32x3")
+            new = new + (one,)
         return new
     elif CODEC == INT8:
-        return mixed8(acc, alpha, beta, weights, codes, scales, slot, valid, D, G, P, DTYPE, N)
+        return mixed8(acc, alpha, weights, codes, scales, slots, valid, D, G, P, DTYPE, N)
     else:
-        return mixed4(acc, alpha, beta, weights, codes, scales, slot, valid, D, G, P, DTYPE, N)
+        return mixed4(acc, alpha, weights, codes, scales, slots, valid, D, G, P, DTYPE, N)
 
 
 @triton.jit

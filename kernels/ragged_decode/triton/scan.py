@@ -1,8 +1,8 @@
 """The launch: a program reads one range of one head's slots, an item of the work list, and the last one joins them.
 
 The queries of a group, and of new tokens, are rows, R of which a program takes, so every group size costs the same. The
-softmax is computed on the way: m is the highest logit so far, l the sum of exponentials, acc the sum of values weighted
-with them. `join` has the sum over a head's items.
+softmax is computed on the way: l is the sum of the exponentials of logits less m, acc the sum of values weighted with
+them. `join` has the sum over a head's items.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.arguments import SIZES
 from kvcompile.kernels.codecs.int4.triton import INT4
 from kvcompile.kernels.codecs.int8.triton import INT8
 from kvcompile.kernels.layout import EXACT as EXACT_ROWS
 from kvcompile.kernels.layout import HeadRow
-from kvcompile.kernels.ragged_decode.triton.join import join
+from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
 from kvcompile.kernels.tiles import columns
 
@@ -33,8 +34,8 @@ def _scan(
     rows, query, partial, stats, k_exact, k_codes, k_scales, k_first, v_exact, v_codes, v_scales, v_first,
     start, stop, capacity, anchored, seen, newest, scale, used, length,
     KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr,
-    P4: tl.constexpr, R: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
-    EXACT: tl.constexpr, CODE: tl.constexpr,
+    P4: tl.constexpr, R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC
     and VC are the codecs of its keys and values."""
@@ -52,27 +53,40 @@ def _scan(
         logit = tl.sum(columns(query, rows, used, 1, D, DP, D) * key[:, None], 0) * scale
         m = tl.where(taken, logit, m)
         l = tl.where(taken, 1.0, l)
+    most = m
     parts, sums = asked(query, rows, used, KC, D, DP, G, KP, KT)
     acc = first(v_first, taken, VC, D, DP, G, VP, R)
-    for i in tl.range(start, stop, N, num_stages=STAGES):
-        slot = i + tl.arange(0, N)
-        valid = slot < stop
-        logits = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, valid, scale, KC, D, DP, G, KP, KT)
-        visible = (valid & ((slot > 0) | (taken == 0)))[:, None]
-        if WINDOW > 0:
-            # A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring.
-            token = seen - 1 - (seen - 1 - slot) % capacity
-            visible = visible & (token[:, None] > (newest + rows % length)[None, :] - WINDOW)
-        logits = tl.where(visible, logits, float("-inf"))
-        # Weights are relative to the block's own highest logit `top`, see `mixed`; beta brings them to that of all.
-        top = tl.max(logits, 0)
-        highest = tl.maximum(m, top)
-        finite = tl.where(highest == float("-inf"), 0.0, highest)
-        weights = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top)[None, :])
-        alpha, beta = tl.exp2(m - finite), tl.exp2(top - finite)
-        l = l * alpha + tl.sum(weights, 0) * beta
-        acc = mixed(acc, alpha, beta, weights, v_exact, v_codes, v_scales, slot, valid, VC, D, DP, G, VP, VT, N)
-        m = highest
+    for i in tl.range(start, stop, HALVES * N, num_stages=STAGES):
+        slots = ()
+        valid = ()
+        logits = ()
+        for half in tl.static_range(HALVES):
+            slot = i + half * N + tl.arange(0, N)
+            inside = slot < stop
+            one = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, inside, scale, KC, D, DP, G, KP, KT)
+            visible = (inside & ((slot > 0) | (taken == 0)))[:, None]
+            if WINDOW > 0:
+                # A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the
+                # ring.
+                token = seen - 1 - (seen - 1 - slot) % capacity
+                visible = visible & (token[:, None] > (newest + rows % length)[None, :] - WINDOW)
+            slots = slots + (slot,)
+            valid = valid + (inside,)
+            logits = logits + (tl.where(visible, one, float("-inf")),)
+        top = tl.max(logits[0] if HALVES == 1 else tl.maximum(logits[0], logits[1]), 0)
+        most = tl.maximum(most, top)
+        # Weights are relative to the highest logit of this block, and not of all so far: beside a sink with nearly all
+        # of the weight, many thousands of others would vanish in half precision, which can carry a visible share. Where
+        # they are 2^-16 of it and less, they may.
+        above = tl.maximum(top, most - 16.0)
+        finite = tl.where(above == float("-inf"), 0.0, above)
+        weights = ()
+        for half in tl.static_range(HALVES):
+            weights = weights + (tl.exp2(logits[half] - finite[None, :]),)
+        alpha = tl.exp2(m - finite)
+        l = l * alpha + tl.sum(weights[0] if HALVES == 1 else weights[0] + weights[1], 0)
+        acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, G, VP, VT, N)
+        m = above
     # Where the results go is worked out here, and not before the loop: registers are scarce there.
     index = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     keep(acc, partial + index * used * D, rows, used, VC, D, DP, G, VP, VT)
@@ -100,7 +114,7 @@ def _side(place, row, anchor, exact, codes8, scales8, codes4, scales4, rows, row
         return exact, codes4 + (place * rows4 + row) * (D // 2), scales4 + (place * rows4s + row) * G, anchor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _decode(
     query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
@@ -109,8 +123,8 @@ def _decode(
     v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored,
     scale, num_heads, used, length, before,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr, WINDOW: tl.constexpr,
-    EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
+    R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
@@ -125,11 +139,11 @@ def _decode(
     capacity = tl.load(row + CAPACITY)
     # What is stored now is cut into equal items, none of which is empty: of a short text, the last ones are not used.
     filled = tl.minimum(capacity, seen)
-    blocks = (filled + N - 1) // N
+    blocks = (filled + HALVES * N - 1) // (HALVES * N)
     count = tl.minimum(tl.load(ranges + 2 * h + 1), blocks)
     if part < count:
-        start = blocks * part // count * N
-        stop = tl.minimum(blocks * (part + 1) // count * N, filled)
+        start = blocks * part // count * (HALVES * N)
+        stop = tl.minimum(blocks * (part + 1) // count * (HALVES * N), filled)
         anchored = tl.load(row + SINK) > 0
         k_codec = tl.load(row + K_CODEC)
         v_codec = tl.load(row + V_CODEC)
@@ -149,23 +163,51 @@ def _decode(
                         *_side(place, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
                                v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, _codec(pair % 3), D, G),
                         start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
-                        _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, STAGES, WINDOW, EXACT, CODE,
+                        _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, HALVES, STAGES,
+                        WINDOW, EXACT, CODE,
                     )  # fmt: skip
-    # The last of the programs of a head's rows joins what all have found. The barrier is for the stores of the
-    # program's own threads, the atomic's order for those of other programs. Numbers are loaded anew: registers are
-    # scarce above.
+    # The last program of `FAN` neighbours joins what they have found, and the last of a head's rows to do so joins that.
+    # The barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
+    # Numbers are loaded anew: registers are scarce above.
     tl.debug_barrier()
     h = tl.load(items + 2 * item, volatile=True)
+    part = tl.load(items + 2 * item + 1, volatile=True)
     count = tl.load(ranges + 2 * h + 1, volatile=True)
     which = b * num_heads + h
-    ticket = done + which * tl.num_programs(2) + tl.program_id(2)
-    if tl.atomic_add(ticket, 1, sem="acq_rel") == count - 1:
-        tl.store(ticket, 0)  # ready for the next launch
+    group = part // FAN
+    ticket = done + (which * tl.num_programs(2) + tl.program_id(2)) * (1 + -(-MOST // FAN))
+    if tl.atomic_add(ticket + 1 + group, 1, sem="acq_rel") == tl.minimum(count - group * FAN, FAN) - 1:
+        tl.store(ticket + 1 + group, 0)  # ready for the next launch
+        rows = tl.program_id(2) * R + tl.arange(0, R)
         first_item = b * tl.num_programs(0) + tl.load(ranges + 2 * h)
+        partial += first_item * used * D
+        stats += first_item * 2 * used
         filled = tl.minimum(tl.load(heads + h * ROW + CAPACITY), tl.load(seen_by + b, volatile=True))
-        join(
-            tl.program_id(2) * R + tl.arange(0, R), partial + first_item * used * D, stats + first_item * 2 * used,
-            tl.minimum(count, (filled + N - 1) // N), query + which * used * D, new_keys + which * length * D,
-            new_values + which * length * D, new_mask + b * length * length, out + which * used * D, scale * LOG2E,
-            used, length, D, DP, R, TB, MOST, WINDOW, NEW, MASKED,
+        found = tl.minimum(count, (filled + HALVES * N - 1) // (HALVES * N))
+        own = group * FAN
+        m, l, acc = merge(
+            rows, partial + own * used * D, stats + own * 2 * used, tl.minimum(found - own, FAN), 1, used, D, DP, R, FAN
         )  # fmt: skip
+        groups = (count + FAN - 1) // FAN
+        last = groups == 1
+        if groups > 1:
+            d = tl.arange(0, DP)
+            mine = rows < used
+            tl.debug_barrier()  # all have read what is overwritten here
+            tl.store(partial + (own * used + rows)[None, :] * D + d[:, None], acc,
+                     mask=(d < D)[:, None] & mine[None, :])  # fmt: skip
+            tl.store(stats + own * 2 * used + rows, m, mask=mine)
+            tl.store(stats + own * 2 * used + used + rows, l, mask=mine)
+            tl.debug_barrier()
+            if tl.atomic_add(ticket, 1, sem="acq_rel") == groups - 1:
+                tl.store(ticket, 0)
+                last = True
+                m, l, acc = merge(
+                    rows, partial, stats, (found + FAN - 1) // FAN, FAN, used, D, DP, R, -(-MOST // FAN)
+                )  # fmt: skip
+        if last:
+            finish(
+                rows, m, l, acc, query + which * used * D, new_keys + which * length * D,
+                new_values + which * length * D, new_mask + b * length * length, out + which * used * D,
+                scale * LOG2E, used, length, D, DP, R, TB, WINDOW, NEW, MASKED,
+            )  # fmt: skip
