@@ -93,7 +93,8 @@ def decode(
 ) -> Compiled:
     """`ragged_decode` for the pairs of codecs of this name, `used` queries of a head of which each asks `length` new
     tokens."""
-    fixed, options = ragged_decode.constants(head_dim, PAIRS[name], 0, exact, entry(head_dim, exact), new=length > 1)
+    chosen = entry(head_dim, exact, PAIRS[name])
+    fixed, options = ragged_decode.constants(head_dim, PAIRS[name], 0, exact, chosen, new=length > 1)
     shape = f"{head_dim}, {name}, {used} rows, {str(exact).removeprefix('torch.')}"
     found = _compile(ragged_decode._decode, shape, arch, fixed, options, exact)
     if found.stack:  # as when it is launched
@@ -142,7 +143,8 @@ def _compile(
     made = triton.compile(source, target=target, options=options)
     used = machine_code.usage(made.asm["cubin"])
     body = max(machine_code.main_loops(made.asm["cubin"]), key=len, default=[]) if "STAGES" in constants else []
-    counted = len(body) * SLOTS * options["num_warps"] // (constants["N"] * WARPS) if body else 0
+    slots = constants.get("N", 0) * constants.get("HALVES", 1)
+    counted = len(body) * SLOTS * options["num_warps"] // (slots * WARPS) if body else 0
     return Compiled(
         kernel.fn.__name__.removeprefix("_"), shape, arch, used.registers, used.stack, used.local, made.metadata.shared,
         counted, sum(map(machine_code.is_short_load, body)), sum(map(machine_code.is_spill, body)),

@@ -20,15 +20,22 @@ class Tuning:
     most: int = 128
 
 
-TABLE = {64: Tuning(64, 2, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
-"""By head size, the next larger one for those between. A program is one warp: a second one would exchange logits
-through shared memory, and a processor holds several programs anyhow. In two halves, every part of the query has two
-products in a step; with one product, Triton would put it into that product's registers anew in every step."""
+ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
+SEVERAL_PAIRS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
+"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs, and several. The
+lines for 128 are the fastest of four that were measured on an H200 with Triton 3.6 (docs/results.md); the others have the
+most slots with which no register is spilled in the loop.
+
+A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
+anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into that
+product's registers anew in every step."""
 
 
-def entry(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """The line for a shape; float32 has fewer slots a step, in one piece."""
-    chosen = TABLE[min(size for size in TABLE if size >= head_dim)]
+def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
+    """The line for a shape and for the `pairs` of codecs of a layer, as the bits of a number; float32 has fewer slots a
+    step, in one piece."""
+    table = ONE_PAIR if pairs.bit_count() == 1 else SEVERAL_PAIRS
+    chosen = table[min(size for size in table if size >= head_dim)]
     return replace(chosen, block=max(16, chosen.block // 4), halves=1) if dtype == torch.float32 else chosen
 
 

@@ -34,17 +34,16 @@ def test_no_kernel_spills_and_shared_memory_is_enough(kernels: list[dict[str, An
     assert {one["kernel"] for one in kernels} - {"add_norm", "silu_mul"} == names
     assert [one for one in kernels if one["local"] or one["shared"] > LIMIT[one["arch"]]] == []
     assert [one for one in kernels if one["spills"]] == []
-    # A float32 cache with quantised heads keeps a few numbers on the stack, outside of its loops.
-    assert [one for one in kernels if one["stack"] > ("float32" in one["shape"]) * 32] == []
+    # Some layers with quantised heads keep a few numbers on the stack, outside of their loops.
+    assert [one for one in kernels if one["stack"] > ("16/16," not in one["shape"]) * 16] == []
 
 
 def test_quantised_heads_take_few_instructions(kernels: list[dict[str, Any]]) -> None:
-    """A warp's share of 64 slots of 128 elements, if there are four: a processor of an H200 issues at most 4 a cycle,
-    and 500 of them would allow 84 % of the bandwidth with 4 bits."""
+    """A warp's share of 64 slots of 128 elements, if there are four: a processor of an H200 issues at most 4 a cycle."""
     counts = {one["shape"]: one["instructions"] for one in kernels if one["kernel"] == "decode"}
     judged = {shape: count for shape, count in counts.items() if shape.startswith("128") and "bfloat16" in shape}
     assert len(judged) in (5, 8)
-    assert [shape for shape, count in judged.items() if not 0 < count <= 400] == []
+    assert [shape for shape, count in judged.items() if not 0 < count <= 320] == []
 
 
 def test_nothing_is_loaded_synchronously_in_the_loop(kernels: list[dict[str, Any]]) -> None:

@@ -185,16 +185,20 @@ def mixed(acc, alpha, weights, codes, scales, slots, valid, PER: tl.constexpr, B
     new = ()
     for g in tl.static_range(G):
         found = ()
-        for j in tl.static_range(PER + 1):
-            found = found + (acc[g * (PER + 1) + j] * alpha[None, :],)
         for half in tl.static_range(len(slots)):
             scaled = (weights[half] * by_group[half][g][:, None]).to(DTYPE)
             tiles = spread(units(codes, slots[half], valid[half], g, SIZE // PER, P, D // PER, True), BITS, DTYPE)
+            tiles = tiles + (first_row(N, DTYPE),)
             more = ()
-            for j in tl.static_range(PER):
-                more = more + (tl.dot(tiles[j], scaled, found[j], input_precision="tf32x3"),)
-            found = more + (tl.dot(first_row(N, DTYPE), scaled, found[PER], input_precision="tf32x3"),)
-        new = new + found
+            for j in tl.static_range(PER + 1):
+                if half == 0:
+                    more = more + (product(tiles[j], scaled),)
+                else:
+                    more = more + (tl.dot(tiles[j], scaled, found[j], input_precision="tf32x3"),)
+            found = more
+        # Not summed up in the products: tensor cores cut off where they add, and a long sum would drift.
+        for j in tl.static_range(PER + 1):
+            new = new + (acc[g * (PER + 1) + j] * alpha[None, :] + found[j],)
     return new
 
 

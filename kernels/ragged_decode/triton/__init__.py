@@ -78,7 +78,7 @@ def ragged_decode(
     exact = keys.exact.dtype
     pairs = pairs_of(layout)
     is_new = new_keys is not None and new_values is not None
-    chosen = chosen or entry(head_dim, exact)
+    chosen = chosen or entry(head_dim, exact, pairs)
     fixed, options = constants(head_dim, pairs, layout.window, exact, chosen, is_new, new_mask is not None)
     blocks = triton.cdiv(used, fixed["R"])
     new = (new_keys.contiguous(), new_values.contiguous()) if is_new else (query, query)  # type: ignore[union-attr]
@@ -93,8 +93,8 @@ def ragged_decode(
 
     def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
         return (
-            query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values), *side_rows(keys), *side_rows(values), scaling, heads, used, length,
-            int(new_keys is None),
+            query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values),
+            *side_rows(keys), *side_rows(values), scaling, heads, used, length, int(new_keys is None),
         )  # fmt: skip
 
     with on_device(device):

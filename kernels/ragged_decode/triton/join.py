@@ -14,8 +14,8 @@ FAN = tl.constexpr(8)
 @triton.jit
 def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
           MOST: tl.constexpr):  # fmt: skip
-    """`count` items, at most `MOST`, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i, l_i
-    and acc_i of item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
+    """`count` items, at most `MOST`, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i,
+    l_i and acc_i of item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
     d = tl.arange(0, DP)
     mine = rows < used
     inside = (d < D)[:, None] & mine[None, :]

@@ -61,14 +61,17 @@ def mixed(acc, alpha, weights, exact, codes, scales, slots, valid, CODEC: tl.con
         new = ()
         for i in tl.static_range(-(-DP // WIDE)):
             d = i * WIDE + tl.arange(0, min(DP, WIDE))
-            one = acc[i] * alpha[None, :]
             # Loaded with elements first, as the product needs them: a tile that is turned round cannot be loaded
             # asynchronously.
             for half in tl.static_range(len(slots)):
                 mask = valid[half][None, :] & (d < D)[:, None]
                 v = tl.load(exact + slots[half][None, :] * D + d[:, None], mask=mask, other=0.0)
-                one = tl.dot(v, weights[half].to(DTYPE), one, input_precision="tf32x3")
-            new = new + (one,)
+                if half == 0:
+                    one = product(v, weights[half].to(DTYPE))
+                else:
+                    one = tl.dot(v, weights[half].to(DTYPE), one, input_precision="tf32x3")
+            # Not summed up in the products: tensor cores cut off where they add, and a long sum would drift.
+            new = new + (acc[i] * alpha[None, :] + one,)
         return new
     elif CODEC == INT8:
         return mixed8(acc, alpha, weights, codes, scales, slots, valid, D, G, P, DTYPE, N)

@@ -78,7 +78,7 @@ def _scan(
         # Weights are relative to the highest logit of this block, and not of all so far: beside a sink with nearly all
         # of the weight, many thousands of others would vanish in half precision, which can carry a visible share. Where
         # they are 2^-16 of it and less, they may.
-        above = tl.maximum(top, most - 16.0)
+        above = most if CODE == tl.float32 else tl.maximum(top, most - 16.0)
         finite = tl.where(above == float("-inf"), 0.0, above)
         weights = ()
         for half in tl.static_range(HALVES):
@@ -124,7 +124,8 @@ def _decode(
     scale, num_heads, used, length, before,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr, MASKED: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
@@ -166,8 +167,8 @@ def _decode(
                         _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, HALVES, STAGES,
                         WINDOW, EXACT, CODE,
                     )  # fmt: skip
-    # The last program of `FAN` neighbours joins what they have found, and the last of a head's rows to do so joins that.
-    # The barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
+    # The last program of `FAN` neighbours joins what they have found, and the last of a head to do so joins that. The
+    # barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
     # Numbers are loaded anew: registers are scarce above.
     tl.debug_barrier()
     h = tl.load(items + 2 * item, volatile=True)
