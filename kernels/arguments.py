@@ -25,8 +25,8 @@ SIZES = [
     for side in "kv"
     for name in ("rows", *(f"rows{c.bits}{s}" for c in ORDER for s in ("", "s")), "anchored")
 ]
-"""Names of `rows` with the prefix of a side. They differ from layer to layer, and Triton would compile a kernel anew for
-those that are a multiple of 16, and those that are 1."""
+"""Names of `rows` with the prefix of a side. They differ from layer to layer, and Triton would compile a kernel anew
+for those that are a multiple of 16, and those that are 1."""
 
 
 def tensors(side: Buffers) -> tuple[torch.Tensor, ...]:

@@ -22,13 +22,13 @@ class Tuning:
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
 SEVERAL_PAIRS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
-"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs, and several. The
-lines for 128 are the fastest of four that were measured on an H200 with Triton 3.6 (docs/results.md); the others have the
-most slots with which no register is spilled in the loop.
+"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs, and several.
+Those for 128 are the fastest of four that were measured on an H200 with Triton 3.6 (docs/results.md); the others have
+the most slots with which no register is spilled in the loop.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
-anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into that
-product's registers anew in every step."""
+anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
+that product's registers anew in every step."""
 
 
 def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:

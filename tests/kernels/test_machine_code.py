@@ -39,7 +39,7 @@ def test_no_kernel_spills_and_shared_memory_is_enough(kernels: list[dict[str, An
 
 
 def test_quantised_heads_take_few_instructions(kernels: list[dict[str, Any]]) -> None:
-    """A warp's share of 64 slots of 128 elements, if there are four: a processor of an H200 issues at most 4 a cycle."""
+    """A warp's share of 64 slots of 128 elements, if there are four. An H200's processor issues at most 4 a cycle."""
     counts = {one["shape"]: one["instructions"] for one in kernels if one["kernel"] == "decode"}
     judged = {shape: count for shape, count in counts.items() if shape.startswith("128") and "bfloat16" in shape}
     assert len(judged) in (5, 8)
