@@ -58,3 +58,17 @@ def test_answers_are_the_runtimes(
         return
     agreed = sum(a == b for one, two in zip(found, expected, strict=True) for a, b in zip(one, two, strict=True))
     assert agreed >= 0.7 * 12 * len(prompts)
+
+
+def test_a_compiled_model_with_its_scorer_answers_as_eager(ours: Callable[..., list[int]], tmp_path: Path) -> None:
+    """torch.compile keeps the scorer's operator, whose output nothing in the model reads."""
+    folder, artifact = tmp_path / "model", tmp_path / "tiny.kvb"
+    model = tiny_model(FAMILIES["llama"])
+    model.save_pretrained(folder)
+    write(make_artifact(model, **PLANS["scored"]), artifact)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(2, 120, (n,), generator=generator).tolist() for n in (5, 40, 1, 90, 33)]
+    settings = {"max_model_len": 128, "max_num_batched_tokens": 32, "max_num_seqs": 8, "skip_tokenizer_init": True}
+    with engine(folder, artifact, enforce_eager=False, **settings) as llm:
+        found = greedy(llm, prompts, 12, detokenize=False)
+    assert found == [ours(folder, artifact, prompt, 12) for prompt in prompts]
