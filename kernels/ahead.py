@@ -143,8 +143,8 @@ def _compile(
     made = triton.compile(source, target=target, options=options)
     used = machine_code.usage(made.asm["cubin"])
     body = max(machine_code.main_loops(made.asm["cubin"]), key=len, default=[]) if "STAGES" in constants else []
-    slots = constants.get("N", 0) * constants.get("HALVES", 1)
-    counted = len(body) * SLOTS * options["num_warps"] // (slots * WARPS) if body else 0
+    share = SLOTS * options["num_warps"]
+    counted = len(body) * share // (constants["N"] * constants["HALVES"] * WARPS) if body else 0
     return Compiled(
         kernel.fn.__name__.removeprefix("_"), shape, arch, used.registers, used.stack, used.local, made.metadata.shared,
         counted, sum(map(machine_code.is_short_load, body)), sum(map(machine_code.is_spill, body)),

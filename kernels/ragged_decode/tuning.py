@@ -23,8 +23,8 @@ class Tuning:
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
 SEVERAL_PAIRS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
 """By head size, the next larger one for those between, for layers whose heads have one pair of codecs, and several.
-Those for 128 are the fastest of four that were measured on an H200 with Triton 3.6 (docs/results.md); the others have
-the most slots with which no register is spilled in the loop.
+Those for 128 were measured on an H200 with Triton 3.6 (benchmarks/measured): of four, they take the least for 16, 8
+and 4 bits together, and for several pairs. The others are not measured; no register is spilled in their loops.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
