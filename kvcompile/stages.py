@@ -81,8 +81,9 @@ class Profile:
     in tokens of such a context; `tokens[-1] == window`. `shares` f32 [P]: the part of a budget, sinks not counted, that
     is a ring of recent tokens: 1 is the policy `recent`, less is `scored` with this part protected.
     `loss` f32 [F, L, H, P, C]: what eviction costs; 0 at `window`, not always monotone.
-    `bits` i32 [Q]: ids of codecs; `key_loss`, `value_loss` f32 [F, L, H, Q]: what it costs to store all of the head's
-    keys, or values, in that codec at the window's positions; it adds to the loss of eviction.
+    `key_bits`, `value_bits` i32 [Q]: ids of codecs, as many as were measured on each side; `key_loss`, `value_loss` f32
+    [F, L, H, Q]: what it costs to store all of the head's keys, or values, in that codec at the window's positions; it
+    adds to the loss of eviction.
     `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
     `factor`: measured over predicted KL, by which the losses are to be multiplied, and `correlation`, their rank
     correlation (Spearman) over the plans or heads that were measured; 1 and NaN where nothing was.
@@ -95,7 +96,8 @@ class Profile:
     tokens: NDArray[np.int32]
     shares: NDArray[np.float32]
     loss: NDArray[np.float32]
-    bits: NDArray[np.int32]
+    key_bits: NDArray[np.int32]
+    value_bits: NDArray[np.int32]
     key_loss: NDArray[np.float32]
     value_loss: NDArray[np.float32]
     factor: float
@@ -113,8 +115,9 @@ class Problem:
     `limit` i32 [L]: tokens at which a head of the layer is full. `fixed` bool [L]: the layer keeps its own sliding
     window (`limit` tokens, policy recent, no sinks, elements of `dtype_bits`), whatever it costs; allocators leave
     those rows alone. `target` is bytes for one sequence. `dtype_bits` are those of the cache dtype, and
-    `bits` (these, or ids of codecs) what an allocator may choose from for keys and for values apart; one that does not
-    choose takes the first. `policy` is the token policy the allocator should use and `sink` its protected first tokens.
+    `key_bits` and `value_bits` (these, or ids of codecs) what an allocator may choose from; one that does not choose
+    takes the first of each. `policy` is the token policy the allocator should use and `sink` its protected first
+    tokens.
     `key_growth` [L, H] multiplies the profile's `key_loss`: what the context's positions make of it.
     `classes` is the most distinct choices (policy, capacity, sink, recent, bits) in a layer, None for any number.
     `perplexity`, where a model is at hand, measures a table of `recent` budgets (i32 [L, H] tokens) on real text.
@@ -126,7 +129,8 @@ class Problem:
     num_kv_heads: int
     head_dim: int
     dtype_bits: int
-    bits: tuple[int, ...]
+    key_bits: tuple[int, ...]
+    value_bits: tuple[int, ...]
     target: int
     context: int
     key_growth: NDArray[np.float64] | float = 1.0
@@ -136,13 +140,13 @@ class Problem:
     perplexity: Callable[[NDArray[np.int32]], float] | None = None
 
     def anchor_bytes(self, k_bits: int | None = None, v_bits: int | None = None) -> int:
-        """Bytes of a head's exact copy of token 0; they default to the first of `bits`."""
-        k, v = k_bits or self.bits[0], v_bits or self.bits[0]
+        """Bytes of a head's exact copies of token 0; bits default to the first that there are."""
+        k, v = k_bits or self.key_bits[0], v_bits or self.value_bits[0]
         return anchor_bytes(self.sink, self.head_dim, k, v, self.dtype_bits)
 
     def slot_bytes(self, policy: str, k_bits: int | None = None, v_bits: int | None = None) -> int:
-        """Bytes of one slot; they default to the first of `bits`."""
-        return slot_bytes(policy, self.head_dim, k_bits or self.bits[0], v_bits or self.bits[0])
+        """Bytes of one slot; bits default to the first that there are."""
+        return slot_bytes(policy, self.head_dim, k_bits or self.key_bits[0], v_bits or self.value_bits[0])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from kvcompile.kernels.codecs.base import Codec
 CODECS: dict[int, Codec] = {}
 """By id, in the order in which they were registered."""
 
-_BUILT_IN = ("int8", "int4", "fp8")
+_BUILT_IN = ("int8", "int4", "int3", "int2", "mix3", "mix2", "mix1", "fp8")
 """Folders of this package."""
 
 _CACHE_DTYPES = (16, 32)
@@ -62,9 +62,10 @@ def names() -> dict[str, int]:
     return {codec.name: codec.id for codec in CODECS.values()}
 
 
-def profiled() -> tuple[int, ...]:
-    """Ids of the codecs whose loss profiling measures, those of more bits first."""
-    return tuple(c.id for c in sorted(CODECS.values(), key=lambda c: -c.bits) if c.profiled)
+def profiled(side: str) -> tuple[int, ...]:
+    """Ids of the codecs whose loss profiling measures for keys (`side` is `k`) or values (`v`), those of more bits
+    first."""
+    return tuple(c.id for c in sorted(CODECS.values(), key=lambda c: -c.bits) if side in c.profiled)
 
 
 for _folder in _BUILT_IN:

@@ -16,8 +16,8 @@ from kvcompile.stages import Plan, Problem
 class Choices:
     """N heads with X choices each, in the order (share, tokens, key bits, value bits).
 
-    `heads` i64 [N, 2]: layer and KV head. `tokens` i64 [T] and `shape` = (P, T, W, W) unravel a choice. `size` i64 [X]
-    bytes; `loss` float64 [F, N, X] nats a token.
+    `heads` i64 [N, 2]: layer and KV head. `tokens` i64 [T] and `shape` = (P, T, Wk, Wv) unravel a choice. `size` i64
+    [X] bytes; `loss` float64 [F, N, X] nats a token.
     """
 
     heads: NDArray[np.int64]
@@ -45,11 +45,11 @@ def choices(problem: Problem) -> Choices:
     table = loss + keys + values
     slots = np.array(
         [
-            [[problem.slot_bytes(policy_of(problem, p), k, v) for v in problem.bits] for k in problem.bits]
+            [[problem.slot_bytes(policy_of(problem, p), k, v) for v in problem.value_bits] for k in problem.key_bits]
             for p in range(len(problem.profile.shares))
         ]
     )
-    anchors = np.array([[problem.anchor_bytes(k, v) for v in problem.bits] for k in problem.bits])
+    anchors = np.array([[problem.anchor_bytes(k, v) for v in problem.value_bits] for k in problem.key_bits])
     size = slots[:, None] * tokens[:, None, None] + anchors
     shape = (size.shape[0], size.shape[1], size.shape[2], size.shape[3])
     return Choices(heads, tokens, shape, size.ravel(), table.reshape(*table.shape[:2], -1))
@@ -79,10 +79,9 @@ def assigned(
         full, POLICIES.index("full"), np.where(part >= 1, POLICIES.index("recent"), POLICIES.index("scored"))
     )
     tables = {name: getattr(base, name).copy() for name in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")}
-    bits = np.array(problem.bits)
     for name, values in (
         ("policy", code), ("capacity", tokens), ("sink", sink), ("recent", np.where(full, tokens - sink, ring)),
-        ("k_bits", bits[k]), ("v_bits", bits[v]),
+        ("k_bits", np.array(problem.key_bits)[k]), ("v_bits", np.array(problem.value_bits)[v]),
     ):  # fmt: skip
         tables[name][at] = values
     return Plan(**tables, loss=float("nan"))

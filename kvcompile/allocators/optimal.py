@@ -81,7 +81,8 @@ def equal_budgets(problem: Problem) -> list[Plan]:
     names = sorted({policy_of(problem, share) for share in range(len(problem.profile.shares))})
     own = [replace(problem, policy=name) for name in names]
     ones = np.ones((len(problem.limit), problem.num_kv_heads))
-    return [weighted(one, ones) for one in own if least_bytes(replace(one, bits=one.bits[:1])) <= one.target]
+    first = [replace(one, key_bits=one.key_bits[:1], value_bits=one.value_bits[:1]) for one in own]
+    return [weighted(one, ones) for one, least in zip(own, first, strict=True) if least_bytes(least) <= one.target]
 
 
 def topped_up(problem: Problem, table: Choices, choice: NDArray[np.int64], budget: int) -> Plan:

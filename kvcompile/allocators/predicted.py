@@ -33,20 +33,23 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def quantised(problem: Problem, kind: str) -> NDArray[np.float64]:
-    """Predicted loss of storing keys or values (`kind`) in each of the problem's bits: [F, L, H, W]. 0 for
+    """Predicted loss of storing keys or values (`kind`) in each of the problem's bits for them: [F, L, H, W]. 0 for
     the cache dtype, and for a codec without curves: such a one was asked for by name and is that of every head, so that
     no choice depends on it (`unmeasured`)."""
     loss = getattr(problem.profile, f"{kind}_loss").astype(np.float64)
     if kind == "key":
         loss = loss * np.asarray(problem.key_growth)[..., None]
-    known = problem.profile.bits.tolist()
-    columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in problem.bits]
+    known, asked = getattr(problem.profile, f"{kind}_bits").tolist(), getattr(problem, f"{kind}_bits")
+    columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in asked]
     return problem.profile.factor * np.stack(columns, axis=-1)
 
 
 def unmeasured(problem: Problem) -> bool:
     """Whether the problem has a codec whose loss was not profiled."""
-    return bool({*problem.bits} - {problem.dtype_bits, *problem.profile.bits.tolist()})
+    profile, own = problem.profile, {problem.dtype_bits}
+    keys = {*problem.key_bits} - {*profile.key_bits.tolist()}
+    values = {*problem.value_bits} - {*profile.value_bits.tolist()}
+    return bool((keys | values) - own)
 
 
 def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
@@ -67,8 +70,8 @@ def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
                 return np.full(len(total), math.nan)
             share = int(np.abs(np.where(shares < 1, shares, math.inf) - part).argmin()) if scored else 0
             total += table[:, head, share, head]
-            total += keys[:, layer, head, problem.bits.index(int(plan.k_bits[layer, head]))]
-            total += values[:, layer, head, problem.bits.index(int(plan.v_bits[layer, head]))]
+            total += keys[:, layer, head, problem.key_bits.index(int(plan.k_bits[layer, head]))]
+            total += values[:, layer, head, problem.value_bits.index(int(plan.v_bits[layer, head]))]
     return total
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,10 +33,15 @@ def least_bytes(problem: Problem) -> int:
     """Bytes of one sequence below which no plan exists: every head at its fewest tokens, in the fewest bits that the
     allocator may choose."""
     fewest = rows(problem, floors(problem))
-    least = min(problem.bits, key=lambda bits: vector_bytes(problem.head_dim, bits))
-    narrowest = np.where(problem.fixed[:, None], fewest.k_bits, least).astype(np.uint8)
-    # Four bits can take more than sixteen where a head has few slots, for its exact copy of token 0.
-    return min(plan_bytes(problem, plan) for plan in (fewest, replace(fewest, k_bits=narrowest, v_bits=narrowest)))
+    k, v = (min(b, key=partial(vector_bytes, problem.head_dim)) for b in (problem.key_bits, problem.value_bits))
+    own = problem.fixed[:, None]
+    narrowest = replace(
+        fewest,
+        k_bits=np.where(own, fewest.k_bits, k).astype(np.uint8),
+        v_bits=np.where(own, fewest.v_bits, v).astype(np.uint8),
+    )
+    # Few bits can take more than sixteen where a head has few slots, for its exact copy of token 0.
+    return min(plan_bytes(problem, plan) for plan in (fewest, narrowest))
 
 
 def free_tokens(problem: Problem) -> int:
@@ -53,7 +59,7 @@ def free_bytes(problem: Problem) -> int:
 
 
 def all_full(problem: Problem) -> Plan:
-    """The full cache, in the first of the problem's bits; `loss` is for the allocator to say."""
+    """The full cache, in the first of the problem's bits each; `loss` is for the allocator to say."""
     return rows(problem, limits(problem))
 
 
@@ -82,14 +88,14 @@ def rows(
     }[problem.policy]
     full, fixed = tokens == most, np.broadcast_to(problem.fixed[:, None], tokens.shape)
     policy = np.where(full, POLICIES.index("full"), POLICIES.index(problem.policy))
-    bits = np.where(fixed, problem.dtype_bits, problem.bits[0]).astype(np.uint8)
+    k_bits, v_bits = (np.where(fixed, problem.dtype_bits, b[0]) for b in (problem.key_bits, problem.value_bits))
     return Plan(
         policy=np.where(fixed, POLICIES.index("recent"), policy).astype(np.uint8),
         capacity=tokens.astype(np.int32),
         sink=np.where(fixed, 0, sink).astype(np.int32),
         recent=np.where(fixed, tokens, np.where(full, left, ring)).astype(np.int32),
-        k_bits=bits,
-        v_bits=bits,
+        k_bits=k_bits.astype(np.uint8),
+        v_bits=v_bits.astype(np.uint8),
         loss=loss,
         report=dict(report or {}),
     )

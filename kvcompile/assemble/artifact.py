@@ -25,7 +25,7 @@ from kvcompile.artifacts import (
 )
 from kvcompile.assemble.placement import place
 from kvcompile.assemble.tables import profile_arrays
-from kvcompile.quantiser import for_context
+from kvcompile.quantiser import for_context, laid_out
 from kvcompile.stages import Parts, Plan
 
 RECORDED = ("kvcompile", "numpy", "scipy", "torch", "transformers")
@@ -51,8 +51,8 @@ def assemble(
     calibration: Mapping[str, Any],
     ranks: int | None = None,
 ) -> Artifact:
-    """The artifact for a plan, placed on `ranks` tensor-parallel ranks where that is given; the same arguments give the
-    same artifact, so no times are in it.
+    """The artifact for a plan, its quantiser laid out for the codecs of the plan, placed on `ranks` tensor-parallel
+    ranks where that is given; the same arguments give the same artifact, so no times are in it.
 
     Raises:
         TargetError: heads that do not divide among the ranks.
@@ -63,6 +63,7 @@ def assemble(
         plan.policy, plan.capacity, plan.sink, plan.recent, plan.k_bits, plan.v_bits,
         head_order=storage_order(plan, rank),
     )  # fmt: skip
+    quantiser = None if parts.quantiser is None else laid_out(parts.quantiser, plan.k_bits, plan.v_bits)
     transient = 2 * target.context * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
     report = {**solver, **plan.report, **({"placement": placement.report()} if placement else {})}
     return Artifact(
@@ -81,7 +82,7 @@ def assemble(
         versions={name: importlib.metadata.version(name) for name in RECORDED},
         profile=profile_arrays(parts.profile),
         scorer=parts.scorer,
-        quantiser=parts.quantiser,
+        quantiser=quantiser,
         rank=rank,
     )
 

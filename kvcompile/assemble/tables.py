@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import Artifact, ArtifactError
+from kvcompile.quantiser import balanced_again
 from kvcompile.stages import KeyMoments, Moment, Parts, Profile, Rotary
 
 
@@ -29,13 +30,19 @@ def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
     return arrays
 
 
-TABLES = ("tokens", "shares", "loss", "bits", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
+TABLES = (
+    "tokens", "shares", "loss", "key_bits", "value_bits", "key_loss", "value_loss", "baklava", "squeeze",
+    "surfacelogic",
+)  # fmt: skip
 """Fields of a profile that are stored as they are."""
 
 
 def stored_parts(artifact: Artifact) -> Parts:
     """The parts inside an artifact, to solve other targets from. Raises ArtifactError as `stored_profile` does."""
-    return Parts(stored_profile(artifact), artifact.scorer, artifact.quantiser)
+    quantiser, budgets = artifact.quantiser, artifact.budgets
+    if quantiser is not None:
+        quantiser = balanced_again(quantiser, budgets.k_bits, budgets.v_bits)
+    return Parts(stored_profile(artifact), artifact.scorer, quantiser)
 
 
 def stored_profile(artifact: Artifact) -> Profile:
@@ -52,18 +59,22 @@ def stored_profile(artifact: Artifact) -> Profile:
             "families": np.frombuffer(b"text", np.uint8),
             "shares": np.ones(1, np.float32),
             "loss": np.asarray(arrays["recent_loss"])[None, ..., None, :],
-            "bits": np.zeros(0, np.int32),
+            "key_bits": np.zeros(0, np.int32),
+            "value_bits": np.zeros(0, np.int32),
             "key_loss": np.zeros((1, *heads, 0), np.float32),
             "value_loss": np.zeros((1, *heads, 0), np.float32),
             "factor": np.ones(1, np.float32),
         }
-    axes = {name: arrays[name] for name in ("tokens", "shares", "bits") if name in arrays}
+    if "bits" in arrays:  # files from before keys and values were measured in codecs of their own
+        arrays = {"key_bits": arrays["bits"], "value_bits": arrays["bits"]} | arrays
+    axes = {name: arrays[name] for name in ("tokens", "shares", "key_bits", "value_bits") if name in arrays}
     sizes = {name: len(axis) for name, axis in axes.items() if axis.ndim == 1}
     names = bytes(arrays.get("families", NONE)).decode(errors="replace").split("\n")
-    points, shares, codecs = (sizes.get(name, -1) for name in ("tokens", "shares", "bits"))
+    points, shares, keys, values = (sizes.get(name, -1) for name in ("tokens", "shares", "key_bits", "value_bits"))
     shapes = {
         "window": (1,), "tokens": (points,), "shares": (shares,), "loss": (len(names), *heads, shares, points),
-        "bits": (codecs,), "key_loss": (len(names), *heads, codecs), "value_loss": (len(names), *heads, codecs),
+        "key_bits": (keys,), "value_bits": (values,), "key_loss": (len(names), *heads, keys),
+        "value_loss": (len(names), *heads, values),
         "factor": (1,), "baklava": heads, "squeeze": heads[:1], "surfacelogic": heads,
     }  # fmt: skip
     for name, shape in shapes.items():

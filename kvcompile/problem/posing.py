@@ -20,28 +20,28 @@ def pose_with(identity: ModelIdentity, parts: Parts, target: Target, options: Op
     """The problem of one target under the options."""
     policy, sink = resolve_policy(options.allocator, options.policy)
     own = DTYPE_BITS[target.dtype]
-    bits: tuple[int, ...] = (own,)
-    if options.kv_dtype in names():
-        bits = (names()[options.kv_dtype],)
-    elif may_quantise(identity, options):
-        bits = (own, *measured(identity, parts.profile))
     profile = parts.profile
+    bits: tuple[tuple[int, ...], tuple[int, ...]] = (own,), (own,)
+    if options.kv_dtype in names():
+        bits = (names()[options.kv_dtype],), (names()[options.kv_dtype],)
+    elif may_quantise(identity, options):
+        bits = (own, *measured(identity, profile.key_bits)), (own, *measured(identity, profile.value_bits))
     if options.allocator == "optimal" and options.policy in ("recent", "window"):
         ring = profile.shares >= 1
         profile = dataclasses.replace(profile, shares=profile.shares[ring], loss=profile.loss[..., ring, :])
     return pose(identity, profile, target, policy, sink, bits, options.classes)
 
 
-def measured(identity: ModelIdentity, profile: Profile) -> tuple[int, ...]:
-    """The codecs, by id, that the profile knows the losses of and that fit the model's keys and values; those of more
+def measured(identity: ModelIdentity, ids: NDArray[np.int32]) -> tuple[int, ...]:
+    """Of the codecs with these ids, whose losses are known, those that fit the model's keys and values; those of more
     bits first."""
-    known = [codec_of(int(bits)) for bits in profile.bits if int(bits) in CODECS]
+    known = [codec_of(int(bits)) for bits in ids if int(bits) in CODECS]
     return tuple(c.id for c in sorted(known, key=lambda c: -c.bits) if c.fits(identity.head_dim))
 
 
 def may_quantise(identity: ModelIdentity, options: Options) -> bool:
     """Whether a plan under the options may have quantised heads."""
-    some = any(codec_of(bits).fits(identity.head_dim) for bits in profiled())
+    some = any(codec_of(bits).fits(identity.head_dim) for bits in profiled("k") + profiled("v"))
     return options.kv_dtype in names() or (options.kv_dtype == "auto" and options.allocator == "optimal" and some)
 
 
@@ -57,15 +57,16 @@ def pose(
     target: Target,
     policy: str,
     sink: int,
-    bits: tuple[int, ...] | None = None,
+    bits: tuple[tuple[int, ...], tuple[int, ...]] | None = None,
     classes: int | None = None,
 ) -> Problem:
-    """One sequence's share of a target, as a problem for an allocator; `bits` default to those of the cache dtype
-    alone."""
+    """One sequence's share of a target, as a problem for an allocator; `bits` of keys and of values default to those of
+    the cache dtype alone."""
     limit = np.array(token_limits(model.windows, target.context), np.int32)
     own = DTYPE_BITS[target.dtype]
     growth: NDArray[np.float64] | float = 1.0
-    if profile.keys is not None and set(bits or ()) - {own}:
+    k_bits, v_bits = bits or ((own,), (own,))
+    if profile.keys is not None and set(k_bits) - {own}:
         measured = (Positions(0, profile.window),) * model.num_layers
         growth = key_growth(profile.keys, measured, layer_positions(limit.tolist(), target.context))
     return Problem(
@@ -75,7 +76,8 @@ def pose(
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         dtype_bits=own,
-        bits=bits or (own,),
+        key_bits=k_bits,
+        value_bits=v_bits,
         target=target.bytes // target.batch,
         context=target.context,
         key_growth=growth,
@@ -89,12 +91,12 @@ def unmeasured(identity: ModelIdentity, context: int) -> Profile:
     """A profile of the right shape that says nothing."""
     heads = (identity.num_layers, identity.num_kv_heads)
     table = np.zeros((1, *heads, 1), np.float32)
-    codecs = np.repeat(table, len(profiled()), -1)
+    keys, values = profiled("k"), profiled("v")
     return Profile(
         families=("text",), window=context, tokens=np.array([context], np.int32), shares=np.ones(1, np.float32),
-        loss=table[..., None], bits=np.array(profiled(), np.int32), key_loss=codecs,
-        value_loss=codecs, factor=1.0, correlation=float("nan"), baklava=table[0, ..., 0],
-        squeeze=table[0, :, 0, 0], surfacelogic=table[0, ..., 0],
+        loss=table[..., None], key_bits=np.array(keys, np.int32), value_bits=np.array(values, np.int32),
+        key_loss=np.repeat(table, len(keys), -1), value_loss=np.repeat(table, len(values), -1), factor=1.0,
+        correlation=float("nan"), baklava=table[0, ..., 0], squeeze=table[0, :, 0, 0], surfacelogic=table[0, ..., 0],
     )  # fmt: skip
 
 

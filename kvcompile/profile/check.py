@@ -81,16 +81,16 @@ class Sample:
 def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
     """The best choice of every head at a price for bytes that rises with `number`; every second plan leaves a random
     half of the heads whole."""
-    # Loss of every choice of a head, [F, L, H, P, C, 1 + Q, 1 + Q]: share x budget x bits of keys x bits of values,
+    # Loss of every choice of a head, [F, L, H, P, C, 1 + Qk, 1 + Qv]: share x budget x bits of keys x bits of values,
     # where the cache dtype comes first and loses nothing.
     loss = profile.loss[..., None, None].astype(np.float64)
     pad = ((0, 0), (0, 0), (0, 0), (1, 0))
     keys, values = np.pad(profile.key_loss, pad), np.pad(profile.value_loss, pad)
     loss = loss + keys[:, :, :, None, None, :, None] + values[:, :, :, None, None, None, :]
-    bits = np.array([CACHE_BITS, *profile.bits.tolist()])
-    element_bits = np.array([CACHE_BITS, *(codec_of(int(id)).bits for id in profile.bits)])
-    # As a share of the head's full cache, [C, 1 + Q, 1 + Q]. Scales and anchors hardly count.
-    size = profile.tokens[:, None, None] * (element_bits[:, None] + element_bits) / (2.0 * CACHE_BITS * profile.window)
+    k_bits, v_bits = (np.array([CACHE_BITS, *known.tolist()]) for known in (profile.key_bits, profile.value_bits))
+    k_size, v_size = (np.array([_element_bits(int(id)) for id in known]) for known in (k_bits, v_bits))
+    # As a share of the head's full cache, [C, 1 + Qk, 1 + Qv]. Scales and anchors hardly count.
+    size = profile.tokens[:, None, None] * (k_size[:, None] + v_size) / (2.0 * CACHE_BITS * profile.window)
     mean = loss.mean(0)
     # argmin of loss + price x size: the Lagrangian of a memory target, so these are plans that solving would propose.
     price = np.geomspace(*PRICES, CHECKS)[number]
@@ -109,12 +109,16 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
         capacity=capacity.astype(np.int32),
         sink=np.full(heads, sink, np.int32),
         recent=recent.astype(np.int32),
-        k_bits=bits[k].astype(np.uint8),
-        v_bits=bits[v].astype(np.uint8),
+        k_bits=k_bits[k].astype(np.uint8),
+        v_bits=v_bits[v].astype(np.uint8),
         loss=float("nan"),
     )
     chosen = np.take_along_axis(loss.reshape(len(loss), *heads, -1), best[None, ..., None], axis=-1)
     return Sample(plan, chosen.sum((1, 2, 3)))
+
+
+def _element_bits(id: int) -> int:
+    return CACHE_BITS if id == CACHE_BITS else codec_of(id).bits
 
 
 def agreement(checks: NDArray[np.float64]) -> tuple[float, float]:

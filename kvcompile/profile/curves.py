@@ -32,8 +32,8 @@ class Curves:
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
-            "key_loss": np.zeros((*each, len(profiled()))),
-            "value_loss": np.zeros((*each, len(profiled()))),
+            "key_loss": np.zeros((*each, len(profiled("k")))),
+            "value_loss": np.zeros((*each, len(profiled("v")))),
         }
 
     def add(self, sums: Sums, number: int, tick: Tick) -> None:
@@ -68,6 +68,6 @@ class Curves:
 def _read_back(context: Context, fitted: Fitted, layer: int) -> ReadBack:
     def each(kind: str, stored: Tensor) -> tuple[Tensor, ...]:
         transform, mean = matrices(fitted.quantiser, layer, kind, stored.device)
-        return tuple(quantised(stored, transform, mean, bits) for bits in profiled())
+        return tuple(quantised(stored, transform, mean, bits) for bits in profiled(kind[0]))
 
     return ReadBack(each("key", context.keys[layer]), each("value", context.values[layer]))

@@ -12,17 +12,21 @@ from kvcompile.artifacts import Quantiser
 from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.codecs.api import read_back
 from kvcompile.profile.rotation import rotated, unrotated
+from kvcompile.quantiser import sectioned
 from kvcompile.stages import Rotary
 
 
 def quantised(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Tensor:
-    """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], `mean` [..., D]. Token 0 is kept exact where
-    the codec has anchors. A codec that does not fit the size leaves all as it is, and no plan uses it."""
+    """`stored` [..., n, D] as read back, float32; `transform` [..., D, D], balanced, and `mean` [..., D]. Token 0 is
+    kept exact where the codec has anchors. A codec that does not fit the size leaves all as it is, and no plan uses it.
+    """
     codec = codec_of(bits)
     if not codec.fits(stored.shape[-1]):
         return stored.float()
     if not codec.needs_transform:
         transform, mean = torch.eye(stored.shape[-1], device=stored.device), torch.zeros_like(mean)
+    elif (mixing := sectioned(bits, stored.shape[-1])) is not None:
+        transform = torch.from_numpy(mixing.astype(np.float32)).to(stored.device) @ transform
     transformed = (stored.float() - mean[..., None, :]) @ transform.mT
     decoded = read_back(transformed, bits)
     if codec.needs_anchor:

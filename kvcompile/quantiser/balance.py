@@ -4,7 +4,10 @@ Let y = T x be quantised with steps proportional to the size of y, after an orth
 evenly over the components. With C the covariance of what is stored and S that of what it is multiplied with (queries
 for keys), the error of a product is proportional to tr(T C T') tr(T^-T S T^-1): the size of y, times what a product
 sees of an even error in y. By Cauchy and Schwarz that is at least tr((C^1/2 S C^1/2)^1/2)^2, which is reached by
-T'T = C^-1 # S, the geometric mean of the two matrices; a Hadamard matrix does the spreading.
+T'T = C^-1 # S, the geometric mean of the two matrices.
+
+With C^1/2 S C^1/2 = U diag(w) U', largest w first, B = diag(w)^1/4 U' C^-1/2 is one such T: in its directions both the
+covariance of what is stored and that of what it meets are diag(w)^1/2. A Hadamard matrix does the spreading, T = H B.
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ def balanced(stored: Array, against: Array) -> Array:
     size = len(stored)
     if not (np.trace(stored) > 0 and np.trace(against) > 0):
         return spread(size)
-    # C^-1 # S = C^-1/2 (C^1/2 S C^1/2)^1/2 C^-1/2
-    root, inverse = _power(stored, 0.5), _power(stored, -0.5)
-    middle = _power(root @ against @ root, 0.5)
-    transform: Array = spread(size) @ _power(inverse @ middle @ inverse, 0.5)
+    root = _power(stored, 0.5)
+    weight, directions = _eigen(root @ against @ root)
+    directions = directions[:, ::-1] * np.maximum(weight[::-1], FLOOR * weight[-1]) ** 0.25
+    transform: Array = spread(size) @ directions.T @ _power(stored, -0.5)
     return transform / np.linalg.norm(transform, 2)
 
 
@@ -70,7 +73,14 @@ def spread(size: int) -> Array:
 
 def _power(matrix: Array, exponent: float) -> Array:
     """A power of a symmetric positive matrix, by its eigenvalues."""
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    values = np.maximum(values, FLOOR * values[-1])
-    power: Array = (vectors * values**exponent) @ vectors.T
+    values, vectors = _eigen(matrix)
+    power: Array = (vectors * np.maximum(values, FLOOR * values[-1]) ** exponent) @ vectors.T
     return power
+
+
+def _eigen(matrix: Array) -> tuple[Array, Array]:
+    """Eigenvalues in ascending order and eigenvectors of a symmetric matrix; the largest entry of a vector is positive,
+    so that no library's sign decides what is written to a file."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], axis=0)
+    return values, vectors * np.where(largest < 0, -1.0, 1.0)

@@ -62,7 +62,8 @@ def _curves(problem: Problem) -> dict[str, Any]:
         "tokens": tokens.tolist(),
         "shares": [round(float(share), 4) for share in problem.profile.shares],
         "loss": _rounded(evicted(problem, tokens)),
-        "bits": list(problem.bits),
+        "key_bits": list(problem.key_bits),
+        "value_bits": list(problem.value_bits),
         "key_loss": _rounded(quantised(problem, "key")),
         "value_loss": _rounded(quantised(problem, "value")),
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from kvcompile.kernels.codecs.base import Codec
 
 CODEC = Codec(
-    id=136, name="fp8", bits=8, package=__name__, format_version=3, needs_transform=False, profiled=False, pack=1
+    id=136, name="fp8", bits=8, package=__name__, format_version=3, needs_transform=False, profiled="", pack=1
 )
 
 LARGEST = 448.0

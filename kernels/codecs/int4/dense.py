@@ -13,14 +13,12 @@ from kvcompile.kernels.codecs.integers import dense as integers
 
 def encode(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """See `codecs.api.encode`."""
-    codes, scales = integers.encode(vectors, CODEC)
-    return codes[..., 0::2] | (codes[..., 1::2] << 4), scales
+    return integers.encode(vectors, CODEC)
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See `codecs.api.decode`."""
-    apart = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-    return integers.decode(apart, scales, CODEC, dtype)
+    return integers.decode(codes, scales, CODEC, dtype)
 
 
 def logits(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:

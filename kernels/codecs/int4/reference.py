@@ -10,10 +10,9 @@ from kvcompile.kernels.codecs.integers import reference as integers
 
 def encode(vector: torch.Tensor) -> tuple[list[int], list[float]]:
     """Bytes and scales of one vector [D]."""
-    codes, scales = integers.encode(vector, CODEC)
-    return [low | high << 4 for low, high in zip(codes[0::2], codes[1::2], strict=True)], scales
+    return integers.encode(vector, CODEC)
 
 
 def decode(codes: list[int], scales: list[float]) -> list[float]:
     """The vector that bytes and scales stand for."""
-    return integers.decode([code for byte in codes for code in (byte & 15, byte >> 4)], scales, CODEC)
+    return integers.decode(codes, scales, CODEC)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
+from kvcompile.kernels.codecs.integers.packing import pack, unpack
 
 TINY, HUGE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
@@ -20,24 +24,63 @@ sum to."""
 
 
 def encode(vectors: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
-    """A code uint8 [..., D] for every element of `vectors` [..., D], and scales float16 [..., groups]."""
-    half = 2 ** (codec.bits - 1)
-    parts = vectors.float().unflatten(-1, (codec.groups(vectors.shape[-1]), -1))
-    scale = (parts.abs().amax(-1) / half).clamp(TINY, HUGE).half()
-    code = (parts / scale.float().unsqueeze(-1)).floor_().clamp_(-half, half - 1).add_(half)
-    return code.flatten(-2).to(torch.uint8), scale
+    """Codes uint8 [..., code bytes] and scales float16 [..., groups] of `vectors` [..., D]."""
+    vectors, codes, scales = vectors.float(), [], []
+    for bits, parts in _stretches(codec, vectors):
+        half = 2 ** (bits - 1)
+        scale = (parts.abs().amax(-1) / half).clamp(TINY, HUGE).half()
+        code = (parts / scale.float().unsqueeze(-1)).floor_().clamp_(-half, half - 1).add_(half)
+        codes.append(pack(code.to(torch.uint8), bits).flatten(-2))
+        scales.append(scale)
+    return (codes[0], scales[0]) if len(codes) == 1 else (torch.cat(codes, dim=-1), torch.cat(scales, dim=-1))
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, codec: Codec, dtype: torch.dtype) -> torch.Tensor:
-    """Vectors [..., D] of `dtype` from codes [..., D], one an element, and scales [..., groups]."""
-    centred = codes.float() - centre(codec)
-    parts = centred.unflatten(-1, (scales.shape[-1], -1)) * scales.float().unsqueeze(-1)
-    return parts.flatten(-2).to(dtype)
+    """Vectors [..., D] of `dtype` from codes [..., code bytes] and scales [..., groups]."""
+    head_dim = codec.elements(codes.shape[-1])
+    found: list[torch.Tensor] = []
+    first = 0
+    for group in stretches(codec, head_dim):
+        stored = codes[..., group.byte : group.byte + group.count * group.size * group.bits // 8]
+        centred = unpack(stored.unflatten(-1, (group.count, -1)), group.bits).float() - centre(group.bits)
+        scale = scales[..., first : first + group.count].float().unsqueeze(-1)
+        found.append((centred * scale).flatten(-2).to(dtype))
+        first += group.count
+    if (dropped := head_dim - sum(part.shape[-1] for part in found)) > 0:
+        found.append(found[0].new_zeros(*codes.shape[:-1], dropped))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
 
-def centre(codec: Codec) -> float:
+class Stretch(NamedTuple):
+    """`count` neighbouring groups of equal `size` and `bits`, from element `start` and byte `byte` on."""
+
+    bits: int
+    start: int
+    size: int
+    byte: int
+    count: int
+
+
+@cache
+def stretches(codec: Codec, head_dim: int) -> tuple[Stretch, ...]:
+    """The groups of a vector, those of a section together."""
+    return tuple(
+        Stretch(*first, len(alike))
+        for alike in (list(part) for _, part in groupby(codec.split(head_dim), key=lambda g: (g.bits, g.size)))
+        for first in alike[:1]
+    )
+
+
+def _stretches(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Bits and elements [..., count, size] of every stretch."""
+    for group in stretches(codec, vectors.shape[-1]):
+        part = vectors[..., group.start : group.start + group.count * group.size]
+        yield group.bits, part.unflatten(-1, (group.count, group.size))
+
+
+def centre(bits: int) -> float:
     """What a stored code has to be lowered by: 2^(bits-1) was added to it, and it reads half a step higher."""
-    return 2 ** (codec.bits - 1) - 0.5
+    return 2 ** (bits - 1) - 0.5
 
 
 def logits(
@@ -53,7 +96,7 @@ def logits(
     for g, asked in enumerate(query.chunk(groups, 2)):
         part, into = codes.chunk(groups, 2)[g], out if groups == 1 else torch.empty_like(out)
         multiply(asked, part, into)
-        into -= centre(codec) * asked.sum(2, keepdim=True)
+        into -= centre(codec.bits) * asked.sum(2, keepdim=True)
         into *= scales[:, None, :, g]
         if groups > 1:
             out.copy_(into) if g == 0 else out.add_(into)
@@ -70,5 +113,5 @@ def accumulate(
     scales, groups = scales.float(), scales.shape[2]
     for g, into in enumerate(out.chunk(groups, 2)):
         scaled = weights * scales[:, None, :, g]
-        into -= centre(codec) * scaled.sum(2, keepdim=True)
+        into -= centre(codec.bits) * scaled.sum(2, keepdim=True)
         add(scaled, codes.chunk(groups, 2)[g], into)
