@@ -69,7 +69,7 @@ def test_the_target_is_used_while_a_head_can_gain(make_problem, share: float, se
 def test_more_choices_never_cost_more(make_problem) -> None:
     problem = make_problem(layers=8, points=24, families=3, bits=(16, 8, 4), context=2048, window=2048)
     found = [
-        allocate("optimal", dataclasses.replace(problem, bits=bits)).report["objective"]
+        allocate("optimal", dataclasses.replace(problem, key_bits=bits, value_bits=bits)).report["objective"]
         for bits in ((16,), (16, 8), (16, 8, 4))
     ]
     assert found[0] > found[1] >= found[2]
