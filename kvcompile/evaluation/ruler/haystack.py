@@ -44,7 +44,7 @@ def essay(rng: random.Random, count: int, documents: Documents) -> list[str]:
     return SENTENCE_END.split(" ".join(words))
 
 
-def _words(documents: Documents | list[Callable[[], str]]) -> Iterator[str]:
+def _words(documents: Sequence[Callable[[], str]]) -> Iterator[str]:
     for document in documents:
         yield from document().split()
 

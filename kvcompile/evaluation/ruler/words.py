@@ -35,9 +35,9 @@ FWE_QUESTION = (
 FWE_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
 """RULER's templates (arXiv 2404.06654, appendix)."""
 
-ZETA = math.pi**2 / 6
-"""Riemann's zeta function of ALPHA = 2: by Zeta's distribution, a word of rank k has the share k^-ALPHA / ZETA."""
 ALPHA = 2.0
+ZETA = math.pi**2 / 6
+"""Riemann's zeta function of ALPHA: by Zeta's distribution, a word of rank k has the share k^-ALPHA / ZETA."""
 LETTERS = 6
 """Of a coded word."""
 LEAST_CODED = 80
