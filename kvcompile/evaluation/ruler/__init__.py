@@ -1,7 +1,7 @@
 """RULER (arXiv 2404.06654): synthetic tasks of any length, asked of a compressed cache.
 
-The samples are written here after the paper's description and templates, with words and essays of our own, so scores
-are to be compared with those of the full cache beside them and not with published ones.
+The samples are written here after the paper's description, with RULER's templates and settings, and with words and
+essays of our own, so scores are to be compared with those of the full cache beside them and not with published ones.
 """
 
 from kvcompile.evaluation.ruler.draw import draw_samples

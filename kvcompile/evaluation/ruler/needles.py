@@ -23,7 +23,7 @@ SEVERAL = (
     "\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
     "The special magic {kind} for {query} mentioned in the provided text are",
 )
-"""RULER's templates (arXiv 2404.06654, appendix) for one and for several values: context, question, answer prefix."""
+"""RULER's templates (arXiv 2404.06654) for one and for several values: context, question, answer prefix."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ PREFIX = (
     "Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned the "
     "value {value}, they are:"
 )
-"""RULER's template (arXiv 2404.06654, appendix)."""
+"""RULER's template (arXiv 2404.06654)."""
 
 EXAMPLE_LINES = 10
 """Of noise in the worked example, whose names have three letters; those of the chain proper have five."""

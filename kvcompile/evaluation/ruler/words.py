@@ -33,7 +33,7 @@ FWE_QUESTION = (
     "appeared words in the above coded text?"
 )
 FWE_PREFIX = "Answer: According to the coded text above, the three most frequently appeared words are:"
-"""RULER's templates (arXiv 2404.06654, appendix)."""
+"""RULER's templates (arXiv 2404.06654)."""
 
 ALPHA = 2.0
 ZETA = math.pi**2 / 6
