@@ -10,7 +10,7 @@ import torch
 from kvcompile.artifacts import Artifact
 from kvcompile.cli.streamer import TimedStreamer
 from kvcompile.models import ending_tokens
-from kvcompile.runtime import Sampling, attach, generate
+from kvcompile.runtime import Sampling, attach, generate, generate_full
 
 WARM_TOKENS = 8
 """Of the prompt, read to have the kernels compiled."""
@@ -76,7 +76,6 @@ def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool, timed: 
         return _answer(tokenizer, new[0].tolist(), streamer, cache.nbytes)
 
 
-@torch.inference_mode()
 def with_full_cache(loaded: Any, asked: Asked, cache_dtype: torch.dtype) -> Answer:
     """Generate with transformers' `DynamicCache`, which keeps all it is given.
 
@@ -86,20 +85,17 @@ def with_full_cache(loaded: Any, asked: Asked, cache_dtype: torch.dtype) -> Answ
     from transformers import DynamicCache
 
     model, tokenizer = loaded.model, loaded.tokenizer
-    ends = ending_tokens(model, tokenizer)
     torch.manual_seed(asked.seed)
     cache = DynamicCache(config=model.config)
     streamer = TimedStreamer(tokenizer, silent=True)
     streamer.put(asked.ids)
-    fed, new = asked.ids.to(model.device), list[int]()
-    while len(new) < asked.longest and not (new and new[-1] in ends):
-        logits = model(fed, past_key_values=cache, logits_to_keep=1).logits
-        fed = asked.sampling.choose(logits[:, -1])[:, None]
-        new.append(int(fed))
-        streamer.put(fed[0].cpu())
+    new = generate_full(
+        model, cache, asked.ids, max_new_tokens=asked.longest, sampling=asked.sampling,
+        eos=ending_tokens(model, tokenizer), on_token=streamer.put,
+    )  # fmt: skip
     streamer.end()
     elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    return _answer(tokenizer, new, streamer, elements * cache_dtype.itemsize)
+    return _answer(tokenizer, new[0].tolist(), streamer, elements * cache_dtype.itemsize)
 
 
 def _answer(tokenizer: Any, new: list[int], streamer: TimedStreamer, cache_bytes: int) -> Answer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,7 @@ from kvcompile.kernels.codecs import label
 from kvcompile.report.summary import quantised_positions
 
 if TYPE_CHECKING:
+    from kvcompile.evaluation.ruler import Scores
     from kvcompile.evaluation.summary import Summary  # imports torch, which `inspect` does without
 
 SHADES = ("grey35", "blue", "cyan", "green", "yellow", "red")
@@ -35,6 +37,22 @@ def quality(summaries: Sequence[Summary], title: str) -> Table:
         text, quote, question = (one.kinds[kind] for kind in ("continuation", "quote", "question"))
         numbers = [f"{value:.4f}" for value in (text.kl, quote.loss, quote.kl, question.loss, question.kl)]
         found.add_row(one.method, f"{one.share:.2%}", f"{text.perplexity:.3f}", *numbers, f"{question.exact:.0%}")
+    return found
+
+
+def ruler(plans: Sequence[Scores], title: str) -> Table:
+    """Scores of RULER's tasks: one row a plan, the best of each budget first; all go into a pipe's width."""
+    found = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    narrow = [task.replace("_", "\n").replace("multi", "multi\n") for task in plans[0].tasks]
+    for name in ("method", "bytes", *narrow, "average"):
+        found.add_column(name, justify="left" if name == "method" else "right", no_wrap=name == "method")
+    budget = plans[0].budget
+    for one in plans:
+        if one.budget != budget:
+            found.add_section()
+            budget = one.budget
+        numbers = (f"{value:.1f}" for value in (*one.tasks.values(), one.average))
+        found.add_row(one.method, f"{one.share:.2%}", *numbers)
     return found
 
 
