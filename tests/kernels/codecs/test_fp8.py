@@ -108,7 +108,7 @@ def test_it_needs_no_quantiser(tmp_path: Path) -> None:
 
 def test_plans_are_made_of_it_by_name_alone() -> None:
     """Its loss is not profiled, so what a plan loses is unknown."""
-    assert FP8 not in profiled()
+    assert FP8 not in profiled("k") + profiled("v")
     artifact = read(REFERENCE)
     plan = resolve(artifact, mem="40%", kv_dtype="fp8")
     assert (plan.budgets.k_bits == FP8).all()
