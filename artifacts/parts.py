@@ -50,21 +50,17 @@ def _check_scorer(artifact: Artifact, source: str) -> None:
 def _check_quantiser(artifact: Artifact, source: str) -> None:
     model, quantiser, budgets = artifact.model, artifact.quantiser, artifact.budgets
     used = [codec for id, codec in sorted(CODECS.items()) if np.isin([budgets.k_bits, budgets.v_bits], id).any()]
+    if quantiser is not None and model.head_dim > MAX_HEAD_DIM:
+        refuse(source, "model.head_dim", f"is {model.head_dim}, expected at most {MAX_HEAD_DIM} beside a quantiser")
     for codec in used:
         if codec.needs_transform and quantiser is None:
             missing = f"is missing, expected a version {codec.format_version} file with it for {codec.name} heads"
             refuse(source, "tensor quantiser.key_transform", missing)
-        if quantiser is None and not codec.fits(model.head_dim):
+        if not codec.fits(model.head_dim):
             problem = f"is {model.head_dim}, expected a multiple of {codec.step(model.head_dim)} for {codec.name} heads"
             refuse(source, "model.head_dim", problem)
     if quantiser is None:
         return
-    # Whatever the heads of this file are, a quantiser is for a model that some codec fits.
-    least = min(codec.step(model.head_dim) for codec in CODECS.values() if codec.needs_transform)
-    step = max([least, *(codec.step(model.head_dim) for codec in used)])
-    if model.head_dim > MAX_HEAD_DIM or model.head_dim % step:
-        problem = f"is {model.head_dim}, expected a multiple of {step} of at most {MAX_HEAD_DIM} beside a quantiser"
-        refuse(source, "model.head_dim", problem)
     mean = (model.num_layers, model.num_kv_heads, model.head_dim)
     square = (*mean, model.head_dim)
     shapes = {"key_transform": square, "key_mean": mean, "value_transform": square, "value_mean": mean}

@@ -2,55 +2,37 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import json
 import re
 from dataclasses import fields
-from pathlib import Path
-from types import SimpleNamespace
 
-import hypothesis
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
+from format_description import TEXT, program
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import kvcompile.artifacts
-from kvcompile.artifacts import POLICIES, anchor_bytes, identify, slot_bytes, vector_bytes, write
+from kvcompile.artifacts import POLICIES, anchor_bytes, identify, slot_bytes, write
 from kvcompile.assemble.tables import key_arrays
-from kvcompile.kernels import decode, encode
-from kvcompile.kernels.codecs import codec_of
 from kvcompile.stages import KeyMoments, Moment, Profile, Rotary
 
-TEXT = (Path(kvcompile.artifacts.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
-
 
 @pytest.fixture(scope="module")
-def described():
-    """The functions of the description's own program."""
-    code = re.search(r"```python\n(.*?)```", TEXT, re.DOTALL).group(1)
-    imported = [
-        alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names
-    ]
-    assert sorted(imported) == ["hashlib", "json", "numpy", "struct"]
-    assert "from " not in code
-    names: dict[str, object] = {}
-    exec(code, names)
-    return SimpleNamespace(**names)
-
-
-@pytest.fixture(scope="module")
-def read_kvb(described):
-    return described.read_kvb
+def read_kvb():
+    return program().read_kvb
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize("parts", [{}, {"choices": (("scored", 9),), "bits": ((4, 8),), "ranks": 2}], ids=["1", "2"])
-def test_a_reader_written_from_the_description(make_artifact, read_kvb, tmp_path, dtype, parts):
+@pytest.mark.parametrize(
+    ("version", "parts"),
+    [
+        (1, {}),
+        (2, {"choices": (("scored", 9),), "bits": ((4, 8),), "ranks": 2}),
+        (3, {"choices": (("scored", 9),), "bits": ((67, 3), (66, 2), (65, 136)), "head_dim": 16, "ranks": 2}),
+    ],
+)
+def test_a_reader_written_from_the_description(make_artifact, read_kvb, tmp_path, dtype, version, parts):
     artifact = make_artifact(dtype=dtype, batch=3, **parts)
     write(artifact, tmp_path / "a.kvb")
     metadata, tensors = read_kvb(tmp_path / "a.kvb")
@@ -65,7 +47,7 @@ def test_a_reader_written_from_the_description(make_artifact, read_kvb, tmp_path
         "fingerprint.samples": artifact.model.samples,
         **{f"profile.{name}": values for name, values in artifact.profile.items()},
     }
-    assert metadata["format_version"] == (2 if parts else 1)
+    assert metadata["format_version"] == version
     if parts:
         for part in ("scorer", "quantiser"):
             expected |= {f"{part}.{name}": values for name, values in vars(getattr(artifact, part)).items()}
@@ -132,6 +114,12 @@ def test_the_bytes_of_version_2(make_artifact):
     assert says("scorer", account.scorer)
 
 
+def test_the_bytes_of_version_3(make_artifact):
+    own = (None, None)
+    account = make_artifact(**EXAMPLE, choices=(("full", 4096), ("scored", 600)), bits=(own, (66, 3), own, own)).bytes
+    assert says("resident", account.resident)
+
+
 @pytest.mark.parametrize(
     ("head_dim", "k_bits", "v_bits", "state", "slot"),
     [
@@ -140,6 +128,10 @@ def test_the_bytes_of_version_2(make_artifact):
         (96, 4, 16, 2, 48 + 4 + 192 + 2),
         (80, 8, 8, 0, 2 * (80 + 4)),
         (256, 4, 4, 2, 2 * (128 + 8) + 2),
+        (64, 3, 2, 0, 24 + 2 + 16 + 2),
+        (128, 67, 3, 0, 32 + 2 + 16 + 2 + 48 + 4),  # each section has its scales
+        (128, 66, 2, 2, 16 + 2 + 16 + 2 + 32 + 4 + 2),
+        (256, 65, 67, 0, 16 + 2 + 16 + 2 + 64 + 4 + 32 + 4),
     ],
 )
 def test_the_bytes_of_a_head(head_dim, k_bits, v_bits, state, slot):
@@ -148,83 +140,6 @@ def test_the_bytes_of_a_head(head_dim, k_bits, v_bits, state, slot):
     quantised = [bits for bits in (k_bits, v_bits) if bits != 16]
     assert anchor_bytes(4, head_dim, k_bits, v_bits, 16) == len(quantised) * head_dim * 2
     assert anchor_bytes(0, head_dim, k_bits, v_bits, 16) == 0
-
-
-def numbers(name):
-    """A row of the description's example of quantisation."""
-    return json.loads(re.search(rf"^    {re.escape(name)} +=? *(\[.*?\])", TEXT, re.MULTILINE).group(1))
-
-
-def test_the_worked_example_of_quantisation(described):
-    hadamard = np.array(json.loads(re.search(r"^(\[\[1, 1.*?\]\])", TEXT, re.MULTILINE).group(1)))
-    transform, mean, x = (hadamard / 2).astype(np.float16), np.array([1, 0, 0, 0], np.float16), [3, 1, -1, 0.5]
-    y = transform @ (np.array(x, np.float32) - mean)
-    stored, scales = described.encode(y, 4)
-    assert numbers("y") == y.tolist()
-    assert scales.tolist() == [0.21875]
-    assert "scale  = 1.75 / 8 = 0.21875" in TEXT
-    codes = [code for byte in stored.tolist() for code in (byte & 15, byte >> 4)]
-    assert numbers("stored") == codes
-    assert numbers("c") == [code - 8 for code in codes]
-    assert f"the bytes {bytes(stored).hex(' ').upper()}" in TEXT
-    assert numbers("y'") == described.decode(stored, scales, 4).tolist()
-    back = described.restore(stored, scales, 4, transform, mean)
-    np.testing.assert_allclose(transform @ (back - mean), numbers("y'"), atol=1e-6)
-
-
-vectors = st.sampled_from([2, 64, 66, 80, 96, 128, 192]).flatmap(
-    lambda size: hnp.arrays(np.float32, size, elements=st.floats(-1e4, 1e4, width=32))
-)
-
-
-@given(y=vectors, bits=st.sampled_from([4, 8]))
-def test_quantisation_as_described(described, y, bits):
-    size = codec_of(bits).groups(len(y))
-    hypothesis.assume(len(y) % (2 * size) == 0)
-    stored, scales = described.encode(y, bits)
-    assert (stored.dtype, scales.dtype, len(scales)) == (np.uint8, np.float16, size)
-    assert stored.nbytes + scales.nbytes == vector_bytes(len(y), bits)
-    # Half a step of its group at most, but for the outermost level where rounding has made the scale too small.
-    step = np.repeat(scales.astype(np.float32), len(y) // size)
-    error = abs(described.decode(stored, scales, bits) - y)
-    assert (error <= step * (0.5 + 2 ** (bits - 1) * 2**-11 + 1e-3)).all()
-
-
-@given(y=vectors, bits=st.sampled_from([4, 8]))
-def test_the_runtime_quantises_as_described(described, y, bits):
-    hypothesis.assume(codec_of(bits).fits(len(y)))
-    stored, scales = described.encode(y, bits)
-    found_stored, found_scales = encode(torch.from_numpy(y), bits)
-    np.testing.assert_array_equal(found_stored.numpy(), stored)
-    np.testing.assert_array_equal(found_scales.numpy(), scales)
-    found = decode(found_stored, found_scales, bits, torch.float32)
-    np.testing.assert_array_equal(found.numpy(), described.decode(stored, scales, bits))
-
-
-def test_turning_queries_and_outputs_as_described(described, newer):
-    """Attention over what is stored, its queries and output turned, is attention over what was restored."""
-    rng = np.random.default_rng(1)
-    keys, values = rng.normal(size=(2, 9, 8))
-    query = rng.normal(size=8)
-    q = newer.quantiser
-    tables = (q.key_transform, q.key_mean, q.value_transform, q.value_mean)
-    key_transform, key_mean, value_transform, value_mean = (table[0, 1].astype(np.float64) for table in tables)
-
-    def stored(vectors, transform, mean, bits):
-        packed = [described.encode(transform @ (x - mean), bits) for x in vectors]
-        turned = np.stack([described.decode(*one, bits) for one in packed])
-        return turned, np.stack([described.restore(*one, bits, transform, mean) for one in packed])
-
-    def weights(logits):
-        exponentials = np.exp(logits - logits.max())
-        return exponentials / exponentials.sum()
-
-    turned_keys, restored_keys = stored(keys, key_transform, key_mean, 8)
-    turned_values, restored_values = stored(values, value_transform, value_mean, 4)
-    expected = weights(restored_keys @ query) @ restored_values
-    turned_query = np.linalg.inv(key_transform).T @ query
-    found = np.linalg.inv(value_transform) @ (weights(turned_keys @ turned_query) @ turned_values) + value_mean
-    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_the_fingerprint():

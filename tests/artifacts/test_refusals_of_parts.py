@@ -116,7 +116,7 @@ def test_ranks_that_are_none(changed, value):
     assert f": rank[1, 1] is {value}, expected 0 to 1" in changed({"rank": at((1, 1), value)})
 
 
-@pytest.mark.parametrize("bits", [0, 2, 5, 15, 32, 255])
+@pytest.mark.parametrize("bits", [0, 1, 5, 15, 32, 64, 68, 255])
 @pytest.mark.parametrize("name", ["k_bits", "v_bits"])
 def test_other_widths(changed, name, bits):
     message = changed({name: at((0, 1), bits)})
@@ -153,11 +153,19 @@ def test_bytes_of_scales_scores_and_anchors_are_counted(newer, data, unpack, pac
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "expected"), [(7, "a multiple of 2"), (130, "a multiple of 6"), (514, "at most 512")]
+    ("head_dim", "bits", "expected"),
+    [
+        (7, 4, "a multiple of 2 for int4"),
+        (130, 4, "a multiple of 6 for int4"),
+        (514, 4, "at most 512"),
+        (12, 3, "a multiple of 8 for int3"),
+        (6, 2, "a multiple of 4 for int2"),
+        (168, 65, "a multiple of 16 for mix1"),  # but of 24, as int3 asks
+    ],
 )
-def test_head_dims_that_do_not_split(make_artifact, head_dim, expected):
+def test_head_dims_that_do_not_split(make_artifact, head_dim, bits, expected):
     artifact = make_artifact(
-        head_dim=head_dim, windows=(0,), num_kv_heads=1, bits=((4, None),), choices=(("full", 64),)
+        head_dim=head_dim, windows=(0,), num_kv_heads=2, bits=((bits, None), (4, 4)), choices=(("full", 64),)
     )
     with pytest.raises(ArtifactError, match=rf"model\.head_dim is {head_dim}, expected .*{expected}"):
         validate(artifact, "x")

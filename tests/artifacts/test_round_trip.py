@@ -15,9 +15,20 @@ from hypothesis.extra import numpy as hnp
 
 import kvcompile.artifacts.checks as checks
 from kvcompile.artifacts import POLICIES, ArtifactError, from_bytes, loaded_bytes, read, to_bytes, write
+from kvcompile.kernels.codecs import CODECS
 
 choices = st.lists(st.tuples(st.sampled_from(POLICIES), st.integers(1, 200)), min_size=1, max_size=5).map(tuple)
-widths = st.lists(st.tuples(*[st.sampled_from([4, 8, None])] * 2), min_size=1, max_size=4).map(tuple)
+
+
+def widths(ids):
+    return st.lists(st.tuples(*[st.sampled_from([*ids, None])] * 2), min_size=1, max_size=4).map(tuple)
+
+
+# With sizes of heads that hold these codecs.
+stored = st.one_of(
+    st.tuples(st.sampled_from([2, 6, 8, 128]), widths([8, 4])),
+    st.tuples(st.sampled_from([16, 128, 192]), widths(CODECS)),
+)
 profiles = st.dictionaries(
     st.text("abcxyz_.0é", min_size=1, max_size=12),
     st.sampled_from([np.float32, np.float16, np.int32, np.uint8]).flatmap(
@@ -39,21 +50,21 @@ json_values = st.recursive(
 @settings(deadline=None)
 @given(
     num_kv_heads=st.integers(1, 5),
-    head_dim=st.sampled_from([2, 6, 8, 128]),
     hidden_size=st.integers(1, 9),
     windows=st.lists(st.sampled_from([0, 1, 16, 500]), min_size=1, max_size=4).map(tuple),
     context=st.integers(1, 200),
     batch=st.integers(1, 3),
     dtype=st.sampled_from(["bfloat16", "float16", "float32"]),
     choices=choices,
-    bits=widths,
+    stored=stored,
     ranks=st.none() | st.integers(1, 5),
     profile=profiles,
     solver=st.dictionaries(st.text(max_size=4), json_values, max_size=3),
     loss=st.floats(allow_infinity=False),
 )
-def test_round_trip(make_artifact, assert_same, profile, solver, loss, **shape):
-    artifact = make_artifact(**shape)
+def test_round_trip(make_artifact, assert_same, stored, profile, solver, loss, **shape):
+    head_dim, bits = stored
+    artifact = make_artifact(head_dim=head_dim, bits=bits, **shape)
     artifact = replace(artifact, profile=profile, solver=solver, predicted_loss=loss)
     assert_same(from_bytes(to_bytes(artifact), "x"), artifact)
 
@@ -74,6 +85,16 @@ def test_any_part_alone_and_the_lowest_version_that_holds_it(make_artifact, newe
     data = to_bytes(artifact)
     assert_same(from_bytes(data, "x"), artifact)
     assert unpack(data)[1]["format_version"] == (2 if kept else 1)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 65, 66, 67])
+def test_few_bits_are_in_files_of_version_3_alone(make_artifact, assert_same, unpack, refusal, bits):
+    artifact = make_artifact(head_dim=16, bits=((8, bits), (bits, None)))
+    data = to_bytes(artifact)
+    assert_same(from_bytes(data, "x"), artifact)
+    assert unpack(data)[1]["format_version"] == 3
+    older = data.replace(b'\\"format_version\\":3', b'\\"format_version\\":2')
+    assert f"is {bits}, expected a file of version 3 with it" in refusal(older)
 
 
 def test_ranks_of_unequal_number(newer, assert_same):

@@ -8,8 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tiny_models import CONFIGS, make_artifact, tiny_model
 
-from kvcompile.artifacts import POLICIES, read
+from kvcompile.artifacts import POLICIES, read, write
 
 ROOT = Path(__file__).parents[2]
 READER = ROOT / "examples" / "read_kvb.mjs"
@@ -38,6 +39,15 @@ def test_budgets_order_and_metadata_are_ours(file: Path) -> None:
             assert row["policy"] == POLICIES[budgets.policy[layer, row["head"]]]
             for name in ("capacity", "sink", "recent", "k_bits", "v_bits"):
                 assert row[name] == getattr(budgets, name)[layer, row["head"]]
+
+
+def test_a_file_of_version_3(tmp_path: Path) -> None:
+    write(make_artifact(tiny_model(CONFIGS["qwen3"]), bits=[(67, 3), (65, 136)]), tmp_path / "a.kvb")
+    done = read_with_node(tmp_path / "a.kvb")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["metadata"]["format_version"] == 3
+    assert {(row["k_bits"], row["v_bits"]) for heads in found["plan"] for row in heads} == {(67, 3), (65, 136)}
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import cache
-from itertools import groupby
-from typing import NamedTuple
 
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
 from kvcompile.kernels.codecs.integers.packing import pack, unpack
+from kvcompile.kernels.codecs.integers.stretches import stretches
 
 TINY, HUGE = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
 
@@ -49,26 +47,6 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, codec: Codec, dtype: torch
     if (dropped := head_dim - sum(part.shape[-1] for part in found)) > 0:
         found.append(found[0].new_zeros(*codes.shape[:-1], dropped))
     return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
-
-
-class Stretch(NamedTuple):
-    """`count` neighbouring groups of equal `size` and `bits`, from element `start` and byte `byte` on."""
-
-    bits: int
-    start: int
-    size: int
-    byte: int
-    count: int
-
-
-@cache
-def stretches(codec: Codec, head_dim: int) -> tuple[Stretch, ...]:
-    """The groups of a vector, those of a section together."""
-    return tuple(
-        Stretch(*first, len(alike))
-        for alike in (list(part) for _, part in groupby(codec.split(head_dim), key=lambda g: (g.bits, g.size)))
-        for first in alike[:1]
-    )
 
 
 def _stretches(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -6,7 +6,7 @@ sums that come out. That leaves one pass over the store where decoding it would 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy as np
 from kvcompile.export.onnx.builder import Builder
 from kvcompile.export.onnx.groups import Buffer, Group, Side
 from kvcompile.export.onnx.slots import Clock
+from kvcompile.kernels.codecs.base import Group as CodecGroup
 
 
 @dataclass(frozen=True)
@@ -62,15 +63,16 @@ def _logits(b: Builder, side: Side, columns: str, written: Mapping[str, str], ca
         rows = rows if side.rows.dtype == "float32" else b.cast(rows, "float32")
         return b.op("Transpose", b.op("MatMul", rows, columns), perm=[0, 1, 3, 2])
     codec, onnx = side.codec, side.codec.load("onnx")
-    count = codec.groups(case.head_dim)
-    size = case.head_dim // count
-    matrix = b.array(onnx.restoring(size))
-    codes = b.split(rows, [codec.code_bytes(case.head_dim) // count] * count, 3)
-    scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
+    groups = codec.split(case.head_dim)
+    codes, scales = _by_group(b, groups, rows, written[side.scales.name])
+    sizes = [group.size for group in groups]
+    rest = case.head_dim - sum(sizes)  # elements that are not stored
+    asked = b.split(columns, [*sizes, rest] if rest else sizes, 2)[: len(groups)]
     logits = ""
-    for code, scale, asked in zip(codes, scales, b.split(columns, [size] * count, 2), strict=True):
-        met, added = b.split(b.op("MatMul", matrix, asked), [size, 1], 2)
-        product = b.op("Transpose", b.op("MatMul", onnx.plain(b, code), met), perm=[0, 1, 3, 2])
+    for group, code, scale, part in zip(groups, codes, scales, asked, strict=True):
+        matrix = onnx.restoring(group)
+        met, added = b.split(b.op("MatMul", b.array(matrix), part), [len(matrix) - 1, 1], 2)
+        product = b.op("Transpose", b.op("MatMul", onnx.plain(b, code, group), met), perm=[0, 1, 3, 2])
         product = b.op("Add", product, b.op("Transpose", added, perm=[0, 1, 3, 2]))
         product = b.op("Mul", product, b.reshape(scale, batch, heads, 1, capacity))
         logits = b.op("Add", logits, product) if logits else product
@@ -87,23 +89,27 @@ def _mixed(b: Builder, side: Side, weights: str, written: Mapping[str, str], cas
         return b.op("MatMul", weights, rows if side.rows.dtype == "float32" else b.cast(rows, "float32"))
     batch, heads, capacity, _ = side.rows.shape
     codec, onnx = side.codec, side.codec.load("onnx")
-    count = codec.groups(case.head_dim)
-    matrix = b.array(onnx.restoring(case.head_dim // count))
-    codes = b.split(rows, [codec.code_bytes(case.head_dim) // count] * count, 3)
-    scales = b.split(b.cast(written[side.scales.name], "float32"), [1] * count, 3)
+    groups = codec.split(case.head_dim)
+    codes, scales = _by_group(b, groups, rows, written[side.scales.name])
     outputs = []
-    for code, scale in zip(codes, scales, strict=True):
+    for group, code, scale in zip(groups, codes, scales, strict=True):
         scale = b.reshape(scale, batch, heads, 1, capacity)
         if side.anchor is not None:  # which takes the place of the first slot
             scale = b.op("Mul", scale, b.array((np.arange(capacity) > 0).astype(np.float32)))
         scaled = b.op("Mul", weights, scale)
         total = b.op("ReduceSum", scaled, b.ints(-1), keepdims=1)
-        sums = b.op("MatMul", scaled, onnx.plain(b, code))
-        outputs.append(b.op("MatMul", b.concat([sums, total], 3), matrix))
-    output = b.concat(outputs, 3)
+        sums = b.op("MatMul", scaled, onnx.plain(b, code, group))
+        outputs.append(b.op("MatMul", b.concat([sums, total], 3), b.array(onnx.restoring(group))))
+    output = b.padded(b.concat(outputs, 3), case.head_dim - sum(group.size for group in groups))
     if side.anchor is None:
         return output
     return b.op("Add", output, b.op("MatMul", b.cut(weights, 0, 1, 3), exact(b, side.anchor)))
+
+
+def _by_group(b: Builder, groups: Sequence[CodecGroup], codes: str, scales: str) -> tuple[list[str], list[str]]:
+    """Codes and scales, float32, of each group."""
+    parts = b.split(codes, [group.size * group.bits // 8 for group in groups], 3)
+    return parts, b.split(b.cast(scales, "float32"), [1] * len(groups), 3)
 
 
 def exact(b: Builder, anchor: Buffer) -> str:

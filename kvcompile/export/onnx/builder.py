@@ -116,6 +116,10 @@ class Builder:
     def split(self, x: str, sizes: Sequence[int], axis: int) -> list[str]:
         return [x] if len(sizes) == 1 else self.several("Split", len(sizes), x, self.ints(*sizes), axis=axis)
 
+    def padded(self, x: str, count: int) -> str:
+        """A value of four dimensions with `count` zeros after the last one's elements."""
+        return self.op("Pad", x, self.ints(0, 0, 0, 0, 0, 0, 0, count)) if count else x
+
     def cut(self, x: str, first: int | str, last: int | str, axis: int) -> str:
         """Elements `first` to `last` (not included) along an axis; numbers, or int64 vectors of one."""
         ends = [end if isinstance(end, str) else self.ints(end) for end in (first, last)]

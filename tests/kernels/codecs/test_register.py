@@ -39,7 +39,7 @@ def signs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Codec]:
     (package / "__init__.py").write_text("")
     (package / "dense.py").write_text(DENSE)
     monkeypatch.syspath_prepend(tmp_path)
-    yield codecs.register(Codec(TOY, "signs", 1, "toy_signs", 3, needs_transform=False, profiled=False, pack=8))
+    yield codecs.register(Codec(TOY, "signs", 1, "toy_signs", 3, needs_transform=False, profiled="", pack=8))
     del codecs.CODECS[TOY]
     for name in [name for name in sys.modules if name.startswith("toy_signs")]:
         del sys.modules[name]

@@ -107,6 +107,50 @@ def test_every_codec_gives_the_runtimes_logits(stored: dict[str, Any], tmp_path:
     assert np.median(differences) < 5e-4
 
 
+FEW_BITS: dict[str, dict[str, Any]] = {
+    "3 bits": {"bits": [(67, 3)]},
+    "2 bits": {"bits": [(66, 2)]},
+    "keys of 1 bit": {"bits": [(65, 4)]},
+    "as values too": {"bits": [(3, 67), (2, 66), (4, 65)]},
+    "mixed": {"bits": [(67, 3), (66, 2), (8, 3), (65, 4), (32, 2)], "policy": "scored", "recent": 6},
+    "without sinks": {"bits": [(67, 3), (65, 2)], "sink": 0},
+    "batch of three": {"bits": [(67, 3), (8, 3)], "policy": "scored", "recent": 6, "batch": 3},
+    "bfloat16": {"dtype": "bfloat16", "bits": [(66, 3), (16, 2)]},
+}
+
+
+@pytest.mark.parametrize("size", [16, 192])
+@pytest.mark.parametrize("stored", FEW_BITS.values(), ids=FEW_BITS)
+def test_few_bits_give_the_runtimes_logits(stored: dict[str, Any], size: int, tmp_path: Path) -> None:
+    """From the same stored bytes, call by call, in as many as promised. 192 elements are several groups, and the
+    sections of keys have one or two."""
+    model = tiny_model(LlamaConfig(**SHAPE, head_dim=size))
+    artifact = make_artifact(model, 20, **stored)
+    session = Session(exported(model, artifact, tmp_path))
+    assert sum(array.nbytes for array in session.arrays.values()) == artifact.bytes.resident
+    differences = compare(model, artifact, session, CHUNKS, sync=True)
+    assert np.median(differences) < 5e-4  # a code of the new token may fall the other way
+
+
+@pytest.mark.parametrize("stored", [FEW_BITS["3 bits"], FEW_BITS["as values too"], FEW_BITS["batch of three"]])
+def test_the_graph_writes_the_runtimes_bytes(stored: dict[str, Any], tmp_path: Path) -> None:
+    """A prompt and what follows; sums that are not ordered alike put a code in a hundred elsewhere at most."""
+    model = tiny_model(LlamaConfig(**SHAPE, head_dim=16))
+    artifact = make_artifact(model, 20, **stored)
+    folder = exported(model, artifact, tmp_path)
+    session, runtime = Session(folder), Session(folder)
+    ids = np.random.default_rng(0).integers(3, 97, (artifact.target.batch, 34))
+    with attach(model, artifact) as kv, torch.inference_mode():
+        cache = kv.new_cache(artifact.target.batch)
+        for part in (ids[:, :30], ids[:, 30:31], ids[:, 31:]):
+            session(part)
+            model(torch.tensor(part), past_key_values=cache)
+        runtime.fill(cache, artifact)
+    for name, array in session.arrays.items():
+        if "codes" in name:
+            assert (array == runtime.arrays[name]).mean() > 0.99
+
+
 def test_equal_scores_are_decided_as_by_the_runtime(tmp_path: Path) -> None:
     """Of a bias this high float16 leaves only a few different scores, so that most choices are between equal ones."""
     model = tiny_model(CONFIGS["llama"])
