@@ -157,17 +157,23 @@ class Rows:
 
 
 def judged_rows(
-    call: Attention, context: Context, packed: Packed, most: int, keys: Tensor | None = None, at_once: int = 1 << 30
+    call: Attention,
+    context: Context,
+    packed: Packed,
+    most: int,
+    keys: Tensor | None = None,
+    at_once: int = 1 << 30,
+    every: Callable[[int], int] = lambda count: 1,
 ) -> Iterator[Rows]:
     """Attention of every follow-up's judged rows, at most `most` of each, evenly spread, `at_once` in one piece; with
-    `keys` [H, n, D] in place of the context's."""
+    `keys` [H, n, D] in place of the context's. Of `count` such rows, only each `every(count)`-th."""
     stored = (context.keys[call.layer] if keys is None else keys).float()
     num_kv_heads, length, head_dim = stored.shape
     for block in packed.blocks:
         count = min(most, block.stop - block.judged)
-        every = torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
+        chosen = np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64)[:: every(count)]
         own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
-        for places in torch.split(every.to(stored.device), at_once):
+        for places in torch.split(torch.from_numpy(chosen).to(stored.device), at_once):
             # Query head h G + g belongs to KV head h: [Hq, T, D] to [H, G, T, D].
             query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
             weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)

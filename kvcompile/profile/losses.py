@@ -31,6 +31,9 @@ from kvcompile.profile.context import Context, Packed, judged_rows
 ROWS = 128
 """Judged rows of a follow-up that are looked at."""
 
+MANY = 64
+"""Of so many rows or more, every second one is looked at with other keys: each codec of keys is another softmax."""
+
 
 @dataclass(frozen=True)
 class ReadBack:
@@ -63,7 +66,7 @@ def losses(
     quantised_keys: dict[str, list[Tensor]] = {}
     quantised_values: dict[str, list[Tensor]] = {}
     # Other keys are another softmax, P'; other values leave P as it is.
-    changed = [judged_rows(call, context, packed, ROWS, keys=keys) for keys in read_back.keys]
+    changed = [judged_rows(call, context, packed, ROWS, keys=keys, every=_every) for keys in read_back.keys]
     for block, rows, *others in zip(packed.blocks, judged_rows(call, context, packed, ROWS), *changed, strict=True):
         own = call.value[:, block.start : block.stop].float()
         u = gradient[:, rows.places].float().reshape(num_kv_heads, -1, len(rows.places), head_dim)
@@ -81,7 +84,8 @@ def losses(
         evicted.setdefault(block.kind, []).append(_loss(error.masked_fill(whole, 0.0)))
 
         # err[t] = sum_j (P'[t, j] - P[t, j]) (u_t . v_j)
-        by_keys = [(other.probability * gain).sum(-1).sum(1) - total for other in others]
+        some = slice(None, None, _every(len(rows.places)))
+        by_keys = [(other.probability * gain[:, :, some]).sum(-1).sum(1) - total[:, some] for other in others]
         quantised_keys.setdefault(block.kind, []).append(_loss(torch.stack(by_keys, dim=-1)))
         # err[t] = u_t . sum_j P[t, j] (v'_j - v_j)
         by_values = [(_times(p[..., past], v - values) * u).sum(-1).sum(1) for v in read_back.values]
@@ -92,6 +96,10 @@ def losses(
         _means(quantised_keys),
         _means(quantised_values),
     )
+
+
+def _every(count: int) -> int:
+    return 2 if count >= MANY else 1
 
 
 def _gain(u: Tensor, values: Tensor) -> Tensor:
