@@ -85,8 +85,9 @@ class Profile:
     [F, L, H, Q]: what it costs to store all of the head's keys, or values, in that codec at the window's positions; it
     adds to the loss of eviction.
     `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
-    `factor`: measured over predicted KL, by which the losses are to be multiplied, and `correlation`, their rank
-    correlation (Spearman) over the plans or heads that were measured; 1 and NaN where nothing was.
+    `checks` f32 [N, 2]: of whole plans that were run, the sum of their heads' losses and the KL that was measured.
+    `factor`: measured over summed, where losses add up, by which they are to be multiplied, and `correlation`, their
+    rank correlation (Spearman) over these plans; 1 and NaN where nothing was measured.
     `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
     `surfacelogic` f32 [L, H]: INFsc in [0, 1].
     """
@@ -106,6 +107,7 @@ class Profile:
     squeeze: NDArray[np.float32]
     surfacelogic: NDArray[np.float32]
     keys: KeyMoments | None = None
+    checks: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,9 @@ class Problem:
 class Plan:
     """An allocator's answer: policy, tokens, sinks, protected recent tokens and bits of every head, all [L, H].
 
-    `loss` is the predicted loss where the allocator knows one (sum over heads of the mean over families, times the
-    profile's factor), else NaN; `report` is what it wants to say of itself (objective, bound, gap, parameters chosen);
-    `seconds` is its wall time, for display only.
+    `loss` is the predicted loss where the allocator knows one (`kvcompile.allocators.predicted`), else NaN; `report` is
+    what it wants to say of itself (objective, bound, gap, parameters chosen); `seconds` is its wall time, for display
+    only.
     """
 
     policy: NDArray[np.uint8]

@@ -7,6 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.allocators.expected import expected
 from kvcompile.artifacts import POLICIES
 from kvcompile.stages import DEFAULT_SINK, WORST, Plan, Problem
 
@@ -81,6 +82,6 @@ def objective(families: NDArray[np.float64]) -> float:
 
 
 def predicted_loss(problem: Problem, plan: Plan) -> float:
-    """Predicted KL of a plan, the mean over families, in nats a token; NaN where it uses a policy, or the problem a
-    codec, without curves."""
-    return math.nan if unmeasured(problem) else float(family_losses(problem, plan).mean())
+    """Predicted KL of a plan, the mean over families, in nats a token: what was measured of plans whose heads lose as
+    much in all (`expected`). NaN where it uses a policy, or the problem a codec, without curves."""
+    return math.nan if unmeasured(problem) else expected(problem.profile, float(family_losses(problem, plan).mean()))

@@ -25,6 +25,8 @@ def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
     }
     if np.isfinite(profile.correlation):
         arrays["correlation"] = np.array([profile.correlation], np.float32)
+    if len(profile.checks):
+        arrays["checks"] = profile.checks
     if profile.keys is not None:
         arrays |= key_arrays(profile.keys)
     return arrays
@@ -83,11 +85,15 @@ def stored_profile(artifact: Artifact) -> Profile:
     tokens, window = arrays["tokens"], int(arrays["window"][0])
     if (np.diff(tokens) <= 0).any() or tokens[-1] != window or tokens[0] < 1 or not arrays["factor"][0] > 0:
         raise ArtifactError("the artifact carries no usable profile.tokens: expected budgets that rise to the window")
+    checks = arrays.get("checks", np.zeros((0, 2), np.float32))
+    if checks.ndim != 2 or checks.shape[1] != 2:
+        raise ArtifactError("the artifact carries no usable profile.checks: expected an array of shape (N, 2)")
     return Profile(
         families=tuple(names),
         window=window,
         factor=float(arrays["factor"][0]),
         correlation=float(arrays["correlation"][0]) if arrays.get("correlation", NONE).size else math.nan,
+        checks=checks,
         keys=stored_keys(arrays, (*heads, model.head_dim)) if "rotary_frequency" in arrays else None,
         **{name: arrays[name] for name in TABLES},
     )

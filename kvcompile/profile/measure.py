@@ -97,6 +97,7 @@ def _profiled(sums: Sums, setting: Setting, fitted: Fitted) -> Profiled:
         factor=float(np.float32(factor)),
         correlation=float(np.float32(correlation)),
         keys=fitted.keys,
+        checks=sums["checks"].astype(np.float32),
     )
     tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
     measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import assume, given
@@ -25,7 +27,9 @@ def test_codes_and_scales_are_the_references(size: int, bits: int, seed: int, sc
     assert scales.tolist() == expected_scales
     # In float64 a quotient may fall on the other side of a whole number.
     step = steps(scales.double(), bits, size)
-    differ = (decode(codes, scales, bits, torch.float64) - torch.tensor(reference.decode(expected, scales.tolist()))).abs()
+    differ = (
+        decode(codes, scales, bits, torch.float64) - torch.tensor(reference.decode(expected, scales.tolist()))
+    ).abs()
     assert (differ <= 1.001 * step).all()
     assert (differ > 0.001 * step).float().mean() < 0.1
     assert codes.numel() == codec.code_bytes(size)
@@ -55,7 +59,7 @@ def test_groups_cover_what_is_stored(head_dim: int) -> None:
         assert len(split) == codec.groups(head_dim)
         assert sum(g.size * g.bits for g in split) == 8 * codec.code_bytes(head_dim)
         assert all(g.size <= codec.group for g in split)
-        for one, after in zip(split, split[1:], strict=False):
+        for one, after in itertools.pairwise(split):
             assert (after.start, after.byte) == (one.start + one.size, one.byte + one.size * one.bits // 8)
 
 
