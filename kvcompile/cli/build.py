@@ -59,7 +59,7 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 @click.option(
     "--kv-dtype", type=click.Choice(["auto", *KV_DTYPES, *names()]), default="auto",
     show_default=True,
-    help="How keys and values are stored; auto: in the model's dtype, and in 8 or 4 bits where the loss is then "
+    help="How keys and values are stored; auto: in the model's dtype, and in fewer bits where the loss is then "
     "smaller.",
 )  # fmt: skip
 @click.option(
