@@ -47,7 +47,8 @@ def command(
     """Measure a model's quality inside a budget, beside the full cache and other methods at equal bytes.
 
     A context is read and its cache compressed. Only then is the model asked to continue the text, to quote from it and
-    to answer questions about it. The other methods are solved from the curves in the artifact.
+    to answer questions about it. Allocators are solved from the curves in the artifact; fp8, turboquant4 and
+    turboquant3 store every head so; kvzip, which reads contexts twice and evicts by masks alone, is an upper reference.
     """
     plan = fetch(artifact)
     length = context or min(plan.target.context, 4096)
