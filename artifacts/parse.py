@@ -159,9 +159,10 @@ def _check_codecs(artifact: Artifact, version: int, source: str) -> None:
     for field in ("k_bits", "v_bits"):
         table = getattr(artifact.budgets, field)
         for bits in np.unique(table).tolist():
-            if is_quantised(bits) and (least := codec_of(bits).format_version) > version:
+            if is_quantised(bits) and not 0 < (least := codec_of(bits).format_version) <= version:
                 at = [int(i) for i in np.argwhere(table == bits)[0]]
-                refuse(source, f"{field}{at}", f"is {bits}, expected a file of version {least} with it")
+                expected = f"a file of version {least} with it" if least else "a codec that files may have"
+                refuse(source, f"{field}{at}", f"is {bits}, expected {expected}")
 
 
 def _loss(metadata: dict[str, Any], source: str) -> Any:

@@ -21,6 +21,7 @@ from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.parts import PARTS
 from kvcompile.artifacts.schema import Artifact, ByteAccount, ModelIdentity, Target, needed_version
 from kvcompile.artifacts.validate import BUDGET_TENSORS, validate
+from kvcompile.kernels.codecs import codec_of, is_quantised
 
 NO_CHECKSUM = "0" * 64
 """What stands in the checksum's place while it is computed."""
@@ -40,6 +41,7 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     Raises ArtifactError, and writes nothing, if a value is wrong or the file cannot be written.
     """
     validate(artifact, str(path))
+    _check_codecs(artifact, str(path))
     data = to_bytes(artifact)
     require_size(printable(str(path)), len(data))
     try:
@@ -47,6 +49,15 @@ def write(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ArtifactError(f"{printable(str(path))}: the file cannot be written: {printable(str(reason))}") from error
+
+
+def _check_codecs(artifact: Artifact, source: str) -> None:
+    """Refuse heads of a codec that no version of the format knows."""
+    used = np.unique([artifact.budgets.k_bits, artifact.budgets.v_bits]).tolist()
+    for codec in (codec_of(bits) for bits in used if is_quantised(bits)):
+        if not codec.format_version:
+            reason = f"heads are stored as {codec.name}, which no version of the format knows"
+            raise ArtifactError(f"{printable(source)}: {reason}: such a plan can be measured, but not written")
 
 
 def to_bytes(artifact: Artifact) -> bytes:

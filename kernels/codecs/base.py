@@ -37,11 +37,11 @@ class Codec:
     is not stored and reads as 0. A scale serves at most `group` elements, and a group has a multiple of `pack` elements
     (with sections, of 8 over its bits), so that its codes fill whole bytes.
 
-    `format_version` is the first version of the file format that knows the codec. `needs_transform`: vectors are
-    encoded after the artifact's transform, y = T (x - mean), else as they are. `needs_anchor`: heads with sinks keep
-    token 0 in the cache dtype as well. `profiled`: profiling measures what the codec loses of keys (`k`), values (`v`)
-    or both, so that the solver may choose it; of any other the predicted loss is unknown (NaN), and it is used only
-    where it is asked for by name.
+    `format_version` is the first version of the file format that knows the codec, 0 where none does: no file has it
+    then, and it is there to be measured beside others. `needs_transform`: vectors are encoded after the artifact's
+    transform, y = T (x - mean), else as they are. `needs_anchor`: heads with sinks keep token 0 in the cache dtype as
+    well. `profiled`: profiling measures what the codec loses of keys (`k`), values (`v`) or both, so that the solver
+    may choose it; of any other the predicted loss is unknown (NaN), and it is used only where it is asked for by name.
 
     `package` is the Python package of the implementations, each a module of it that is imported when it is needed:
     `reference` (defines the codec, one vector at a time), `dense` (torch), and, where the codec has them, `triton`,

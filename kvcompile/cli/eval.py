@@ -14,7 +14,8 @@ import click
 from kvcompile.artifacts import Artifact, KvcompileError, check_identity, fetch, identify
 from kvcompile.assemble import RECORDED
 from kvcompile.cli import output, progress, tables
-from kvcompile.evaluation.methods import METHODS, Contender, contenders
+from kvcompile.evaluation.methods import METHODS, contenders
+from kvcompile.evaluation.participant import Participant
 from kvcompile.evaluation.plot import check_plot, plot
 from kvcompile.evaluation.ruler import ALL, TASKS, Scores, Task, named
 from kvcompile.evaluation.summary import Summary, summarise
@@ -60,7 +61,8 @@ def command(
 
     A context is read and its cache compressed. Only then is the model asked to continue the text, to quote from it and
     to answer questions about it, or with --tasks what RULER asks: to find needles, to follow variables, to name
-    frequent words. The other methods are solved from the curves in the artifact.
+    frequent words. Allocators are solved from the curves in the artifact; fp8, turboquant4 and turboquant3 store every
+    head so; kvzip, which reads contexts twice and evicts by masks alone, is an upper reference.
     """
     plan = fetch(artifact)
     length = context or min(plan.target.context, 4096)
@@ -101,7 +103,7 @@ def command(
 
 
 def _texts(
-    loaded: Any, plans: Sequence[Contender], length: int, episodes: int, seed: int, path: Path | None
+    loaded: Any, plans: Sequence[Participant], length: int, episodes: int, seed: int, path: Path | None
 ) -> tuple[dict[str, Any], list[Summary]]:
     """Text going on, quotes and questions: what goes into the JSON, and a line a plan."""
     from kvcompile.calibration import draw_episodes
@@ -122,7 +124,7 @@ def _texts(
 
 
 def _ruler(
-    loaded: Any, plans: Sequence[Contender], tasks: dict[str, Task], length: int, count: int, seed: int,
+    loaded: Any, plans: Sequence[Participant], tasks: dict[str, Task], length: int, count: int, seed: int,
     path: Path | None,
 ) -> tuple[dict[str, Any], list[Scores]]:  # fmt: skip
     """RULER's tasks: what goes into the JSON, and a line a plan."""

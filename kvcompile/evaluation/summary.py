@@ -31,7 +31,8 @@ class Measure:
 
 @dataclass(frozen=True)
 class Summary:
-    """One plan: its method, the budget asked for, the share of the full cache's bytes, and what was measured."""
+    """One plan: its method, the budget asked for, the share of the full cache's bytes (the mean over rows, where what
+    is asked takes bytes of its own), and what was measured."""
 
     method: str
     budget: str
@@ -45,7 +46,7 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
     for row in rows:
         plans.setdefault((row.method, row.budget), []).append(row)
     found = [
-        Summary(method, budget, part[0].share, {kind: _measure([r for r in part if r.kind == kind]) for kind in KINDS})
+        Summary(method, budget, _share(part), {kind: _measure([r for r in part if r.kind == kind]) for kind in KINDS})
         for (method, budget), part in plans.items()
     ]
 
@@ -53,6 +54,12 @@ def summarise(rows: Sequence[Row]) -> list[Summary]:
         return one.method != "full cache", one.budget != "", -round(one.share, 3), one.kinds["quote"].kl
 
     return sorted(found, key=place)
+
+
+def _share(rows: Sequence[Row]) -> float:
+    shares = [row.share for row in rows]
+    # The mean of equal numbers can differ from them in its last digit.
+    return shares[0] if len(set(shares)) == 1 else float(np.mean(shares))
 
 
 def _measure(rows: Sequence[Row]) -> Measure:

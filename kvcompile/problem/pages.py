@@ -57,11 +57,12 @@ def page_overhead(num_layers: int, head_dim: int, dtype: str) -> int:
     """Bytes that a page has at most beyond the resident bytes of its sequence.
 
     Every buffer may be followed by up to `ALIGN - 1` bytes. A layer has at most, for keys and for values each, a buffer
-    of exact rows, two of every codec (codes and scales) and one of anchors, and one buffer of scores for both. The page
-    is rounded up once, to a multiple of `PAGE_ALIGN` and of a row of every buffer.
+    of exact rows, two of every codec that files may have (codes and scales) and one of anchors, and one buffer of
+    scores for both. The page is rounded up once, to a multiple of `PAGE_ALIGN` and of a row of every buffer.
     """
-    side = 1 + 2 * len(CODECS) + 1
+    known = [codec for codec in CODECS.values() if codec.format_version]
+    side = 1 + 2 * len(known) + 1
     gaps = num_layers * (2 * side + 1) * (ALIGN - 1)
-    fitting = [codec for codec in CODECS.values() if codec.fits(head_dim)]
+    fitting = [codec for codec in known if codec.fits(head_dim)]
     rows = [size for codec in fitting for size in (codec.code_bytes(head_dim), SCALE_BYTES * codec.groups(head_dim))]
     return gaps + math.lcm(PAGE_ALIGN, head_dim * DTYPE_BITS[dtype] // 8, *rows) - 1

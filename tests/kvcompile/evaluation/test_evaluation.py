@@ -48,7 +48,8 @@ def test_every_method_is_measured_on_the_same_questions(rows) -> None:
     for method in ("full cache", "this artifact", *METHODS):
         assert {(row.episode, row.kind) for row in rows if row.method == method} == asked
     assert all(math.isfinite(row.loss) and row.kl >= 0 for row in rows)
-    assert all(row.share <= 0.4 for row in rows if row.budget == "40%")
+    # What KVzip's masks leave comes after 40 %.
+    assert all(row.share <= 0.4 or row.method == "kvzip" for row in rows if row.budget == "40%")
     assert max(row.kl for row in rows if row.budget == "40%") > 1e-3
 
 
@@ -58,6 +59,9 @@ def test_summaries_are_means_over_episodes(rows) -> None:
     mine = [row.loss for row in rows if (row.method, row.budget, row.kind) == ("uniform", "40%", "quote")]
     assert found["uniform", "40%"].kinds["quote"].loss == pytest.approx(sum(mine) / len(mine))
     assert found["uniform", "40%"].kinds["quote"].loss_error >= 0
+    shares = [row.share for row in rows if row.method == "kvzip"]
+    assert found["kvzip", "40%"].share == pytest.approx(sum(shares) / len(shares))
+    assert 0.4 < min(shares) < max(shares)
 
 
 def test_the_model_is_as_before(loaded, artifact) -> None:

@@ -1,0 +1,18 @@
+"""TurboQuant with 4 bits in torch."""
+
+from __future__ import annotations
+
+import torch
+
+from kvcompile.evaluation.codecs.turboquant import dense
+from kvcompile.evaluation.codecs.turboquant.bits4 import CODEC
+
+
+def encode(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `codecs.api.encode`."""
+    return dense.encode(vectors, CODEC.bits)
+
+
+def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See `codecs.api.decode`."""
+    return dense.decode(codes, scales, CODEC.bits, dtype)

@@ -1,0 +1,152 @@
+"""KVzip (arXiv 2505.23416): of every prompt the keys and values that repeating it needs most, by a second pass over it.
+
+An upper reference and no cache: masks hide what would be evicted, all of it stays in memory, and reading a prompt takes
+two to three times as long. What comes after the context is kept whole, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, token_limits
+from kvcompile.calibration import FollowUp
+from kvcompile.evaluation.repeating import repeats
+from kvcompile.problem import parse_memory, resolve_target
+from kvcompile.profile.attention import Attention
+from kvcompile.profile.context import Context, follow, over_context, pack, read_context
+from kvcompile.profile.structure import logits
+from kvcompile.profile.utility import utilities
+from kvcompile.stages import DEFAULT_SINK
+
+CHUNK = 2048
+"""Tokens of a context that are repeated at once, and whose keys alone compete for attention meanwhile."""
+
+
+@dataclass(frozen=True)
+class KVzip:
+    """Keeps `pairs` keys with their values, in elements of `dtype`, of all layers but `sliding` ones, which keep their
+    window. Of the `full` cache's pairs, `fixed` are in the sliding layers."""
+
+    method: str
+    budget: str
+    pairs: int
+    full: int
+    fixed: int
+    sliding: tuple[bool, ...]
+    dtype: str
+
+    @contextmanager
+    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Masked]:
+        ids = np.asarray(context)
+        read = read_context(model, ids)
+        stored = getattr(torch, self.dtype)
+        keys, values = ([t.to(stored).to(t.dtype) for t in side] for side in (read.keys, read.values))
+        read_back = Context([], keys, values)
+        heads = sum(len(key) for key, sliding in zip(keys, self.sliding, strict=True) if not sliding)
+        pairs = min(self.pairs, heads * len(ids))
+        kept: list[Tensor | None] = [None] * len(keys)
+        if pairs < heads * len(ids):
+            kept = most_useful(scores(model, read_back, repeats(model, ids, CHUNK)), self.sliding, pairs)
+        yield Masked(model, read_back, kept, (pairs + self.fixed) / self.full, heads / self.full)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A context of which each KV head sees `kept`, by layer bool [H, n] or None for all: `part` of the full cache.
+    Every token that comes after it takes `each` of the full cache more."""
+
+    model: Any
+    context: Context
+    kept: list[Tensor | None]
+    part: float
+    each: float
+
+    def share(self, tokens: int) -> float:
+        return self.part + self.each * tokens
+
+    @torch.inference_mode()
+    def ask(self, one: FollowUp) -> Tensor:
+        packed = pack(len(self.context), [one])
+        trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+        return logits(self.model, trace.final[one.first : -1]).float().log_softmax(-1)
+
+    @torch.inference_mode()
+    def answer(self, question: NDArray[np.int64], new_tokens: int, ends: set[int]) -> Tensor:
+        """As `Held.answer`. All that came after the context is read again for every token: masks have no cache."""
+        said: list[int] = []
+        while len(said) < new_tokens and not (said and said[-1] in ends):
+            ids = np.concatenate([question, np.array(said, np.int64)])
+            packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
+            trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+            said.append(int(logits(self.model, trace.final[-1:]).argmax(-1)))
+        return torch.tensor(said)
+
+
+def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:
+    """KVzip at a budget for the artifact's model.
+
+    Raises:
+        TargetError: a budget that does not hold the sinks and the windows of sliding layers.
+    """
+    model, dtype = artifact.model, artifact.target.dtype
+    target = resolve_target(model, parse_memory(budget), context, 1, "auto", dtype)
+    pair = slot_bytes("full", model.head_dim, DTYPE_BITS[dtype], DTYPE_BITS[dtype])
+    limits = token_limits(model.windows, context)
+    sliding = tuple(limit < context for limit in limits)
+    full = full_bytes(model, context, dtype) // pair
+    fixed = sum(limit for limit in limits if limit < context) * model.num_kv_heads
+    pairs = min(target.bytes // pair, full) - fixed
+    if pairs < (least := min(DEFAULT_SINK, context) * model.num_kv_heads * sliding.count(False)):
+        raise TargetError(
+            f"{method} cannot keep to {budget}: the first {DEFAULT_SINK} tokens of every head, and the windows of "
+            f"sliding layers, take {(least + fixed) * pair} bytes"
+        )
+    return KVzip(method, budget, pairs, full, fixed, sliding, dtype)
+
+
+def scores(model: Any, context: Context, chunks: list[tuple[slice, FollowUp]]) -> list[Tensor]:
+    """The score of every token to every KV head, by layer f32 [H, n]: the largest attention that any row of the pass
+    that repeats the token's chunk, and any query head of the group, pays to it. The softmax is over sinks, chunk and
+    the repetition alone."""
+    found = [key.new_zeros(key.shape[:2], dtype=torch.float32) for key in context.keys]
+    for part, repeat in chunks:
+        _score(model, context, part, repeat, found)
+    return found
+
+
+def _score(model: Any, context: Context, part: slice, repeat: FollowUp, found: list[Tensor]) -> None:
+    sink = min(DEFAULT_SINK, part.start)
+    competing = Context([], [torch.cat([key[:, :sink], key[:, part]], 1) for key in context.keys], [])
+    packed = pack(len(context), [repeat])
+    attend = over_context(context, packed)
+
+    def watch(call: Attention) -> Tensor:
+        if call.window is None:
+            found[call.layer][:, part] = utilities(call, competing, packed)[:, sink:]
+        else:  # whose mask goes by the places of all tokens
+            found[call.layer][:, part] = utilities(call, context, packed)[:, part]
+        return attend(call)
+
+    follow(model, packed, watch)
+
+
+def most_useful(score: list[Tensor], sliding: tuple[bool, ...], pairs: int) -> list[Tensor | None]:
+    """Which tokens each KV head keeps, by layer bool [H, n], None for a sliding layer: the `pairs` of the highest
+    score in all other layers together, the sinks before all."""
+    open_layers = [layer for layer, fixed in enumerate(sliding) if not fixed]
+    table = torch.stack([score[layer] for layer in open_layers])
+    table[..., :DEFAULT_SINK] = torch.inf
+    keep = torch.zeros(table.numel(), dtype=torch.bool, device=table.device)
+    keep[table.flatten().topk(pairs).indices] = True
+    kept: list[Tensor | None] = [None] * len(score)
+    for layer, row in zip(open_layers, keep.view(table.shape), strict=True):
+        kept[layer] = row
+    return kept
