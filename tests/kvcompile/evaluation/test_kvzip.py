@@ -91,24 +91,33 @@ def participant(loaded: Loaded, budget: str, context: int = CONTEXT) -> KVzip:
 
 
 def test_with_all_pairs_it_is_the_full_cache(loaded: Loaded, episode: Episode) -> None:
-    with FullCache().read(loaded.model, episode) as held:
+    with FullCache().read(loaded.model, episode.context) as held:
         full = [held.ask(one) for one in episode.follow_ups]
-    with participant(loaded, "100%").read(loaded.model, episode) as held:
+    with participant(loaded, "100%").read(loaded.model, episode.context) as held:
         for one, before in zip(episode.follow_ups, full, strict=True):
             torch.testing.assert_close(held.ask(one), before, rtol=1e-4, atol=1e-4)
-            assert held.share(one) == pytest.approx(1 + len(one.ids) / CONTEXT)
+            assert held.share(len(one.ids)) == pytest.approx(1 + len(one.ids) / CONTEXT)
+
+
+def test_with_all_pairs_it_answers_as_the_full_cache(loaded: Loaded, episode: Episode) -> None:
+    question = episode.follow_ups[1].ids
+    with FullCache().read(loaded.model, episode.context) as held:
+        full = held.answer(question, 12, set())
+    with participant(loaded, "100%").read(loaded.model, episode.context) as held:
+        assert held.answer(question, 12, set()).tolist() == full.tolist()
+        assert held.answer(question, 12, {int(full[2])}).tolist() == full[: full.tolist().index(full[2]) + 1].tolist()
 
 
 def test_exactly_the_share_is_kept_and_what_follows_is_counted(loaded: Loaded, episode: Episode) -> None:
-    with FullCache().read(loaded.model, episode) as held:
+    with FullCache().read(loaded.model, episode.context) as held:
         full = [held.ask(one) for one in episode.follow_ups]
     pairs = 3 * 2 * CONTEXT
     differences = []
     for share in (0.5, 0.2):
-        with participant(loaded, f"{share:.0%}").read(loaded.model, episode) as held:
+        with participant(loaded, f"{share:.0%}").read(loaded.model, episode.context) as held:
             assert sum(int(kept.sum()) for kept in held.kept) == share * pairs
             for one in episode.follow_ups:
-                assert held.share(one) == pytest.approx(share + len(one.ids) / CONTEXT)
+                assert held.share(len(one.ids)) == pytest.approx(share + len(one.ids) / CONTEXT)
             differences.append(float((held.ask(episode.follow_ups[0]) - full[0]).abs().mean()))
     assert 1e-3 < differences[0] < differences[1]
 
