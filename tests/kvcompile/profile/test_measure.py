@@ -59,7 +59,7 @@ def material(probes: list[Question] | None = None, length: int = 48) -> Material
 
 
 def assert_same(left: Profiled, right: Profiled) -> None:
-    for name in ("tokens", "shares", "bits", *TABLES):
+    for name in ("tokens", "shares", "key_bits", "value_bits", *TABLES):
         np.testing.assert_array_equal(getattr(left.profile, name), getattr(right.profile, name))
     for one, two in ((left.scorer, right.scorer), (left.quantiser, right.quantiser)):
         assert all(np.array_equal(vars(one)[name], vars(two)[name]) for name in vars(one))
@@ -74,7 +74,7 @@ def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
     assert (profile.window, profile.tokens[0], profile.tokens[-1]) == (48, 5, 48)
     assert profile.families == ("code", "essay", "retrieval")
     assert profile.loss.shape == (3, 3, 2, len(profile.shares), points)
-    assert profile.key_loss.shape == profile.value_loss.shape == (3, 3, 2, 2)
+    assert (profile.key_loss.shape, profile.value_loss.shape) == ((3, 3, 2, 5), (3, 3, 2, 4))
     assert (profile.baklava.shape, profile.squeeze.shape, profile.surfacelogic.shape) == ((3, 2), (3,), (3, 2))
     assert all(getattr(profile, name).dtype == np.float32 for name in TABLES)
     assert (profile.surfacelogic.min(), profile.surfacelogic.max()) == (0, 1)

@@ -36,3 +36,22 @@ def test_quantising_balanced_keys_beats_plain_ones_where_it_matters() -> None:
         for matrix in (torch.eye(64), transform)
     ]
     assert errors[1] < errors[0] / 20
+
+
+@pytest.mark.parametrize("bits", [67, 66, 65])
+def test_sections_take_the_directions_that_matter_most(bits: int) -> None:
+    """Of keys whose directions matter unequally, a codec with sections loses less than its bits would alone."""
+    generator = np.random.default_rng(0)
+    size, weight = 64, 2.0 ** -np.arange(0, 16, 0.25)
+    turned = np.linalg.qr(generator.standard_normal((2, size, size)))[0]
+    covariance, against = ((t * weight) @ t.T for t in turned)
+    transform = torch.from_numpy(balanced(covariance, against).astype(np.float32))
+    keys = torch.from_numpy(generator.multivariate_normal(np.zeros(size), covariance, 400).astype(np.float32))
+    queries = torch.from_numpy(generator.multivariate_normal(np.zeros(size), against, 300).astype(np.float32))
+
+    def error(codec: int) -> float:
+        lost = quantised(keys, transform, torch.zeros(size), codec) - keys
+        return float((queries @ lost.T).square().mean())
+
+    flat = {67: 3, 66: 2, 65: 2}[bits]
+    assert error(bits) < (1.0 if bits == 65 else 0.6) * error(flat)
