@@ -53,8 +53,7 @@ def on_cpu(stored: Buffers) -> Buffers:
     """A copy for the reference."""
     copied = copy.copy(stored)
     copied.exact, copied.anchors = stored.exact.cpu().clone(), stored.anchors.cpu().clone()
-    copied.codes = {id: t.cpu().clone() for id, t in stored.codes.items()}
-    copied.scales = {id: t.cpu().clone() for id, t in stored.scales.items()}
+    copied.codes, copied.scales = stored.codes.cpu().clone(), stored.scales.cpu().clone()
     return copied
 
 

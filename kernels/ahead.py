@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from kvcompile.kernels import machine_code
 from kvcompile.kernels.add_norm import triton as add_norm
 from kvcompile.kernels.append import triton as append
-from kvcompile.kernels.arguments import groups
+from kvcompile.kernels.arguments import ORDER, groups, unit_sizes
 from kvcompile.kernels.compact import triton as compact
 from kvcompile.kernels.new_token import triton as new_token
 from kvcompile.kernels.ragged_decode import triton as ragged_decode
@@ -32,6 +32,8 @@ from kvcompile.kernels.silu_mul import triton as silu_mul
 
 HEAD_DIMS = (64, 96, 128, 256)
 PAIRS = {"16/16": 1 << 0, "8/8": 1 << 4, "8/4": 1 << 5, "4/4": 1 << 8, "16/16 8/4 4/4": 1 << 0 | 1 << 5 | 1 << 8}
+EVERY = ([codec.id for codec in ORDER],) * 2
+"""Codecs of keys and of values in kernels that store."""
 VECTORS = {
     "query", "out", "new_keys", "new_values", "keys", "values", "qkv", "cos", "sin", "hidden", "output", "residual",
     "delta", "weight", "total", "gate_up",
@@ -68,12 +70,13 @@ def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Com
     for head_dim in head_dims:
         for name in PAIRS:
             yield decode(head_dim, name, arch)
-        storing = {**append.constants(head_dim), "SCORES": True}
+        storing = {**append.constants(head_dim, EVERY), "SCORES": True}
         four, shape = {"num_warps": 4}, str(head_dim)
         rows = {"GROUP": 7, "R": 16}
         yield _compile(append._append, shape, arch, storing, {"num_warps": append.WARPS})
         yield _compile(
-            compact._compact, shape, arch, {**_sizes(head_dim), "N": compact.BLOCK, "TRANSFORMED": True},
+            compact._compact, shape, arch,
+            {**_sizes(head_dim), **unit_sizes(EVERY, head_dim), "N": compact.BLOCK, "TRANSFORMED": True},
             {"num_warps": compact.WARPS, "num_stages": compact.STAGES},
         )  # fmt: skip
         step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
@@ -120,9 +123,9 @@ def _type(name: str, exact: torch.dtype) -> str:
         return "*fp32"
     if name in ("items", "ranges", "heads", "seen_by", "places", "done", "tokens"):
         return "*i32"
-    if name.endswith(("codes8", "codes4")) or name == "new_mask":
+    if name in ("k_codes", "v_codes", "new_mask"):
         return "*u8"
-    if name.endswith(("scales8", "scales4")) or name == "scores":
+    if name in ("k_scales", "v_scales", "scores"):
         return "*fp16"
     if name in VECTORS or name.endswith(("exact", "anchors", "_norm")):
         return "*bf16" if exact == torch.bfloat16 else "*fp32"

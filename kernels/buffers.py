@@ -7,23 +7,24 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels.codecs import CODECS
 from kvcompile.kernels.codecs.api import decode, encode
 from kvcompile.kernels.layout import EXACT, HeadClass, LayerLayout, side_places
 from kvcompile.kernels.overwrite.api import overwrite
+from kvcompile.kernels.regions import regions
 
 Make = Callable[[int, int, int, torch.dtype], torch.Tensor]
 """Makes a tensor [batch, rows, size] of this dtype, all zero: `make(batch, rows, size, dtype)`."""
 
 
 class Buffers:
-    """A row for every slot, in one flat buffer a codec and sequence; heads lie end to end, in storage order.
+    """A row for every slot; heads lie end to end, in storage order.
 
-    `exact` [batch, rows, D] holds the heads of the cache dtype; by the id of a codec, `codes[id]` uint8 [batch, rows,
-    code bytes] and `scales[id]` float16 [batch, rows, groups] those that are quantised, and `anchors` [batch, heads, D]
-    a copy of token 0 in the cache dtype for those of them that have a sink. What quantised heads hold has been
-    transformed before (`Transform`). All memory is allocated here, once; by `make` where it is given: a sequence's
-    part of a tensor has to be contiguous, and the next one's to begin a multiple of its rows further on.
+    `exact` [batch, rows, D] holds the heads of the cache dtype; `codes` uint8 [batch, bytes] and `scales` float16
+    [batch, numbers] hold those that are quantised, codec by codec (`regions`; `parts` has them as rows), and `anchors`
+    [batch, heads, D] a copy of token 0 in the cache dtype for those of them that have a sink. What quantised heads hold
+    has been transformed before (`Transform`). All memory is allocated here, once; by `make` where it is given: a
+    sequence's part of a tensor has to be contiguous, and the next one's to begin a multiple of its rows further on, of
+    codes and scales a multiple of `regions.WIDEST` bytes.
     """
 
     def __init__(
@@ -39,9 +40,8 @@ class Buffers:
         self.head_dim = head_dim
         places = side_places(layout, bits)
         self.places = {cls.start: places[cls.start] for cls in layout.classes}
-        rows = dict.fromkeys((EXACT, *CODECS), 0)
-        for cls in layout.classes:
-            rows[self.places[cls.start].codec] += cls.slots
+        self.regions = regions(layout, bits, head_dim)
+        exact = sum(cls.slots for cls in layout.classes if self.places[cls.start].codec == EXACT)
         anchors = sum(place.anchor >= 0 for place in places)
 
         def zeros(count: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -49,9 +49,9 @@ class Buffers:
                 return make(batch, count, size, dtype)
             return torch.zeros(batch, count, size, dtype=dtype, device=device)
 
-        self.exact = zeros(rows[EXACT], head_dim, dtype)
-        self.codes = {id: zeros(rows[id], c.code_bytes(head_dim), torch.uint8) for id, c in CODECS.items()}
-        self.scales = {id: zeros(rows[id], c.groups(head_dim), torch.float16) for id, c in CODECS.items()}
+        self.exact = zeros(exact, head_dim, dtype)
+        self.codes = zeros(sum(r.rows * r.code_bytes for r in self.regions.values()), 1, torch.uint8).flatten(1)
+        self.scales = zeros(sum(r.rows * r.groups for r in self.regions.values()), 1, torch.float16).flatten(1)
         self.anchors = zeros(anchors, head_dim, dtype)
 
     def tensors(self) -> Iterator[torch.Tensor]:
@@ -59,11 +59,18 @@ class Buffers:
         yield from (t for t in self._every() if t.numel())
 
     def _every(self) -> Iterator[torch.Tensor]:
-        yield from (self.exact, *self.codes.values(), *self.scales.values(), self.anchors)
+        yield from (self.exact, self.codes, self.scales, self.anchors)
 
     def parts(self, codec: int) -> tuple[torch.Tensor, ...]:
-        """What a slot of this codec consists of, [batch, rows, X] each: its codes and scales, or its vector."""
-        return (self.exact,) if codec == EXACT else (self.codes[codec], self.scales[codec])
+        """What a slot of this codec consists of, [batch, rows, X] each and no copies: its codes and scales, or its
+        vector."""
+        if codec == EXACT:
+            return (self.exact,)
+        rows, code_bytes, groups, codes, scales = self.regions[codec]
+        return (
+            self.codes.narrow(1, codes, rows * code_bytes).unflatten(1, (rows, code_bytes)),
+            self.scales.narrow(1, scales, rows * groups).unflatten(1, (rows, groups)),
+        )
 
     def views(self, cls: HeadClass) -> list[torch.Tensor]:
         """What a class has for every slot, [B, count, capacity, X] each and no copies: its vectors, or its codes and
@@ -131,9 +138,8 @@ class Buffers:
 
     def _change(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Put `change(tensor)` in the place of every tensor."""
-        self.exact, self.anchors = change(self.exact), change(self.anchors)
-        self.codes = {id: change(tensor) for id, tensor in self.codes.items()}
-        self.scales = {id: change(tensor) for id, tensor in self.scales.items()}
+        self.exact, self.codes = change(self.exact), change(self.codes)
+        self.scales, self.anchors = change(self.scales), change(self.anchors)
 
 
 def as_stored(vectors: torch.Tensor, codec: int) -> tuple[torch.Tensor, ...]:

@@ -59,7 +59,7 @@ class HeadClass:
 
 class Place(NamedTuple):
     """Where a head lies on one side (keys or values): the id of its `codec` (0: the cache dtype), the first of its rows
-    in the buffers of that codec, and its anchor (-1: it has none)."""
+    among those of that codec (`regions.starts` has their bytes), and its anchor (-1: it has none)."""
 
     codec: int
     row: int
@@ -126,7 +126,15 @@ class LayerLayout:
     @cached_property
     def codecs(self) -> frozenset[int]:
         """Ids of the codecs that its heads' keys or values are stored with."""
-        return frozenset(bits for c in self.classes for bits in (c.k_bits, c.v_bits) if is_quantised(bits))
+        return frozenset().union(*self.side_codecs)
+
+    @cached_property
+    def side_codecs(self) -> tuple[frozenset[int], frozenset[int]]:
+        """Those of keys, and those of values."""
+        return (
+            frozenset(c.k_bits for c in self.classes if is_quantised(c.k_bits)),
+            frozenset(c.v_bits for c in self.classes if is_quantised(c.v_bits)),
+        )
 
     @cached_property
     def memo(self) -> dict[Any, Any]:

@@ -42,10 +42,11 @@ def transformed(prompt, token, valid, matrix, mean, first, STEP: tl.constexpr, C
 
 
 @triton.jit
-def of_sequence(b, exact, codes8, scales8, codes4, scales4, anchors, rows, rows8, rows8s, rows4, rows4s, anchored,
-                D: tl.constexpr, G: tl.constexpr):  # fmt: skip
-    """Where the buffers of one side begin for sequence b of the store."""
+def of_head(b, exact, codes, scales, anchors, rows, codes_step, scales_step, anchored, row, first_code, first_scale,
+            anchor, D: tl.constexpr, U: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Where the vectors of a head, its codes and scales, and its copy of token 0 begin for sequence b of the store, by
+    what `head_table` says of it; U and S are the `units` of codes and scales on this side."""
     return (
-        exact + b * rows * D, codes8 + b * rows8 * D, scales8 + b * rows8s * G, codes4 + b * rows4 * (D // 2),
-        scales4 + b * rows4s * G, anchors + b * anchored * D,
+        exact + (b * rows + row) * D, codes + (b * codes_step + first_code) * U,
+        scales + (b * scales_step + first_scale) * S, anchors + (b * anchored + anchor) * D,
     )  # fmt: skip

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from kvcompile.kernels import LayerLayout, Transform
-from kvcompile.kernels.codecs import CODECS
-from kvcompile.kernels.codecs.base import SCALE_BYTES
+from kvcompile.kernels.regions import WIDEST
 from kvcompile.runtime.store import LayerStore
 
-ALIGN = 16
+ALIGN = WIDEST
 """Bytes that a buffer's place in a page is a multiple of, as loads of the kernels are this wide."""
 PAGE_ALIGN = 128
 """The same of the size of a page."""
@@ -45,11 +44,8 @@ class PageLayout:
         for layout in layers:
             offsets.append(end)
             end = _store(layout, head_dim, dtype, _Carving(None, end)).offset
-        # Every buffer's next sequence is a whole number of its rows further on.
-        rows = [head_dim * dtype.itemsize]
-        for codec in {CODECS[id] for layout in layers for id in layout.codecs}:
-            rows += [codec.code_bytes(head_dim), SCALE_BYTES * codec.groups(head_dim)]
-        step = math.lcm(PAGE_ALIGN, *rows)
+        # The next sequence is a whole number of exact rows further on.
+        step = math.lcm(PAGE_ALIGN, head_dim * dtype.itemsize)
         return cls(tuple(layers), head_dim, dtype, tuple(offsets), end, -(-max(end, least) // step) * step)
 
     def part(self, layer: int) -> slice:

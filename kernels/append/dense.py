@@ -118,15 +118,11 @@ def _rescue(
 
 
 def _write(stored: Buffers, codec: int, heads: Heads, slot: torch.Tensor, to: torch.Tensor, new: torch.Tensor) -> None:
-    buffers = stored.parts(codec)
     new = new.index_select(1, heads.position)
-    first = heads.row
-    if len(new) > 1:
-        first = first + torch.arange(len(new), device=new.device)[:, None] * buffers[0].shape[1]
-    row = (first + slot.index_select(1, heads.position)).flatten()
-    target = row if to is slot else (first + to.index_select(1, heads.position)).flatten()
-    for buffer, part in zip(buffers, as_stored(new, codec), strict=True):
-        flat = buffer.view(-1, buffer.shape[2])
+    sequence = torch.arange(len(new), device=new.device)[:, None]
+    row = heads.row + slot.index_select(1, heads.position)
+    target = row if to is slot else heads.row + to.index_select(1, heads.position)
+    for rows, part in zip(stored.parts(codec), as_stored(new, codec), strict=True):
         if to is not slot:
-            flat.index_copy_(0, target, flat.index_select(0, row))
-        flat.index_copy_(0, row, part.flatten(0, 1).to(flat.dtype))
+            rows[sequence, target] = rows[sequence, row]
+        rows[sequence, row] = part.to(rows.dtype)

@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import SIZES, groups, head_table, in_order, rows, tensors
+from kvcompile.kernels.arguments import COLUMNS, SIZES, groups, head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import put4
 from kvcompile.kernels.codecs.int8.triton import INT8, put8
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
-from kvcompile.kernels.layout import HeadRow, LayerLayout
-from kvcompile.kernels.tiles import of_sequence
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.tiles import of_head
 
-ROW = tl.constexpr(len(HeadRow._fields))
-CAPACITY, SINK, RECENT, KIND, SCORE, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
-    tl.constexpr(HeadRow._fields.index(name))
-    for name in (
-        "capacity", "sink", "recent", "kind", "score", "k_codec", "k_row", "k_anchor", "v_codec", "v_row", "v_anchor",
-    )
-)  # fmt: skip
+ROW = tl.constexpr(len(COLUMNS))
+CAPACITY, SINK, RECENT, KIND, SCORE = (
+    tl.constexpr(COLUMNS.index(name)) for name in ("capacity", "sink", "recent", "kind", "score")
+)
+K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, V_SCALES = (
+    tl.constexpr(COLUMNS.index(f"{side}_{name}"))
+    for side in "kv"
+    for name in ("codec", "row", "anchor", "codes", "scales")
+)
 BLOCK, WARPS = 1024, 4
 """Scores that a program looks at in one step."""
 OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
 
 
 @triton.jit
-def _put(x, exact, codes8, scales8, codes4, scales4, anchor, codec, row, anchored, D: tl.constexpr,
-         DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
-    """Store the vector at `x` in its row, in the head's codec; and exactly where it is `anchored`."""
+def _put(x, exact, codes, scales, anchor, codec, slot, anchored, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
+         P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
+    """Store the vector at `x` in its slot, in the head's codec; and exactly where it is `anchored`."""
     d = tl.arange(0, DP)
     if anchored:
         tl.store(anchor + d, tl.load(x + d, mask=d < D).to(anchor.dtype.element_ty), mask=d < D)
     if codec == 0:
-        tl.store(exact + row * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
+        tl.store(exact + slot * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
     elif codec == INT8:
-        put8(x, codes8 + row * D, scales8 + row * G, D, G, P8)
+        put8(x, codes + slot * D, scales + slot * G, D, G, P8)
     else:
-        put4(x, codes4 + row * (D // 2), scales4 + row * G, D, G, P4)
+        put4(x, codes + slot * (D // 2), scales + slot * G, D, G, P4)
 
 
 @triton.jit
@@ -53,17 +55,17 @@ def _copy(at, step, COUNT: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _move(exact, codes8, scales8, codes4, scales4, codec, row, step, D: tl.constexpr, DP: tl.constexpr,
-          G: tl.constexpr, GP: tl.constexpr):  # fmt: skip
-    """Copy a row to the one `step` rows on."""
+def _move(exact, codes, scales, codec, slot, step, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
+          GP: tl.constexpr):  # fmt: skip
+    """Copy what is in a slot to the one `step` slots on."""
     if codec == 0:
-        _copy(exact + row * D, step * D, D, DP)
+        _copy(exact + slot * D, step * D, D, DP)
     elif codec == INT8:
-        _copy(codes8 + row * D, step * D, D, DP)
-        _copy(scales8 + row * G, step * G, G, GP)
+        _copy(codes + slot * D, step * D, D, DP)
+        _copy(scales + slot * G, step * G, G, GP)
     else:
-        _copy(codes4 + row * (D // 2), step * (D // 2), D // 2, DP)
-        _copy(scales4 + row * G, step * G, G, GP)
+        _copy(codes + slot * (D // 2), step * (D // 2), D // 2, DP)
+        _copy(scales + slot * G, step * G, G, GP)
 
 
 @triton.jit
@@ -85,11 +87,10 @@ def worst_score(held, start, stop, BLOCK: tl.constexpr):
 @triton.jit
 def store_token(
     b, h, heads, seen_by, places, new_key, new_value, score, scores,
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
+    k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+    k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
+    D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's new token of sequence b: the vectors at `new_key` and `new_value`, and `score`, a number."""
@@ -99,17 +100,17 @@ def store_token(
     capacity = tl.load(row + CAPACITY)
     recent = tl.load(row + RECENT)
     slot = tl.where(n < capacity, n, capacity - recent + (n - capacity) % recent)
-    k_codec, k_row = tl.load(row + K_CODEC), tl.load(row + K_ROW)
-    v_codec, v_row = tl.load(row + V_CODEC), tl.load(row + V_ROW)
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = of_sequence(
-        b, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored, D, G,
+    k_codec, v_codec = tl.load(row + K_CODEC), tl.load(row + V_CODEC)
+    k_anchor, v_anchor = tl.load(row + K_ANCHOR), tl.load(row + V_ANCHOR)
+    k_exact, k_codes, k_scales, k_anchors = of_head(
+        b, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
+        tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), k_anchor, D, KU, KS,
     )  # fmt: skip
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = of_sequence(
-        b, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, D, G,
+    v_exact, v_codes, v_scales, v_anchors = of_head(
+        b, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
+        tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), v_anchor, D, VU, VS,
     )  # fmt: skip
-    k_at, v_at = (k_row + slot).to(tl.int64), (v_row + slot).to(tl.int64)
+    at = slot.to(tl.int64)
     if SCORES:
         if tl.load(row + KIND) == SCORED:
             held = scores + b * scored_stride + tl.load(row + SCORE)
@@ -119,33 +120,24 @@ def store_token(
             worst, victim = worst_score(held, sink, last, BLOCK)
             tl.debug_barrier()  # all have read before anything is written
             if leaving > worst:
-                step = victim - slot
-                _move(k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_codec, k_at, step, D, DP, G, GP)
-                _move(v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_codec, v_at, step, D, DP, G, GP)
+                step = (victim - slot).to(tl.int64)
+                _move(k_exact, k_codes, k_scales, k_codec, at, step, D, DP, G, GP)
+                _move(v_exact, v_codes, v_scales, v_codec, at, step, D, DP, G, GP)
                 tl.store(held + victim, leaving.to(tl.float16))
             tl.debug_barrier()  # the row has been copied before it is overwritten
             tl.store(held + slot, score.to(tl.float16))
-    k_anchor = tl.load(row + K_ANCHOR)
-    v_anchor = tl.load(row + V_ANCHOR)
     first = slot == 0  # token 0, where the head has sinks
-    _put(
-        new_key, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors + k_anchor * D,
-        k_codec, k_at, first & (k_anchor >= 0), D, DP, G, P8, P4,
-    )  # fmt: skip
-    _put(
-        new_value, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors + v_anchor * D,
-        v_codec, v_at, first & (v_anchor >= 0), D, DP, G, P8, P4,
-    )  # fmt: skip
+    _put(new_key, k_exact, k_codes, k_scales, k_anchors, k_codec, at, first & (k_anchor >= 0), D, DP, G, P8, P4)
+    _put(new_value, v_exact, v_codes, v_scales, v_anchors, v_codec, at, first & (v_anchor >= 0), D, DP, G, P8, P4)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
 def _append(
     heads, seen_by, places, new_keys, new_values, score, scores,
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
+    k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+    k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
+    D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
+    G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
     SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence). `SCORES`: the layer has heads that keep them."""
@@ -157,11 +149,9 @@ def _append(
     store_token(
         b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D,
         tl.load(score + which).to(tl.float32), scores,
-        k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-        v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
-        D, DP, G, GP, P8, P4, SCORES, BLOCK,
+        k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+        k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
+        D, DP, KU, KS, VU, VS, G, GP, P8, P4, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -184,17 +174,18 @@ def append(
     places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
         _append[(heads, batch)](
-            head_table(layout, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
-            new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), scores.stride(0), **constants(head_dim), SCORES=layout.scored_slots > 0, num_warps=WARPS,
+            head_table(layout, head_dim, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
+            new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *steps(keys),
+            *steps(values), scores.stride(0), **constants(head_dim, layout.side_codecs),
+            SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip
 
 
-def constants(head_dim: int) -> dict[str, int]:
-    """Sizes that the kernel is compiled with."""
+def constants(head_dim: int, codecs: Sequence[Iterable[int]]) -> dict[str, int]:
+    """Sizes that the kernel is compiled with, for keys and values in these codecs."""
     count = groups(head_dim)
     return {
         "D": head_dim, "DP": triton.next_power_of_2(head_dim), "G": count, "GP": triton.next_power_of_2(count),
         "P8": triton.next_power_of_2(head_dim // count),
-        "P4": triton.next_power_of_2(max(head_dim // count // 2, 1)), "BLOCK": BLOCK,
+        "P4": triton.next_power_of_2(max(head_dim // count // 2, 1)), "BLOCK": BLOCK, **unit_sizes(codecs, head_dim),
     }  # fmt: skip

@@ -8,54 +8,52 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import SIZES, groups, head_table, rows, tensors
+from kvcompile.kernels.arguments import COLUMNS, SIZES, groups, head_table, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.int4.triton import fill4
 from kvcompile.kernels.codecs.int8.triton import INT8, fill8
 from kvcompile.kernels.dispatch import on_device
-from kvcompile.kernels.layout import HeadRow, LayerLayout
-from kvcompile.kernels.tiles import of_sequence
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.tiles import of_head
 from kvcompile.kernels.transform import Transform
 
-ROW = tl.constexpr(len(HeadRow._fields))
-CAPACITY, SLOT, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
-    tl.constexpr(HeadRow._fields.index(name))
-    for name in ("capacity", "slot", "k_codec", "k_row", "k_anchor", "v_codec", "v_row", "v_anchor")
+ROW = tl.constexpr(len(COLUMNS))
+CAPACITY, SLOT = (tl.constexpr(COLUMNS.index(name)) for name in ("capacity", "slot"))
+K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, V_SCALES = (
+    tl.constexpr(COLUMNS.index(f"{side}_{name}"))
+    for side in "kv"
+    for name in ("codec", "row", "anchor", "codes", "scales")
 )
 BLOCK, WARPS, STAGES = 16, 4, 2
 """Slots of a program; more of them, or more stages, and registers spill at head size 96."""
 
 
 @triton.jit
-def _fill(prompt, matrix, mean, exact, codes8, scales8, codes4, scales4, anchor, codec, row, anchored, token, slot,
-          valid, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-          N: tl.constexpr, TRANSFORMED: tl.constexpr):  # fmt: skip
+def _fill(prompt, matrix, mean, exact, codes, scales, anchor, codec, anchored, token, slot, valid, D: tl.constexpr,
+          DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr,
+          TRANSFORMED: tl.constexpr):  # fmt: skip
     """One side of a block of slots."""
     if codec == 0:
         d = tl.arange(0, DP)
         inside = valid[:, None] & (d < D)[None, :]
         vectors = tl.load(prompt + token[:, None] * D + d[None, :], mask=inside, other=0.0)
-        tl.store(exact + (row + slot)[:, None] * D + d[None, :], vectors.to(exact.dtype.element_ty), mask=inside)
+        tl.store(exact + slot[:, None].to(tl.int64) * D + d[None, :], vectors.to(exact.dtype.element_ty), mask=inside)
     else:
         first = valid & (slot == 0) & anchored
         if codec == INT8:
-            fill8(prompt, matrix, mean, codes8 + row * D, scales8 + row * G, anchor, token, slot, valid, first,
-                  D, G, P8, N, TRANSFORMED)  # fmt: skip
+            fill8(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first, D, G, P8, N, TRANSFORMED)
         else:
-            fill4(prompt, matrix, mean, codes4 + row * (D // 2), scales4 + row * G, anchor, token, slot, valid, first,
-                  D, G, P4, N, TRANSFORMED)  # fmt: skip
+            fill4(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first, D, G, P4, N, TRANSFORMED)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "slots", "count"])
 def _compact(
     heads, tokens, seen_by, keys, values, k_matrix, k_mean, v_matrix, v_mean,
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored,
+    k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+    k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
     slots, count, k_sequence, k_head, k_token, v_sequence, v_head, v_token,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr,
-    TRANSFORMED: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
+    G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
     """Program (block of slots, head, sequence). A sequence has `slots` slots in `tokens`, and its prompt `count`
     columns; `k_sequence`, `k_head` and `k_token` are rows from one sequence, head and token to the next."""
@@ -68,23 +66,19 @@ def _compact(
         return
     valid = slot < kept
     token = tl.load(tokens + b * slots + tl.load(row + SLOT) + slot, mask=valid, other=0).to(tl.int64)
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors = of_sequence(
-        b, k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored, D, G,
-    )  # fmt: skip
-    k_row, k_anchor = tl.load(row + K_ROW).to(tl.int64), tl.load(row + K_ANCHOR)
-    _fill(keys + (b * k_sequence + h * k_head) * D, k_matrix + h * D * D, k_mean + h * D, k_exact, k_codes8, k_scales8,
-          k_codes4, k_scales4, k_anchors + k_anchor * D, tl.load(row + K_CODEC), k_row, k_anchor >= 0, token * k_token,
-          slot, valid, D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
+    k_anchor = tl.load(row + K_ANCHOR)
+    _fill(keys + (b * k_sequence + h * k_head) * D, k_matrix + h * D * D, k_mean + h * D,
+          *of_head(b, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
+                   tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), k_anchor, D, KU, KS),
+          tl.load(row + K_CODEC), k_anchor >= 0, token * k_token, slot, valid, D, DP, G, P8, P4, N,
+          TRANSFORMED)  # fmt: skip
     # Where values go is worked out here, and not before: registers are scarce in what fills keys.
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors = of_sequence(
-        b, v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, D, G,
-    )  # fmt: skip
-    v_row, v_anchor = tl.load(row + V_ROW).to(tl.int64), tl.load(row + V_ANCHOR)
-    _fill(values + (b * v_sequence + h * v_head) * D, v_matrix + h * D * D, v_mean + h * D, v_exact, v_codes8,
-          v_scales8, v_codes4, v_scales4, v_anchors + v_anchor * D, tl.load(row + V_CODEC), v_row, v_anchor >= 0,
-          token * v_token, slot, valid, D, DP, G, P8, P4, N, TRANSFORMED)  # fmt: skip
+    v_anchor = tl.load(row + V_ANCHOR)
+    _fill(values + (b * v_sequence + h * v_head) * D, v_matrix + h * D * D, v_mean + h * D,
+          *of_head(b, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
+                   tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), v_anchor, D, VU, VS),
+          tl.load(row + V_CODEC), v_anchor >= 0, token * v_token, slot, valid, D, DP, G, P8, P4, N,
+          TRANSFORMED)  # fmt: skip
 
 
 def compact(
@@ -115,13 +109,14 @@ def compact(
     most = min(max(cls.capacity for cls in layout.classes), count)
     with on_device(device):
         _compact[(triton.cdiv(most, BLOCK), heads, batch)](
-            head_table(layout, device), places, seen, new_keys, new_values, *matrices, *tensors(keys), *tensors(values),
-            *rows(keys), *rows(values), layout.slots, count,
+            head_table(layout, head_dim, device), places, seen, new_keys, new_values, *matrices,
+            *tensors(keys), *tensors(values), *steps(keys), *steps(values), layout.slots, count,
             *(step // head_dim for new in (new_keys, new_values) for step in new.stride()[:3]),
             D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
             P8=max(16, triton.next_power_of_2(head_dim // parts)),
             P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=BLOCK,
-            TRANSFORMED=transform is not None, num_warps=WARPS, num_stages=STAGES,
+            TRANSFORMED=transform is not None, **unit_sizes(layout.side_codecs, head_dim),
+            num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
 
 

@@ -20,24 +20,41 @@ from pathlib import Path
 
 import torch
 
-from kvcompile.kernels.arguments import FIELDS, ORDER, groups, tensors
+from kvcompile.kernels.arguments import FIELDS, tensors
 from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.codecs import CODECS, Codec
+from kvcompile.kernels.codecs.base import EIGHTHS
 from kvcompile.kernels.dispatch import CHOICE, knows
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.regions import starts
 
 SOURCE = Path(__file__).with_name("ragged.c")
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("store", "codecs", "vectors", "attention", "chosen"))
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
     "-fassociative-math", "-fno-signed-zeros",
 )  # fmt: skip
-CONSTANTS = tuple(f"-D{codec.load('native').CONSTANT}={codec.id}" for codec in ORDER)
+
+
+def _constants(codec: Codec) -> tuple[str, str]:
+    """By which `codecs.h` knows a codec: its id, and bits and eighths of two sections."""
+    name, sections = codec.load("native").CONSTANT, codec.sections or ((codec.bits, EIGHTHS),)
+    numbers = [str(number) for section in (*sections, (0, 0))[:2] for number in section]
+    return f"-D{name}={codec.id}", f"-D{name}_SECTIONS={{{','.join(numbers)}}}"
+
+
+KNOWN = [codec for codec in CODECS.values() if codec.has("native")]
+CONSTANTS = (f"-DKVC_GROUP={KNOWN[0].group}", *(option for codec in KNOWN for option in _constants(codec)))
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_DIM = 512
 
 
 class _Side(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_void_p) for name in FIELDS), ("steps", ctypes.c_int64 * len(FIELDS))]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in FIELDS), ("steps", ctypes.c_int64 * len(FIELDS)),
+        ("starts", ctypes.c_void_p),
+    ]  # fmt: skip
 
 
 def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
@@ -62,8 +79,11 @@ def _library() -> ctypes.CDLL | None:
     root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
     for threads in (["-fopenmp"], []):
         key = repr(
-            (SOURCE.read_bytes(), FLAGS, CONSTANTS, threads, compiler, os.stat(compiler).st_mtime_ns, _processor())
-        )
+            (
+                *(file.read_bytes() for file in (SOURCE, *HEADERS)), FLAGS, CONSTANTS, threads, compiler,
+                os.stat(compiler).st_mtime_ns, _processor(),
+            )
+        )  # fmt: skip
         file = Path(root) / "native" / f"ragged-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         try:
             if not file.is_file():
@@ -102,10 +122,19 @@ def _processor() -> str:
         return platform.processor()
 
 
-def _side(stored: Buffers) -> _Side:
+def _sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[_Side, _Side]:
+    key = ("native starts", keys.head_dim)
+    if key not in layout.memo:
+        bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]
+        layout.memo[key] = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
+    first: list[torch.Tensor] = layout.memo[key]
+    return _side(keys, first[0]), _side(values, first[1])
+
+
+def _side(stored: Buffers, first: torch.Tensor) -> _Side:
     every = tensors(stored)
     steps = (t.stride(0) * t.element_size() if t.numel() else 0 for t in every)
-    return _Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps))
+    return _Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps), first.data_ptr())
 
 
 def _numbers(batch: int, seen: Sequence[int] | torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
@@ -143,14 +172,14 @@ def one_token(
     asked = (query.float() * scaling).contiguous()
     out = torch.empty_like(asked)
     threads = torch.get_num_threads()
-    # Room of a thread that reads a head alone; for one head that all of them read, it is enough as well.
-    room = group * (max(row.capacity for row in layout.rows) + 2 * head_dim)
+    library.kvc_room.restype = ctypes.c_int64
+    room = library.kvc_room(ctypes.c_int64(max(row.capacity for row in layout.rows)), group, head_dim)
     scratch = torch.empty(threads * room)
-    numbers, sides = _numbers(batch, seen, places), (_side(keys), _side(values))
+    numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
     library.kvc_decode(
         _at(asked), ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(_rows(layout)), heads, TYPES[keys.exact.dtype],
         group, batch, *map(_at, numbers), ctypes.c_int64(layout.window), _at(out), _at(scratch), ctypes.c_int64(room),
-        threads, head_dim, groups(head_dim),
+        threads, head_dim,
     )  # fmt: skip
     return out.to(query.dtype)
 
@@ -171,9 +200,9 @@ def append(
     assert library is not None
     k, v = new_keys.float().contiguous(), new_values.float().contiguous()
     by_head = None if score is None else score.float().contiguous()
-    numbers, sides = _numbers(batch, seen, places), (_side(keys), _side(values))
+    numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
     library.kvc_append(
         ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(_rows(layout)), heads, TYPES[keys.exact.dtype], batch,
         *map(_at, numbers), _at(k), _at(v), _at(by_head), _at(scores), ctypes.c_int64(scores.stride(0)),
-        torch.get_num_threads(), head_dim, groups(head_dim),
+        torch.get_num_threads(), head_dim,
     )  # fmt: skip

@@ -1,104 +1,14 @@
 /* Decoding and appending on a CPU: what `ragged_decode/reference.py` and `append/reference.py`
- * define, with every row decoded where it is used. Plain C; threads are torch's own; see `__init__.py`. */
+ * define, with every row decoded where it is used. Plain C and the vectors of gcc and clang; threads are torch's own; see
+ * `__init__.py`. */
 
-#include <math.h>
-#include <stdint.h>
-#include <string.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "store.h"
+#include "codecs.h"
+#include "vectors.h"
+#include "attention.h"
+#include "chosen.h"
 
-#define ALWAYS static inline __attribute__((always_inline))
-#define MOST_DIM 512 /* elements of a head */
-#define LEAST 50.0f  /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */
-
-/* `layout.HeadRow`, and the kinds of heads there. */
-enum { CAPACITY, SINK, RECENT, KIND, SCORE, SLOT, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR, FIELDS };
-enum { RING, SCORED, OTHER };
-/* Types of rows in the cache dtype. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
-/* Codecs by their ids, which the launcher sets from `codecs`; EXACT rows are in the cache dtype. */
-enum { EXACT, INT8 = KVC_INT8, INT4 = KVC_INT4 };
-
-/* Keys or values, as in `Buffers`, and how many bytes further on each of them goes on for the next sequence. */
-typedef struct {
-    void *exact;
-    uint8_t *codes8;
-    _Float16 *scales8;
-    uint8_t *codes4;
-    _Float16 *scales4;
-    void *anchors;
-    int64_t steps[6];
-} Side;
-
-/* Those of one sequence. */
-ALWAYS Side of_sequence(const Side *side, int64_t place) {
-    const int64_t *s = side->steps;
-    return (Side){(char *)side->exact + place * s[0],
-                  side->codes8 + place * s[1],
-                  (_Float16 *)((char *)side->scales8 + place * s[2]),
-                  side->codes4 + place * s[3],
-                  (_Float16 *)((char *)side->scales4 + place * s[4]),
-                  (char *)side->anchors + place * s[5],
-                  {0}};
-}
-
-ALWAYS float read_number(const void *at, int64_t i, int type) {
-    if (type == FLOAT32) return ((const float *)at)[i];
-    if (type == FLOAT16) return (float)((const _Float16 *)at)[i];
-    uint32_t bits = (uint32_t)((const uint16_t *)at)[i] << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-ALWAYS void write_number(void *at, int64_t i, int type, float x) {
-    if (type == FLOAT32) {
-        ((float *)at)[i] = x;
-    } else if (type == FLOAT16) {
-        ((_Float16 *)at)[i] = (_Float16)x;
-    } else {
-        uint32_t bits;
-        memcpy(&bits, &x, 4);
-        bits += 0x7fff + ((bits >> 16) & 1); /* to the nearest, ties to even */
-        ((uint16_t *)at)[i] = (uint16_t)(bits >> 16);
-    }
-}
-
-/* Vectors of int4 rows are kept as their even and then their odd elements, as the two codes of a byte come apart. */
-ALWAYS int place(int i, int codec, int dim) { return codec == INT4 ? (i & 1) * (dim / 2) + i / 2 : i; }
-
-ALWAYS void read_exact(float *x, const void *rows, int64_t row, int type, int codec, int dim) {
-    if (codec != INT4) {
-        for (int i = 0; i < dim; i++) x[i] = read_number(rows, row * dim + i, type);
-    } else {
-        for (int i = 0; i < dim; i++) x[place(i, INT4, dim)] = read_number(rows, row * dim + i, type);
-    }
-}
-
-ALWAYS void read_row(float *restrict x, const Side *side, int64_t row, int type, int codec, int dim, int groups) {
-    if (codec == EXACT) {
-        read_exact(x, side->exact, row, type, EXACT, dim);
-        return;
-    }
-    const int size = dim / groups;
-    for (int g = 0; g < groups; g++) {
-        if (codec == INT8) {
-            const uint8_t *restrict c = side->codes8 + row * dim + g * size;
-            const float scale = (float)side->scales8[row * groups + g];
-            for (int i = 0; i < size; i++) x[g * size + i] = ((float)c[i] - 127.5f) * scale;
-        } else {
-            const int half = size / 2;
-            const uint8_t *restrict c = side->codes4 + row * (dim / 2) + g * half;
-            const float scale = (float)side->scales4[row * groups + g];
-            float *restrict even = x + g * half, *restrict odd = x + dim / 2 + g * half;
-            for (int i = 0; i < half; i++) {
-                even[i] = ((float)(c[i] & 15) - 7.5f) * scale;
-                odd[i] = ((float)(c[i] >> 4) - 7.5f) * scale;
-            }
-        }
-    }
-}
+#define LEAST 50.0f /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */
 
 /* 2^x for -LEAST <= x <= 0, to a few units in the last place. */
 ALWAYS float exp2_negative(float x) {
@@ -116,103 +26,49 @@ ALWAYS float exp2_negative(float x) {
     return y * power;
 }
 
-/* Logits of the slots [from, to) of a head, `weights` [group, filled]. */
-ALWAYS void keys_of(
-    const float *query, const Side *keys, const int32_t *head, int type, int group, int64_t seen, int64_t window,
-    int64_t filled, int64_t from, int64_t to, float *weights, int codec, int dim, int groups
-) {
-    const int64_t capacity = head[CAPACITY];
-    float x[MOST_DIM];
-    for (int64_t s = from; s < to; s++) {
-        if (s == 0 && head[K_ANCHOR] >= 0) read_exact(x, keys->anchors, head[K_ANCHOR], type, codec, dim);
-        else read_row(x, keys, head[K_ROW] + s, type, codec, dim, groups);
-        /* A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring. */
-        const int hidden = window > 0 && seen - 1 - (seen - 1 - s) % capacity <= seen - 1 - window;
-        for (int r = 0; r < group; r++) {
-            const float *restrict q = query + r * dim;
-            float sum = 0;
-            for (int i = 0; i < dim; i++) sum += q[i] * x[i];
-            weights[r * filled + s] = hidden ? -INFINITY : sum;
-        }
-    }
-}
-
-/* The slots' values times their weights, added up in `out` [group, dim]. */
-ALWAYS void values_of(
-    const Side *values, const int32_t *head, int type, int group, int64_t filled, int64_t from, int64_t to,
-    const float *weights, float *out, int codec, int dim, int groups
-) {
-    float x[MOST_DIM];
-    memset(out, 0, sizeof(float) * group * dim);
-    for (int64_t s = from; s < to; s++) {
-        float used = 0;
-        for (int r = 0; r < group; r++) used += weights[r * filled + s];
-        if (used == 0) continue;
-        if (s == 0 && head[V_ANCHOR] >= 0) read_exact(x, values->anchors, head[V_ANCHOR], type, codec, dim);
-        else read_row(x, values, head[V_ROW] + s, type, codec, dim, groups);
-        for (int r = 0; r < group; r++) {
-            const float w = weights[r * filled + s];
-            float *restrict o = out + r * dim;
-            for (int i = 0; i < dim; i++) o[i] += w * x[i];
-        }
-    }
-}
-
-static void softmax(float *restrict w, int64_t count) {
-    float highest = -INFINITY, total = 0;
-    for (int64_t s = 0; s < count; s++) highest = w[s] > highest ? w[s] : highest;
+/* Weights [count] of logits, not divided by their sum, which is returned. */
+static float softmax(float *restrict w, int64_t count) {
+    float highest[8], most = -INFINITY, total = 0;
+    for (int i = 0; i < 8; i++) highest[i] = -INFINITY;
+    const int64_t whole = count / 8 * 8;
+    for (int64_t s = 0; s < whole; s += 8)
+        for (int i = 0; i < 8; i++) highest[i] = w[s + i] > highest[i] ? w[s + i] : highest[i];
+    for (int64_t s = whole; s < count; s++) most = w[s] > most ? w[s] : most;
+    for (int i = 0; i < 8; i++) most = highest[i] > most ? highest[i] : most;
     for (int64_t s = 0; s < count; s++) {
-        const float below = (w[s] - highest) * 1.44269504089f, kept = below < -LEAST ? -LEAST : below;
+        const float below = (w[s] - most) * 1.44269504089f, kept = below < -LEAST ? -LEAST : below;
         w[s] = below < -LEAST ? 0.0f : exp2_negative(kept);
         total += w[s];
     }
-    for (int64_t s = 0; s < count; s++) w[s] /= total;
+    return total;
 }
 
-/* Both for every codec, and for the usual head sizes as constants: `keys_INT8_64` and so on. */
-typedef void KeysOf(const float *, const Side *, const int32_t *, int, int, int64_t, int64_t, int64_t, int64_t, int64_t,
-                    float *, int, int);
-typedef void ValuesOf(const Side *, const int32_t *, int, int, int64_t, int64_t, int64_t, const float *, float *, int, int);
-#define MADE(C, NAME, D, G) \
-    static void keys_##C##_##NAME( \
-        const float *query, const Side *keys, const int32_t *head, int type, int group, int64_t seen, int64_t window, \
-        int64_t filled, int64_t from, int64_t to, float *weights, int dim, int groups \
-    ) { \
-        (void)dim, (void)groups; \
-        keys_of(query, keys, head, type, group, seen, window, filled, from, to, weights, C, D, G); \
-    } \
-    static void values_##C##_##NAME( \
-        const Side *values, const int32_t *head, int type, int group, int64_t filled, int64_t from, int64_t to, \
-        const float *weights, float *out, int dim, int groups \
-    ) { \
-        (void)dim, (void)groups; \
-        values_of(values, head, type, group, filled, from, to, weights, out, C, D, G); \
-    }
-#define EVERY_CODEC(NAME, D, G) MADE(EXACT, NAME, D, G) MADE(INT8, NAME, D, G) MADE(INT4, NAME, D, G)
-EVERY_CODEC(64, 64, 1)
-EVERY_CODEC(128, 128, 2)
-EVERY_CODEC(any, dim, groups)
-#define ROW_OF(KIND) \
-    {{KIND##_EXACT_64, KIND##_INT8_64, KIND##_INT4_64}, {KIND##_EXACT_128, KIND##_INT8_128, KIND##_INT4_128}, \
-     {KIND##_EXACT_any, KIND##_INT8_any, KIND##_INT4_any}}
-static KeysOf *const KEYS[3][3] = ROW_OF(keys);
-static ValuesOf *const VALUES[3][3] = ROW_OF(values);
+ALWAYS int stride_of(int dim) { return dim + MOST_GROUPS * LANES; }
 
-/* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]. `scratch` has room
- * for group * (capacity + (threads + 1) * dim) numbers. */
+/* Numbers of scratch that a thread of `kvc_decode` needs: logits, sums of values, and of the query its numbers, and two
+ * limbs with scales and sums. (Of a head that several threads read, all of theirs are more than enough.) */
+int64_t kvc_room(int64_t capacity, int group, int dim) {
+    return group * (1 + capacity + 3 * (int64_t)stride_of(dim) + 2 + 2 * MOST_GROUPS);
+}
+
+/* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]. */
 static void decode_head(
-    const float *query, const Side *keys, const Side *values, const int32_t *head, int type, int group, int64_t seen,
-    int64_t window, float *out, float *scratch, int threads, int dim, int groups
+    const float *query, const Stored *keys, const Stored *values, int64_t capacity, int type, int group, int64_t seen,
+    int64_t window, float *out, float *scratch, int threads, int dim
 ) {
-    const int shape = dim == 64 && groups == 1 ? 0 : (dim == 128 && groups == 2 ? 1 : 2), size = group * dim;
-    float *halves = scratch, *sums = scratch + size, *weights = sums + (int64_t)threads * size;
-    const int64_t filled = seen < head[CAPACITY] ? seen : head[CAPACITY];
-    if (head[K_CODEC] == INT4) {
-        for (int j = 0; j < size; j++) halves[j / dim * dim + place(j % dim, INT4, dim)] = query[j];
-        query = halves;
+    const int stride = stride_of(dim), size = group * stride;
+    const int64_t filled = seen < capacity ? seen : capacity;
+    float *totals = scratch, *exact = totals + group, *scale = exact + size, *whole = scale + 2 * group;
+    float *by_group = whole + size, *weights = by_group + 2 * group * MOST_GROUPS, *sums = weights + group * filled;
+    Query asked = {exact, scale, (int16_t *)whole, (int32_t *)by_group, type == FLOAT32 ? 2 : 1, stride};
+    memset(exact, 0, sizeof(float) * (2 * size + 2 * group));
+    for (int i = 0; i < dim; i++) {
+        const int to = place(i, keys->codec, dim);
+        for (int r = 0; r < group; r++) asked.exact[r * stride + to] = query[r * dim + i];
     }
-    KeysOf *const by_keys = KEYS[shape][head[K_CODEC] == EXACT ? 0 : (head[K_CODEC] == INT8 ? 1 : 2)];
-    ValuesOf *const by_values = VALUES[shape][head[V_CODEC] == EXACT ? 0 : (head[V_CODEC] == INT8 ? 1 : 2)];
+    if (keys->codec != EXACT) quantise_query(&asked, group, keys->codec, dim);
+    KeysOf *const by_keys = keys_for(keys->codec, dim);
+    ValuesOf *const by_values = values_for(values->codec, dim);
     int parts = filled < 256 ? 1 : threads;
 #pragma omp parallel num_threads(parts)
     {
@@ -221,91 +77,51 @@ static void decode_head(
         part = omp_get_thread_num(), of = omp_get_num_threads();
 #endif
         const int64_t from = filled * part / of, to = filled * (part + 1) / of;
-        by_keys(query, keys, head, type, group, seen, window, filled, from, to, weights, dim, groups);
+        by_keys(&asked, keys, capacity, type, group, seen, window, filled, from, to, weights, dim);
 #pragma omp barrier
-        for (int r = part; r < group; r += of) softmax(weights + r * filled, filled);
+        for (int r = part; r < group; r += of) totals[r] = softmax(weights + r * filled, filled);
 #pragma omp barrier
-        by_values(values, head, type, group, filled, from, to, weights, sums + (int64_t)part * size, dim, groups);
+        by_values(values, type, group, filled, from, to, weights, sums + (int64_t)part * size, stride, dim);
 #pragma omp single
         parts = of;
     }
     for (int part = 1; part < parts; part++)
         for (int j = 0; j < size; j++) sums[j] += sums[(int64_t)part * size + j];
-    for (int j = 0; j < size; j++) out[j] = sums[j / dim * dim + place(j % dim, head[V_CODEC], dim)];
+    for (int i = 0; i < dim; i++) {
+        const int from = place(i, values->codec, dim);
+        for (int r = 0; r < group; r++) out[r * dim + i] = sums[r * stride + from] / totals[r];
+    }
 }
 
 /* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, and `out` of the same
  * shape; `seen` and `places` [batch] say how much is stored and where. The heads of few sequences are read by all threads
- * together, those of many by one each; `scratch` has room for threads * group * (largest capacity + 2 * dim) numbers. */
+ * together, those of many by one each; `scratch` has `room` numbers a thread, those of `kvc_room` for the largest
+ * capacity. */
 void kvc_decode(
     const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
     int batch, const int64_t *seen, const int64_t *places, int64_t window, float *out, float *scratch, int64_t room,
-    int threads, int dim, int groups
+    int threads, int dim
 ) {
     const int items = batch * heads, together = items < threads || batch == 1, size = group * dim;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (!together)
     for (int i = 0; i < items; i++) {
         const int b = i / heads, h = i % heads;
+        const int32_t *head = rows + h * FIELDS;
         float *mine = scratch;
 #ifdef _OPENMP
         if (!together) mine += omp_get_thread_num() * room;
 #endif
-        const Side k = of_sequence(keys, places[b]), v = of_sequence(values, places[b]);
-        decode_head(query + (int64_t)i * size, &k, &v, rows + h * FIELDS, type, group, seen[b], window,
-                    out + (int64_t)i * size, mine, together ? threads : 1, dim, groups);
-    }
-}
-
-static void write_row(
-    const float *x, Side *side, int64_t row, int64_t anchor, int type, int codec, int dim, int groups
-) {
-    if (anchor >= 0)
-        for (int i = 0; i < dim; i++) write_number(side->anchors, anchor * dim + i, type, x[i]);
-    if (codec == EXACT) {
-        for (int i = 0; i < dim; i++) write_number(side->exact, row * dim + i, type, x[i]);
-        return;
-    }
-    const int size = dim / groups;
-    const float half = codec == INT8 ? 128.0f : 8.0f;
-    for (int g = 0; g < groups; g++) {
-        float largest = 0;
-        for (int i = 0; i < size; i++) largest = fabsf(x[g * size + i]) > largest ? fabsf(x[g * size + i]) : largest;
-        float scale = largest / half;
-        scale = scale < 0x1p-14f ? 0x1p-14f : (scale > 65504.0f ? 65504.0f : scale);
-        const _Float16 kept = (_Float16)scale;
-        uint8_t codes[MOST_DIM];
-        for (int i = 0; i < size; i++) {
-            const float code = floorf(x[g * size + i] / (float)kept);
-            codes[i] = (uint8_t)((code < -half ? -half : (code > half - 1 ? half - 1 : code)) + half);
-        }
-        if (codec == INT8) {
-            side->scales8[row * groups + g] = kept;
-            memcpy(side->codes8 + row * dim + g * size, codes, size);
-        } else {
-            side->scales4[row * groups + g] = kept;
-            for (int i = 0; i < size / 2; i++)
-                side->codes4[row * (dim / 2) + g * size / 2 + i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
-        }
-    }
-}
-
-static void move_row(Side *side, int64_t from, int64_t to, int type, int codec, int dim, int groups) {
-    if (codec == EXACT) {
-        const int64_t size = (int64_t)dim * (type == FLOAT32 ? 4 : 2);
-        memcpy((char *)side->exact + to * size, (char *)side->exact + from * size, size);
-    } else if (codec == INT8) {
-        memcpy(side->codes8 + to * dim, side->codes8 + from * dim, dim);
-        memcpy(side->scales8 + to * groups, side->scales8 + from * groups, 2 * groups);
-    } else {
-        memcpy(side->codes4 + to * (dim / 2), side->codes4 + from * (dim / 2), dim / 2);
-        memcpy(side->scales4 + to * groups, side->scales4 + from * groups, 2 * groups);
+        const Stored k = stored(keys, places[b], h, head + K_CODEC, type, dim);
+        const Stored v = stored(values, places[b], h, head + V_CODEC, type, dim);
+        decode_head(query + (int64_t)i * size, &k, &v, head[CAPACITY], type, group, seen[b], window,
+                    out + (int64_t)i * size, mine, together ? threads : 1, dim);
     }
 }
 
 /* The new token of one head of one sequence: `new_key` and `new_value` [dim], its score and the sequence's `scores`. */
 static void append_head(
-    Side *keys, Side *values, const int32_t *head, int type, const float *new_key, const float *new_value, float score,
-    _Float16 *scores, int64_t seen, int dim, int groups
+    const Stored *keys, const Stored *values, const int32_t *head, int type, const float *new_key,
+    const float *new_value, float score, _Float16 *scores, int64_t seen, int dim
 ) {
     const int64_t capacity = head[CAPACITY], ring = capacity - head[RECENT];
     const int64_t slot = seen < capacity ? seen : ring + (seen - capacity) % head[RECENT];
@@ -319,16 +135,15 @@ static void append_head(
                 if (one <= worst) worst = one, victim = s; /* of equal ones the lower slot stays */
             }
             if ((float)held[slot] > worst) {
-                move_row(keys, head[K_ROW] + slot, head[K_ROW] + victim, type, head[K_CODEC], dim, groups);
-                move_row(values, head[V_ROW] + slot, head[V_ROW] + victim, type, head[V_CODEC], dim, groups);
+                move_row(keys, slot, victim, type, dim);
+                move_row(values, slot, victim, type, dim);
                 held[victim] = held[slot];
             }
         }
         held[slot] = (_Float16)score;
     }
-    write_row(new_key, keys, head[K_ROW] + slot, slot ? -1 : head[K_ANCHOR], type,
-              head[K_CODEC], dim, groups);
-    write_row(new_value, values, head[V_ROW] + slot, slot ? -1 : head[V_ANCHOR], type, head[V_CODEC], dim, groups);
+    write_row(new_key, keys, slot, type, dim);
+    write_row(new_value, values, slot, type, dim);
 }
 
 /* One new token a sequence: `new_keys` and `new_values` [batch, heads, dim], `score` [batch, heads] and `scores`, of which
@@ -336,15 +151,16 @@ static void append_head(
 void kvc_append(
     const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int batch, const int64_t *seen,
     const int64_t *places, const float *new_keys, const float *new_values, const float *score, _Float16 *scores,
-    int64_t step, int threads, int dim, int groups
+    int64_t step, int threads, int dim
 ) {
 #pragma omp parallel for num_threads(threads) if (batch > 1)
     for (int i = 0; i < batch * heads; i++) {
-        const int b = i / heads;
-        const int32_t *head = rows + i % heads * FIELDS;
+        const int b = i / heads, h = i % heads;
+        const int32_t *head = rows + h * FIELDS;
         if (head[KIND] == OTHER) continue;
-        Side k = of_sequence(keys, places[b]), v = of_sequence(values, places[b]);
+        const Stored k = stored(keys, places[b], h, head + K_CODEC, type, dim);
+        const Stored v = stored(values, places[b], h, head + V_CODEC, type, dim);
         append_head(&k, &v, head, type, new_keys + (int64_t)i * dim, new_values + (int64_t)i * dim,
-                    score ? score[i] : 0.0f, scores ? scores + places[b] * step : 0, seen[b], dim, groups);
+                    score ? score[i] : 0.0f, scores ? scores + places[b] * step : 0, seen[b], dim);
     }
 }

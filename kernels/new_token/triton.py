@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
-from kvcompile.kernels.arguments import SIZES, head_table, in_order, rows, tensors
+from kvcompile.kernels.arguments import SIZES, head_table, in_order, steps, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
@@ -107,13 +107,11 @@ def _put_vector(
 def _new_token(
     qkv, cos, sin, q_norm, k_norm, hidden, scorer, bias, k_inverse, k_matrix, k_mean, v_matrix, v_mean,
     query, new_keys, new_values, epsilon, size, heads, seen_by, places, scores,
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
-    GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, GP: tl.constexpr,
-    P8: tl.constexpr, P4: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
-    TRANSFORMED: tl.constexpr,
+    k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+    k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
+    GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr,
+    VU: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
+    SCORES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence); `size` elements of `hidden` a sequence."""
     h = tl.program_id(0)
@@ -150,11 +148,9 @@ def _new_token(
     tl.debug_barrier()  # the vectors are read by other threads than have written them
     store_token(
         b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D, score, scores,
-        k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-        v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-        k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-        v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored, scored_stride,
-        D, DP, G, GP, P8, P4, SCORES, BLOCK,
+        k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+        k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
+        D, DP, KU, KS, VU, VS, G, GP, P8, P4, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -191,9 +187,9 @@ def new_token(
         _new_token[(heads, batch)](
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
-            head_table(layout, device), seen, places, scores, *tensors(keys), *tensors(values), *rows(keys),
-            *rows(values), scores.stride(0), GROUP=group, R=max(16, triton.next_power_of_2(group)),
-            **constants(head_dim), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
+            head_table(layout, head_dim, device), seen, places, scores, *tensors(keys), *tensors(values), *steps(keys),
+            *steps(values), scores.stride(0), GROUP=group, R=max(16, triton.next_power_of_2(group)),
+            **constants(head_dim, layout.side_codecs), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
             TRANSFORMED=transform is not None, **OPTIONS,
         )  # fmt: skip
     return query

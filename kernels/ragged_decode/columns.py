@@ -109,7 +109,7 @@ def _logits(query: torch.Tensor, keys: Buffers, side: Side) -> torch.Tensor:
     for start, stop, block in blocks(keys.exact):
         torch.bmm(query, block.mT, out=out[:, :, start:stop])
     for codec, first, last in _sections(keys):
-        codecs.logits(query, keys.codes[codec], keys.scales[codec], codec, out[:, :, first:last])
+        codecs.logits(query, *keys.parts(codec), codec, out[:, :, first:last])
     if len(side.anchored):
         out.index_copy_(2, side.anchored, query @ keys.anchors.float().mT)
     return out
@@ -124,17 +124,16 @@ def _mixed(weights: torch.Tensor, values: Buffers, side: Side) -> torch.Tensor:
     for start, stop, block in blocks(values.exact):
         out.baddbmm_(weights[:, :, start:stop], block)
     for codec, first, last in _sections(values):
-        codecs.accumulate(weights[:, :, first:last], values.codes[codec], values.scales[codec], codec, out)
+        codecs.accumulate(weights[:, :, first:last], *values.parts(codec), codec, out)
     return out
 
 
 def _sections(side: Buffers) -> Iterator[tuple[int, int, int]]:
     """The codecs in use, in the order of columns, with their first column and the one after the last."""
     first = side.exact.shape[1]
-    for codec, codes in side.codes.items():
-        if codes.shape[1]:
-            yield codec, first, first + codes.shape[1]
-            first += codes.shape[1]
+    for codec, region in side.regions.items():
+        yield codec, first, first + region.rows
+        first += region.rows
 
 
 def _visible(columns: Columns, layout: LayerLayout, seen: Sequence[int], device: torch.device) -> torch.Tensor:

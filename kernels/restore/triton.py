@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import head_table
+from kvcompile.kernels.arguments import COLUMNS, head_table
 from kvcompile.kernels.dispatch import on_device
-from kvcompile.kernels.layout import HeadRow, LayerLayout
+from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.transform import Transform
 
-ROW = tl.constexpr(len(HeadRow._fields))
-V_CODEC = tl.constexpr(HeadRow._fields.index("v_codec"))
+ROW = tl.constexpr(len(COLUMNS))
+V_CODEC = tl.constexpr(COLUMNS.index("v_codec"))
 STEP = tl.constexpr(32)
 
 
@@ -51,7 +51,7 @@ def restore(output: torch.Tensor, transform: Transform, layout: LayerLayout) -> 
     with on_device(device):
         _restore[(heads, batch)](
             output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean,
-            head_table(layout, device), GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
+            head_table(layout, head_dim, device), GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
             DP=max(32, triton.next_power_of_2(head_dim)),
             num_warps=4,
         )  # fmt: skip

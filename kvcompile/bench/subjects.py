@@ -142,6 +142,5 @@ def fill_randomly(cache: Any, tokens: int) -> None:
             else:
                 tensor.normal_().clamp_(-2, 2)
         for stored in (layer.store.keys, layer.store.values):
-            for scales in stored.scales.values():
-                scales.fill_(0.01)
+            stored.scales.fill_(0.01)
         layer.advance(tokens)

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 from decimal import Decimal
 
 from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, TargetError
-from kvcompile.kernels.codecs import CODECS
-from kvcompile.kernels.codecs.base import SCALE_BYTES
 from kvcompile.problem.memory import Memory, parse_memory
 from kvcompile.problem.options import Options
 
@@ -56,13 +54,9 @@ def page_target(memory: Memory, sequences: int, model: ModelIdentity, dtype: str
 def page_overhead(num_layers: int, head_dim: int, dtype: str) -> int:
     """Bytes that a page has at most beyond the resident bytes of its sequence.
 
-    Every buffer may be followed by up to `ALIGN - 1` bytes. A layer has at most, for keys and for values each, a buffer
-    of exact rows, two of every codec that files may have (codes and scales) and one of anchors, and one buffer of
-    scores for both. The page is rounded up once, to a multiple of `PAGE_ALIGN` and of a row of every buffer.
+    Every buffer may be followed by up to `ALIGN - 1` bytes. A layer has four of keys and four of values (exact rows,
+    codes, scales and anchors), and one of scores for both. The page is rounded up once, to a multiple of `PAGE_ALIGN`
+    and of an exact row.
     """
-    known = [codec for codec in CODECS.values() if codec.format_version]
-    side = 1 + 2 * len(known) + 1
-    gaps = num_layers * (2 * side + 1) * (ALIGN - 1)
-    fitting = [codec for codec in known if codec.fits(head_dim)]
-    rows = [size for codec in fitting for size in (codec.code_bytes(head_dim), SCALE_BYTES * codec.groups(head_dim))]
-    return gaps + math.lcm(PAGE_ALIGN, head_dim * DTYPE_BITS[dtype] // 8, *rows) - 1
+    gaps = num_layers * (2 * 4 + 1) * (ALIGN - 1)
+    return gaps + math.lcm(PAGE_ALIGN, head_dim * DTYPE_BITS[dtype] // 8) - 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from hypothesis import strategies as st
 from kvcompile.kernels import Buffers, HeadClass, HeadSpec, LayerLayout, Transform, append, compact
 from kvcompile.kernels.append import dense as append_dense
 from kvcompile.kernels.append import reference as append_reference
+from kvcompile.kernels.codecs import CODECS, codec_of
+from kvcompile.kernels.codecs.integers.packing import unpack
 from kvcompile.kernels.compact import reference as compact_reference
 
 POLICIES = ["full", "recent", "snapkv", "scored", "scored", "h2o"]
-BITS = [4, 8, 16]
+BITS = [16, *CODECS]
 CPU = torch.device("cpu")
 
 
@@ -29,6 +32,15 @@ def specs(draw: st.DrawFn) -> HeadSpec:
         draw(st.sampled_from(POLICIES)), capacity, sink, draw(st.integers(1, capacity - sink)),
         draw(st.sampled_from(BITS)), draw(st.sampled_from(BITS)),
     )  # fmt: skip
+
+
+def fitting(heads: list[HeadSpec], head_dim: int) -> list[HeadSpec]:
+    """The same heads, of codecs those that can store this many elements."""
+
+    def own(bits: int) -> int:
+        return bits if bits == 16 or codec_of(bits).fits(head_dim) else 8
+
+    return [replace(head, k_bits=own(head.k_bits), v_bits=own(head.v_bits)) for head in heads]
 
 
 def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int) -> list[Buffers]:
@@ -52,7 +64,7 @@ def test_append(
 ) -> None:
     """In C where there is a compiler, and through torch."""
     generator = torch.Generator().manual_seed(seed)
-    layout, batch = LayerLayout.from_heads(heads), len(lengths)
+    layout, batch = LayerLayout.from_heads(fitting(heads, head_dim)), len(lengths)
     empty = sides(layout, head_dim, dtype, batch)
     before = torch.randint(-3, 3, (batch, layout.scored_slots), generator=generator).half()  # with ties
     operations = (append_reference.append, append, append_dense.append)
@@ -149,7 +161,7 @@ def test_compact(
 ) -> None:
     """Prompts of all lengths side by side, padded on the left."""
     generator = torch.Generator().manual_seed(seed)
-    layout, batch, columns = LayerLayout.from_heads(heads), len(lengths), max(1, *lengths)
+    layout, batch, columns = LayerLayout.from_heads(fitting(heads, head_dim)), len(lengths), max(1, *lengths)
     transform = transform_of(layout, head_dim, generator) if transformed else None
     ours = sides(layout, head_dim, dtype, batch)
     theirs = copy.deepcopy(ours)
@@ -181,16 +193,21 @@ def check_slots(one: Buffers, two: Buffers, cls: HeadClass, b: int, filled: int)
     for a, c in zip(one.views(cls), two.views(cls), strict=True):
         a, c = a[b, :, :filled], c[b, :, :filled]
         if a.dtype == torch.uint8:
-            bits = one.places[cls.start].codec
-            low = torch.tensor(15, dtype=torch.uint8) if bits == 4 else torch.tensor(255, dtype=torch.uint8)
-            parts = [(a & low, c & low), (a >> 4, c >> 4)] if bits == 4 else [(a, c)]
-            assert all((x.int() - y.int()).abs().max() <= 1 for x, y in parts)
-            assert (a != c).float().mean() < 0.05
+            ours, theirs = (unpacked(x, one.places[cls.start].codec, one.head_dim) for x in (a, c))
+            assert (ours - theirs).abs().max() <= 1
+            assert (ours != theirs).float().mean() < 0.05
         else:
             torch.testing.assert_close(a, c, atol=0, rtol=2e-3 if a.dtype == torch.float16 else 0)
     anchors = one.anchor(cls), two.anchor(cls)
     if anchors[0] is not None and anchors[1] is not None:
         torch.testing.assert_close(anchors[0][b], anchors[1][b], atol=1e-5, rtol=1e-2)
+
+
+def unpacked(codes: torch.Tensor, codec: int, head_dim: int) -> torch.Tensor:
+    """Codes of all elements, int32; of fp8 the bytes, neighbouring numbers of which are neighbours."""
+    groups = codec_of(codec).split(head_dim)
+    parts = [unpack(codes[..., g.byte : g.byte + g.size * g.bits // 8], g.bits) for g in groups]
+    return torch.cat(parts, dim=-1).int()
 
 
 def test_compact_refuses_shapes_that_do_not_fit() -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from kvcompile.artifacts import anchor_bytes, slot_bytes
 from kvcompile.kernels import Buffers, HeadClass, HeadSpec, LayerLayout, compact
+from kvcompile.kernels.codecs import CODECS, codec_of
+from kvcompile.kernels.regions import starts, units
 
 
 def test_equal_neighbours_form_a_class() -> None:
@@ -24,7 +26,9 @@ def test_equal_neighbours_form_a_class() -> None:
 
 @given(
     heads=st.lists(
-        st.tuples(st.integers(1, 7), st.sampled_from([4, 8, 16]), st.sampled_from([4, 8, 16])), min_size=1, max_size=5
+        st.tuples(st.integers(1, 7), st.sampled_from([16, *CODECS]), st.sampled_from([16, *CODECS])),
+        min_size=1,
+        max_size=5,
     ),
     head_dim=st.sampled_from([2, 8, 16, 64, 96, 128]),
     batch=st.integers(1, 3),
@@ -32,6 +36,7 @@ def test_equal_neighbours_form_a_class() -> None:
 def test_a_store_takes_the_bytes_that_the_format_counts(
     heads: list[tuple[int, int, int]], head_dim: int, batch: int
 ) -> None:
+    heads = [(n, *(b if b == 16 or codec_of(b).fits(head_dim) else 8 for b in bits)) for n, *bits in heads]
     specs = [HeadSpec("recent", capacity, min(4, capacity - 1), 1, k, v) for capacity, k, v in heads]
     layout = LayerLayout.from_heads(specs)
     stores = [
@@ -53,8 +58,7 @@ def test_views_cover_the_store_without_a_copy() -> None:
         for view in store.views(cls):
             view.fill_(1)
     assert store.exact.shape == (2, 10, 4)
-    assert store.codes[8].shape == (2, 3, 4)
-    assert store.codes[4].shape == (2, 0, 2)
+    assert [part.shape for part in store.parts(8)] == [(2, 3, 4), (2, 3, 1)]
     assert all((tensor == 1).all() for tensor in store.tensors())
 
 
@@ -102,3 +106,23 @@ def test_a_view_of_one_class_in_a_batch_is_writable(count: int) -> None:
     store.views(layout.classes[0])[0][1, count - 1, 2] = 7
     assert store.exact[1, (count - 1) * 4 + 2].tolist() == [7.0, 7.0]
     assert store.exact.count_nonzero() == 2
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_regions_begin_at_multiples_of_what_their_rows_are_multiples_of(head_dim: int) -> None:
+    """And the next sequence at what all of them are: the kernels rely on both."""
+    fitting = [id for id, codec in CODECS.items() if codec.fits(head_dim)]
+    layout = LayerLayout.from_heads([HeadSpec("recent", 3 + 2 * i, 1, 2, id, id) for i, id in enumerate(fitting)])
+    store = Buffers(layout, fitting, head_dim, torch.float16, torch.device("cpu"), 3)
+    own = units(fitting, head_dim)
+    ends = {"codes": 0, "scales": 0}
+    for name, size in (("codes", "code_bytes"), ("scales", "groups")):
+        for region in sorted(store.regions.values(), key=lambda r: getattr(r, name)):
+            assert getattr(region, name) == ends[name], "nothing lies between two regions"
+            row = getattr(region, size)
+            assert ends[name] % (row & -row) == 0
+            ends[name] += region.rows * row
+        assert store.codes.stride(0) % own.codes == store.scales.stride(0) % own.scales == 0
+    assert (store.codes.shape[1], store.scales.shape[1]) == (ends["codes"], ends["scales"])
+    bits = [c.k_bits for c in layout.classes]
+    assert all(s.codes % own.codes == s.scales % own.scales == 0 for s in starts(layout, bits, head_dim))

@@ -20,8 +20,12 @@ from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, native, ragged_dec
 from kvcompile.kernels.ragged_decode import reference
 
 LAYOUT = LayerLayout.from_heads(
-    [HeadSpec("recent", 700, 4, 696), HeadSpec("scored", 33, 4, 8, 8, 4), HeadSpec("scored", 300, 4, 8, 4, 8)]
-)
+    [
+        HeadSpec("recent", 700, 4, 696), HeadSpec("scored", 33, 4, 8, 8, 4), HeadSpec("scored", 300, 4, 8, 4, 8),
+        HeadSpec("scored", 301, 4, 8, 67, 3), HeadSpec("scored", 71, 0, 8, 66, 2), HeadSpec("scored", 90, 1, 8, 65, 66),
+        HeadSpec("full", 259, 4, 8, 3, 67), HeadSpec("full", 9, 4, 5, 2, 65),
+    ]
+)  # fmt: skip
 NO_COMPILER = not any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="there is no C compiler")
 
@@ -49,7 +53,7 @@ def full_store(bits: str, batch: int, head_dim: int, dtype: torch.dtype) -> Buff
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 5, 7])
 def test_head_sizes(group: int, head_dim: int, dtype: torch.dtype) -> None:
     """Long enough for the threads to share a head; sharp enough that most weights are 0."""

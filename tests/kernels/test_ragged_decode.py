@@ -16,6 +16,15 @@ LAYOUTS = {
     "quantised": LayerLayout.from_heads(
         [HeadSpec("full", 31, 4, 27, 8, 4), HeadSpec("scored", 5, 4, 1, 4, 4), HeadSpec("recent", 9, 1, 8, 16, 8)]
     ),
+    "few bits": LayerLayout.from_heads(
+        [
+            HeadSpec("full", 31, 4, 27, 67, 3),
+            HeadSpec("scored", 5, 4, 1, 66, 2),
+            HeadSpec("recent", 9, 1, 8, 65, 2),
+            HeadSpec("scored", 12, 0, 3, 4, 3),
+            HeadSpec("scored", 1, 0, 1, 3, 65),
+        ]
+    ),
     "window": LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7),
 }
 TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}

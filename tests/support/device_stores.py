@@ -39,6 +39,5 @@ def on_cpu(stored: Buffers) -> Buffers:
     """A copy for the reference."""
     copied = copy.deepcopy(stored)
     copied.exact, copied.anchors = copied.exact.cpu(), copied.anchors.cpu()
-    copied.codes = {id: t.cpu() for id, t in copied.codes.items()}
-    copied.scales = {id: t.cpu() for id, t in copied.scales.items()}
+    copied.codes, copied.scales = copied.codes.cpu(), copied.scales.cpu()
     return copied

@@ -1,3 +1,3 @@
-"""int4 in C: `native/ragged.c` knows the codec by this constant, which is set to its id when it is compiled."""
+"""int4 in C: `native/codecs.h` knows the codec by this constant, which is set to its id when it is compiled."""
 
 CONSTANT = "KVC_INT4"

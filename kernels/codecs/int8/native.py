@@ -1,3 +1,3 @@
-"""int8 in C: `native/ragged.c` knows the codec by this constant, which is set to its id when it is compiled."""
+"""int8 in C: `native/codecs.h` knows the codec by this constant, which is set to its id when it is compiled."""
 
 CONSTANT = "KVC_INT8"

@@ -9,11 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, head_table, in_order, tensors
-from kvcompile.kernels.arguments import rows as side_rows
+from kvcompile.kernels.arguments import groups, head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
-from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.layout import EXACT, LayerLayout
 from kvcompile.kernels.ragged_decode.occupancy import resident
 from kvcompile.kernels.ragged_decode.triton.join import FAN
 from kvcompile.kernels.ragged_decode.triton.scan import CODECS, _decode
@@ -38,6 +37,12 @@ def pairs_of(layout: LayerLayout) -> int:
     return sum(1 << pair for pair in pairs)
 
 
+def _codecs(pairs: int) -> tuple[set[int], set[int]]:
+    """Codecs of the keys, and of the values, in these pairs."""
+    found = [pair for pair in range(9) if pairs >> pair & 1]
+    return {CODECS[pair // 3] for pair in found} - {EXACT}, {CODECS[pair % 3] for pair in found} - {EXACT}
+
+
 def constants(
     head_dim: int, pairs: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
     masked: bool = False,
@@ -54,6 +59,7 @@ def constants(
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
         "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked,
+        **unit_sizes(_codecs(pairs), head_dim),
     }  # fmt: skip
     return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
 
@@ -94,7 +100,7 @@ def ragged_decode(
     def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
         return (
             query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values),
-            *side_rows(keys), *side_rows(values), scaling, heads, used, length, int(new_keys is None),
+            *steps(keys), *steps(values), scaling, heads, used, length, int(new_keys is None),
         )  # fmt: skip
 
     with on_device(device):
@@ -118,7 +124,7 @@ def _tables(
 ) -> _Tables:
     work = work_list(layout, head_dim, exact.itemsize * 8, programs, chosen.block, chosen.most)
     items, ranges = (torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, work.heads))
-    return _Tables(items, ranges, head_table(layout, device))
+    return _Tables(items, ranges, head_table(layout, head_dim, device))
 
 
 def _done(layout: LayerLayout, batch: int, blocks: int, most: int, device: torch.device) -> torch.Tensor:

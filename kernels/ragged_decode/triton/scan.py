@@ -10,19 +10,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import SIZES
+from kvcompile.kernels.arguments import COLUMNS, SIZES
 from kvcompile.kernels.codecs.int4.triton import INT4
 from kvcompile.kernels.codecs.int8.triton import INT8
 from kvcompile.kernels.layout import EXACT as EXACT_ROWS
-from kvcompile.kernels.layout import HeadRow
 from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
-from kvcompile.kernels.tiles import columns
+from kvcompile.kernels.tiles import columns, of_head
 
-ROW = tl.constexpr(len(HeadRow._fields))
-CAPACITY, SINK, K_CODEC, K_ROW, K_ANCHOR, V_CODEC, V_ROW, V_ANCHOR = (
-    tl.constexpr(HeadRow._fields.index(name))
-    for name in ("capacity", "sink", "k_codec", "k_row", "k_anchor", "v_codec", "v_row", "v_anchor")
+ROW = tl.constexpr(len(COLUMNS))
+CAPACITY, SINK = (tl.constexpr(COLUMNS.index(name)) for name in ("capacity", "sink"))
+K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, V_SCALES = (
+    tl.constexpr(COLUMNS.index(f"{side}_{name}"))
+    for side in "kv"
+    for name in ("codec", "row", "anchor", "codes", "scales")
 )
 CODECS = (EXACT_ROWS, INT8.value, INT4.value)
 """In the order of `PAIRS`."""
@@ -101,29 +102,15 @@ def _codec(index):
     return CODECS[index]
 
 
-@triton.jit
-def _side(place, row, anchor, exact, codes8, scales8, codes4, scales4, rows, rows8, rows8s, rows4, rows4s,
-          CODEC: tl.constexpr, D: tl.constexpr, G: tl.constexpr):  # fmt: skip
-    """Where a head's vectors, codes, scales and the exact copy of slot 0 begin in this sequence."""
-    if CODEC == 0:
-        exact += (place * rows + row) * D
-        return exact, codes8, scales8, exact
-    elif CODEC == INT8:
-        return exact, codes8 + (place * rows8 + row) * D, scales8 + (place * rows8s + row) * G, anchor
-    else:
-        return exact, codes4 + (place * rows4 + row) * (D // 2), scales4 + (place * rows4s + row) * G, anchor
-
-
 @triton.jit(do_not_specialize=SIZES)
 def _decode(
     query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
-    k_exact, k_codes8, k_scales8, k_codes4, k_scales4, k_anchors,
-    v_exact, v_codes8, v_scales8, v_codes4, v_scales4, v_anchors,
-    k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, k_anchored,
-    v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, v_anchored,
+    k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
+    k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
     scale, num_heads, used, length, before,
-    PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
+    VS: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, R: tl.constexpr,
+    TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -148,21 +135,23 @@ def _decode(
         anchored = tl.load(row + SINK) > 0
         k_codec = tl.load(row + K_CODEC)
         v_codec = tl.load(row + V_CODEC)
-        k_row = tl.load(row + K_ROW).to(tl.int64)
-        v_row = tl.load(row + V_ROW).to(tl.int64)
         place = tl.load(places + b).to(tl.int64)
-        k_anchor = k_anchors + (place * k_anchored + tl.load(row + K_ANCHOR)) * D
-        v_anchor = v_anchors + (place * v_anchored + tl.load(row + V_ANCHOR)) * D
+        k_exact, k_codes, k_scales, k_anchors = of_head(
+            place, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
+            tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), tl.load(row + K_ANCHOR), D, KU, KS,
+        )  # fmt: skip
+        v_exact, v_codes, v_scales, v_anchors = of_head(
+            place, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
+            tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), tl.load(row + V_ANCHOR), D, VU, VS,
+        )  # fmt: skip
         for pair in tl.static_range(9):
             if (PAIRS >> pair) & 1:
                 if (k_codec == _codec(pair // 3)) & (v_codec == _codec(pair % 3)):
                     _scan(
                         tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D,
                         partial, stats,
-                        *_side(place, k_row, k_anchor, k_exact, k_codes8, k_scales8, k_codes4, k_scales4,
-                               k_rows, k_rows8, k_rows8s, k_rows4, k_rows4s, _codec(pair // 3), D, G),
-                        *_side(place, v_row, v_anchor, v_exact, v_codes8, v_scales8, v_codes4, v_scales4,
-                               v_rows, v_rows8, v_rows8s, v_rows4, v_rows4s, _codec(pair % 3), D, G),
+                        k_exact, k_codes, k_scales, k_exact if _codec(pair // 3) == 0 else k_anchors,
+                        v_exact, v_codes, v_scales, v_exact if _codec(pair % 3) == 0 else v_anchors,
                         start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
                         _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, HALVES, STAGES,
                         WINDOW, EXACT, CODE,

@@ -56,27 +56,24 @@ def _page(artifact: Artifact, heads: Sequence[Sequence[int]]) -> tuple[int, int]
     """The bytes that one rank's buffers of a sequence take, and the number of which its page is a multiple."""
     head_dim, budgets, used = artifact.model.head_dim, artifact.budgets, 0
     exact = head_dim * DTYPE_BITS[artifact.target.dtype] // 8
-    rows = {exact}
     for layer, here in enumerate(heads):
-        buffers: Counter[tuple[str, int]] = Counter()
+        buffers: Counter[str] = Counter()
         for h in here:
             at = (layer, h)
             capacity, policy = int(budgets.capacity[at]), POLICIES[budgets.policy[at]]
-            buffers["scores", 0] += capacity * STATE_BYTES[policy]
+            buffers["scores"] += capacity * STATE_BYTES[policy]
             for side, table in (("key", budgets.k_bits), ("value", budgets.v_bits)):
                 bits = int(table[at])
                 if not is_quantised(bits):
-                    buffers[side, 0] += capacity * exact
+                    buffers[side] += capacity * exact
                     continue
                 codec = codec_of(bits)
-                code, scales = codec.code_bytes(head_dim), SCALE_BYTES * codec.groups(head_dim)
-                rows |= {code, scales}
-                buffers[f"{side} codes", bits] += capacity * code
-                buffers[f"{side} scales", bits] += capacity * scales
+                buffers[f"{side} codes"] += capacity * codec.code_bytes(head_dim)
+                buffers[f"{side} scales"] += capacity * SCALE_BYTES * codec.groups(head_dim)
                 if codec.needs_anchor and budgets.sink[at] > 0:
-                    buffers[f"{side} anchors", 0] += exact
+                    buffers[f"{side} anchors"] += exact
         used += sum(_up(size, ALIGN) for size in buffers.values())
-    return used, math.lcm(PAGE_ALIGN, *rows)
+    return used, math.lcm(PAGE_ALIGN, exact)
 
 
 def _up(size: int, step: int) -> int:
