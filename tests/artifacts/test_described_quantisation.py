@@ -29,7 +29,8 @@ def described():
 
 
 def test_every_codec_is_described():
-    versions = {codec.id: codec.format_version for codec in CODECS.values()}
+    # Version 0: codecs to compare with, which no file has.
+    versions = {codec.id: codec.format_version for codec in CODECS.values() if codec.format_version}
     rows = re.findall(r"^\| (\d+) \((\d)\) \| (\w+) \|", TEXT, re.MULTILINE)
     assert {int(id): int(version) for id, version, _ in rows} == {i: v for i, v in versions.items() if i != FP8}
     assert all(codec_of(int(id)).name == name for id, _, name in rows)

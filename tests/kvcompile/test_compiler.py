@@ -129,14 +129,17 @@ def test_a_cache_of_another_dtype(loaded) -> None:
         assert cache.nbytes == artifact.bytes.resident
 
 
+LEAST = 3 * 2 * (5 * ((4 + 2) + (2 + 2)) + 2 * 8 * 4)
+"""Bytes of three layers of two heads at five slots each: a key of 8 codes of 4 bits and a scale, a value of 8 codes of 2
+bits and a scale, and exact copies of the first token's."""
+
+
 def test_impossible_targets_are_refused_before_the_profile(loaded, monkeypatch) -> None:
     monkeypatch.setattr("kvcompile.profile.cached.measure", lambda *a, **k: pytest.fail("profiled in vain"))
-    # Five slots a head, of 2 x 8 codes of 4 bits, 2 scales and 1 score, and an exact copy of the first token.
-    least = 3 * 2 * (5 * 2 * (4 + 2) + 2 * 8 * 4)
-    with pytest.raises(TargetError, match=f"below the {least} bytes"):
-        build(loaded.model, loaded.tokenizer, **options(mem=str(least - 1)))
-    with pytest.raises(TargetError, match="no cache type 'int3'"):
-        build(loaded.model, loaded.tokenizer, **options(kv_dtype="int3"))
+    with pytest.raises(TargetError, match=f"below the {LEAST} bytes"):
+        build(loaded.model, loaded.tokenizer, **options(mem=str(LEAST - 1)))
+    with pytest.raises(TargetError, match="no cache type 'int5'"):
+        build(loaded.model, loaded.tokenizer, **options(kv_dtype="int5"))
     with pytest.raises(TargetError, match="at least 1"):
         build(loaded.model, loaded.tokenizer, **options(batch=0))
     with pytest.raises(TargetError, match="2 KV heads do not divide among 3 ranks"):
@@ -146,9 +149,9 @@ def test_impossible_targets_are_refused_before_the_profile(loaded, monkeypatch) 
 
 
 def test_the_least_target_is_met(loaded) -> None:
-    artifact = build(loaded.model, loaded.tokenizer, **options(mem=str(3 * 2 * (5 * 2 * (4 + 2) + 2 * 8 * 4))))
+    artifact = build(loaded.model, loaded.tokenizer, **options(mem=str(LEAST)))
     assert (artifact.budgets.capacity == 5).all()
-    assert (artifact.budgets.k_bits == 4).all()
+    assert (artifact.budgets.v_bits == 2).all()
     assert math.isfinite(artifact.predicted_loss)
 
 
