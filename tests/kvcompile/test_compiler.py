@@ -130,8 +130,8 @@ def test_a_cache_of_another_dtype(loaded) -> None:
 
 
 LEAST = 3 * 2 * (5 * ((4 + 2) + (2 + 2)) + 2 * 8 * 4)
-"""Bytes of three layers of two heads at five slots each: a key of 8 codes of 4 bits and a scale, a value of 8 codes of 2
-bits and a scale, and exact copies of the first token's."""
+"""Bytes of three layers of two heads at five slots each: a key of 8 codes of 4 bits and a scale, a value of 8 codes of
+2 bits and a scale, and exact copies of the first token's."""
 
 
 def test_impossible_targets_are_refused_before_the_profile(loaded, monkeypatch) -> None:
