@@ -22,8 +22,11 @@ from triton.compiler import ASTSource
 from kvcompile.kernels import machine_code
 from kvcompile.kernels.add_norm import triton as add_norm
 from kvcompile.kernels.append import triton as append
-from kvcompile.kernels.arguments import ORDER, groups, unit_sizes
+from kvcompile.kernels.arguments import unit_sizes
+from kvcompile.kernels.codecs import names
+from kvcompile.kernels.codecs.integers.triton.sets import codec_sets
 from kvcompile.kernels.compact import triton as compact
+from kvcompile.kernels.layout import EXACT
 from kvcompile.kernels.new_token import triton as new_token
 from kvcompile.kernels.ragged_decode import triton as ragged_decode
 from kvcompile.kernels.ragged_decode.tuning import entry
@@ -31,9 +34,13 @@ from kvcompile.kernels.restore import triton as restore
 from kvcompile.kernels.silu_mul import triton as silu_mul
 
 HEAD_DIMS = (64, 96, 128, 256)
-PAIRS = {"16/16": 1 << 0, "8/8": 1 << 4, "8/4": 1 << 5, "4/4": 1 << 8, "16/16 8/4 4/4": 1 << 0 | 1 << 5 | 1 << 8}
-EVERY = ([codec.id for codec in ORDER],) * 2
-"""Codecs of keys and of values in kernels that store."""
+PAIRS = (
+    "16/16", "8/8", "8/4", "4/4", "16/16 8/4 4/4", "4/3", "4/2", "mix3/4", "mix3/3", "mix2/3", "mix2/2", "mix1/2",
+    "4/4 4/3 mix3/3 mix2/2",
+)  # fmt: skip
+"""Of keys and values."""
+STORED = {"": ((8, 4), (8, 4)), ", few bits": ((8, 4, 67, 66, 65), (4, 3, 2))}
+"""Codecs of keys and of values in kernels that store, by a name."""
 VECTORS = {
     "query", "out", "new_keys", "new_values", "keys", "values", "qkv", "cos", "sin", "hidden", "output", "residual",
     "delta", "weight", "total", "gate_up",
@@ -70,18 +77,19 @@ def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Com
     for head_dim in head_dims:
         for name in PAIRS:
             yield decode(head_dim, name, arch)
-        storing = {**append.constants(head_dim, EVERY), "SCORES": True}
-        four, shape = {"num_warps": 4}, str(head_dim)
-        rows = {"GROUP": 7, "R": 16}
-        yield _compile(append._append, shape, arch, storing, {"num_warps": append.WARPS})
-        yield _compile(
-            compact._compact, shape, arch,
-            {**_sizes(head_dim), **unit_sizes(EVERY, head_dim), "N": compact.BLOCK, "TRANSFORMED": True},
-            {"num_warps": compact.WARPS, "num_stages": compact.STAGES},
-        )  # fmt: skip
-        step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
-        yield _compile(new_token._new_token, shape, arch, step, new_token.OPTIONS)
-        yield _compile(restore._restore, shape, arch, {**rows, "D": head_dim, "DP": _sizes(head_dim)["DP"]}, four)
+        four, rows = {"num_warps": 4}, {"GROUP": 7, "R": 16}
+        sizes = {"D": head_dim, "DP": triton.next_power_of_2(head_dim)}
+        for name, codecs in STORED.items():
+            shape, storing = f"{head_dim}{name}", {**append.constants(head_dim, codecs), "SCORES": True}
+            yield _compile(append._append, shape, arch, storing, {"num_warps": append.WARPS})
+            step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
+            yield _compile(new_token._new_token, shape, arch, step, new_token.OPTIONS)
+            cut = {**sizes, **unit_sizes(codecs, head_dim), **codec_sets(codecs)}
+            yield _compile(
+                compact._compact, shape, arch, {**cut, "N": compact.BLOCK, "TRANSFORMED": True},
+                compact.OPTIONS,
+            )  # fmt: skip
+        yield _compile(restore._restore, str(head_dim), arch, {**rows, **sizes}, four)
         if head_dim != 128 or arch != "sm_90":
             continue
         yield _compile(add_norm._add_norm, "4096", arch, {"ADDED": True, "BLOCK": 4096}, four)
@@ -96,8 +104,9 @@ def decode(
 ) -> Compiled:
     """`ragged_decode` for the pairs of codecs of this name, `used` queries of a head of which each asks `length` new
     tokens."""
-    chosen = entry(head_dim, exact, PAIRS[name])
-    fixed, options = ragged_decode.constants(head_dim, PAIRS[name], 0, exact, chosen, new=length > 1)
+    pairs = ragged_decode.pairs_of((_id(k), _id(v)) for k, v in (pair.split("/") for pair in name.split()))
+    chosen = entry(head_dim, exact, pairs)
+    fixed, options = ragged_decode.constants(head_dim, pairs, 0, exact, chosen, new=length > 1)
     shape = f"{head_dim}, {name}, {used} rows, {str(exact).removeprefix('torch.')}"
     found = _compile(ragged_decode._decode, shape, arch, fixed, options, exact)
     if found.stack:  # as when it is launched
@@ -106,11 +115,9 @@ def decode(
     return found
 
 
-def _sizes(head_dim: int) -> dict[str, int]:
-    part = head_dim // groups(head_dim)
-    padded = triton.next_power_of_2
-    count = groups(head_dim)
-    return {"D": head_dim, "DP": padded(head_dim), "G": count, "P8": padded(part), "P4": max(16, padded(part // 2))}
+def _id(name: str) -> int:
+    """A codec's id by its name or bits, EXACT for 16."""
+    return EXACT if name == "16" else names().get(name) or int(name)
 
 
 def _type(name: str, exact: torch.dtype) -> str:

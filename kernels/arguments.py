@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcompile.kernels.codecs import Codec
-from kvcompile.kernels.codecs.int4 import CODEC as INT4
-from kvcompile.kernels.codecs.int8 import CODEC as INT8
+from kvcompile.kernels.codecs import CODECS, Codec
 from kvcompile.kernels.layout import HeadRow
 from kvcompile.kernels.regions import starts, units
 
@@ -17,8 +15,8 @@ if TYPE_CHECKING:
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.layout import LayerLayout
 
-ORDER: tuple[Codec, ...] = (INT8, INT4)
-"""The codecs that these kernels know; layers with others go through torch (`dispatch.knows`)."""
+ORDER: tuple[Codec, ...] = tuple(codec for codec in CODECS.values() if codec.has("triton"))
+"""The codecs that the kernels in Triton know; layers with others go through torch (`dispatch.knows`)."""
 
 FIELDS = ("exact", "codes", "scales", "anchors")
 """Names of `tensors`, without the prefix of a side."""
@@ -76,8 +74,3 @@ def in_order(layout: LayerLayout, batch: int, device: torch.device) -> torch.Ten
         layout.memo[key] = torch.arange(batch, dtype=torch.int32, device=device)
     places: torch.Tensor = layout.memo[key]
     return places
-
-
-def groups(head_dim: int) -> int:
-    """Groups of a quantised vector, which are the same for all codecs in `ORDER`."""
-    return ORDER[0].groups(head_dim)

@@ -21,24 +21,23 @@ def columns(base, rows, used, STEP: tl.constexpr, COUNT: tl.constexpr, PADDED: t
 
 
 @triton.jit
-def transformed(prompt, token, valid, matrix, mean, first, STEP: tl.constexpr, COUNT: tl.constexpr, P: tl.constexpr,
-                D: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr):  # fmt: skip
-    """Elements first, first + STEP, ... of y = T (x - mean) for the tokens' vectors x (of x itself where nothing is
-    TRANSFORMED): f32 [slots, P]."""
-    e = tl.arange(0, P)
+def transformed(prompt, token, valid, matrix, mean, e, needed, D: tl.constexpr, N: tl.constexpr,
+                TRANSFORMED: tl.constexpr):  # fmt: skip
+    """Elements `e`, as far as `needed`, of y = T (x - mean) for the tokens' vectors x (of x itself where nothing is
+    TRANSFORMED): f32 [slots, elements]."""
     if TRANSFORMED:
-        total = tl.zeros([N, P], tl.float32)
+        total = tl.zeros([N, e.shape[0]], tl.float32)
         for start in range(0, D, 32):
             d = start + tl.arange(0, 32)
             inside = valid[:, None] & (d < D)[None, :]
             x = tl.load(prompt + token[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
             x = tl.where(inside, x - tl.load(mean + d, mask=d < D, other=0.0)[None, :], 0.0)
-            rows = (e < COUNT)[None, :] & (d < D)[:, None]
-            part = tl.load(matrix + (first + e * STEP)[None, :] * D + d[:, None], mask=rows, other=0.0)
+            rows = needed[None, :] & (d < D)[:, None]
+            part = tl.load(matrix + e[None, :] * D + d[:, None], mask=rows, other=0.0)
             total += tl.dot(x, part, input_precision="tf32x3")  # three products that give float32's precision
         return total
-    mask = valid[:, None] & (e < COUNT)[None, :]
-    return tl.load(prompt + token[:, None] * D + (first + e * STEP)[None, :], mask=mask, other=0.0).to(tl.float32)
+    mask = valid[:, None] & needed[None, :]
+    return tl.load(prompt + token[:, None] * D + e[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

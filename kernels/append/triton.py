@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import COLUMNS, SIZES, groups, head_table, in_order, steps, tensors, unit_sizes
+from kvcompile.kernels.arguments import COLUMNS, SIZES, head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
-from kvcompile.kernels.codecs.int4.triton import put4
-from kvcompile.kernels.codecs.int8.triton import INT8, put8
+from kvcompile.kernels.codecs.integers.triton.sets import codec_at, codec_count, codec_sets
+from kvcompile.kernels.codecs.integers.triton.storing import copy, move, put
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
@@ -33,39 +33,27 @@ OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
 
 
 @triton.jit
-def _put(x, exact, codes, scales, anchor, codec, slot, anchored, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
-         P8: tl.constexpr, P4: tl.constexpr):  # fmt: skip
+def _put(x, exact, codes, scales, anchor, codec, slot, anchored, CODECS: tl.constexpr, D: tl.constexpr,
+         DP: tl.constexpr):  # fmt: skip
     """Store the vector at `x` in its slot, in the head's codec; and exactly where it is `anchored`."""
     d = tl.arange(0, DP)
     if anchored:
         tl.store(anchor + d, tl.load(x + d, mask=d < D).to(anchor.dtype.element_ty), mask=d < D)
     if codec == 0:
         tl.store(exact + slot * D + d, tl.load(x + d, mask=d < D).to(exact.dtype.element_ty), mask=d < D)
-    elif codec == INT8:
-        put8(x, codes + slot * D, scales + slot * G, D, G, P8)
-    else:
-        put4(x, codes + slot * (D // 2), scales + slot * G, D, G, P4)
+    for i in tl.static_range(codec_count(CODECS)):
+        if codec == codec_at(CODECS, i):
+            put(x, codes, scales, slot, codec_at(CODECS, i), D)
 
 
 @triton.jit
-def _copy(at, step, COUNT: tl.constexpr, PADDED: tl.constexpr):
-    """What is at `at` to the same place `step` further on."""
-    i = tl.arange(0, PADDED)
-    tl.store(at + step + i, tl.load(at + i, mask=i < COUNT), mask=i < COUNT)
-
-
-@triton.jit
-def _move(exact, codes, scales, codec, slot, step, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
-          GP: tl.constexpr):  # fmt: skip
+def _move(exact, codes, scales, codec, slot, step, CODECS: tl.constexpr, D: tl.constexpr):
     """Copy what is in a slot to the one `step` slots on."""
     if codec == 0:
-        _copy(exact + slot * D, step * D, D, DP)
-    elif codec == INT8:
-        _copy(codes + slot * D, step * D, D, DP)
-        _copy(scales + slot * G, step * G, G, GP)
-    else:
-        _copy(codes + slot * (D // 2), step * (D // 2), D // 2, DP)
-        _copy(scales + slot * G, step * G, G, GP)
+        copy(exact + slot * D, step * D, D)
+    for i in tl.static_range(codec_count(CODECS)):
+        if codec == codec_at(CODECS, i):
+            move(codes, scales, slot, step, codec_at(CODECS, i), D)
 
 
 @triton.jit
@@ -90,8 +78,7 @@ def store_token(
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
     D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    SCORES: tl.constexpr, BLOCK: tl.constexpr,
+    K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's new token of sequence b: the vectors at `new_key` and `new_value`, and `score`, a number."""
     row = heads + h * ROW
@@ -121,14 +108,14 @@ def store_token(
             tl.debug_barrier()  # all have read before anything is written
             if leaving > worst:
                 step = (victim - slot).to(tl.int64)
-                _move(k_exact, k_codes, k_scales, k_codec, at, step, D, DP, G, GP)
-                _move(v_exact, v_codes, v_scales, v_codec, at, step, D, DP, G, GP)
+                _move(k_exact, k_codes, k_scales, k_codec, at, step, K_CODECS, D)
+                _move(v_exact, v_codes, v_scales, v_codec, at, step, V_CODECS, D)
                 tl.store(held + victim, leaving.to(tl.float16))
             tl.debug_barrier()  # the row has been copied before it is overwritten
             tl.store(held + slot, score.to(tl.float16))
     first = slot == 0  # token 0, where the head has sinks
-    _put(new_key, k_exact, k_codes, k_scales, k_anchors, k_codec, at, first & (k_anchor >= 0), D, DP, G, P8, P4)
-    _put(new_value, v_exact, v_codes, v_scales, v_anchors, v_codec, at, first & (v_anchor >= 0), D, DP, G, P8, P4)
+    _put(new_key, k_exact, k_codes, k_scales, k_anchors, k_codec, at, first & (k_anchor >= 0), K_CODECS, D, DP)
+    _put(new_value, v_exact, v_codes, v_scales, v_anchors, v_codec, at, first & (v_anchor >= 0), V_CODECS, D, DP)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
@@ -137,8 +124,7 @@ def _append(
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
     D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
-    G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    SCORES: tl.constexpr, BLOCK: tl.constexpr,
+    K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence). `SCORES`: the layer has heads that keep them."""
     h = tl.program_id(0)
@@ -151,7 +137,7 @@ def _append(
         tl.load(score + which).to(tl.float32), scores,
         k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
         k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-        D, DP, KU, KS, VU, VS, G, GP, P8, P4, SCORES, BLOCK,
+        D, DP, KU, KS, VU, VS, K_CODECS, V_CODECS, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -183,9 +169,5 @@ def append(
 
 def constants(head_dim: int, codecs: Sequence[Iterable[int]]) -> dict[str, int]:
     """Sizes that the kernel is compiled with, for keys and values in these codecs."""
-    count = groups(head_dim)
-    return {
-        "D": head_dim, "DP": triton.next_power_of_2(head_dim), "G": count, "GP": triton.next_power_of_2(count),
-        "P8": triton.next_power_of_2(head_dim // count),
-        "P4": triton.next_power_of_2(max(head_dim // count // 2, 1)), "BLOCK": BLOCK, **unit_sizes(codecs, head_dim),
-    }  # fmt: skip
+    found = {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BLOCK": BLOCK}
+    return found | unit_sizes(codecs, head_dim) | codec_sets(codecs)

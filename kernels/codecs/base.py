@@ -108,11 +108,16 @@ class Codec:
 
 @cache
 def _split(codec: Codec, head_dim: int) -> tuple[Group, ...]:
+    return split(codec.sections or ((codec.bits, EIGHTHS),), codec.group, head_dim)
+
+
+def split(sections: tuple[tuple[int, int], ...], group: int, head_dim: int) -> tuple[Group, ...]:
+    """The groups of a vector of these sections, of which a scale serves at most `group` elements."""
     found: list[Group] = []
-    start = byte = 0
-    for bits, eighths in codec.sections or ((codec.bits, EIGHTHS),):
+    start, byte = 0, 0
+    for bits, eighths in sections:
         elements = head_dim * eighths // EIGHTHS
-        count = -(-elements // codec.group)
+        count = -(-elements // group)
         for _ in range(count):
             size = elements // count
             found.append(Group(bits, start, size, byte))

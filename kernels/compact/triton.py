@@ -8,10 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import COLUMNS, SIZES, groups, head_table, steps, tensors, unit_sizes
+from kvcompile.kernels.arguments import COLUMNS, SIZES, head_table, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
-from kvcompile.kernels.codecs.int4.triton import fill4
-from kvcompile.kernels.codecs.int8.triton import INT8, fill8
+from kvcompile.kernels.codecs.integers.triton.sets import codec_at, codec_count, codec_sets
+from kvcompile.kernels.codecs.integers.triton.storing import fill
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.tiles import of_head
@@ -24,14 +24,15 @@ K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, 
     for side in "kv"
     for name in ("codec", "row", "anchor", "codes", "scales")
 )
-BLOCK, WARPS, STAGES = 16, 4, 2
+BLOCK = 16
 """Slots of a program; more of them, or more stages, and registers spill at head size 96."""
+OPTIONS = {"num_warps": 4, "num_stages": 2, "maxnreg": 255}
+"""Left alone, the compiler spills a register to fit one program more on a processor."""
 
 
 @triton.jit
-def _fill(prompt, matrix, mean, exact, codes, scales, anchor, codec, anchored, token, slot, valid, D: tl.constexpr,
-          DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr,
-          TRANSFORMED: tl.constexpr):  # fmt: skip
+def _fill(prompt, matrix, mean, exact, codes, scales, anchor, codec, anchored, token, slot, valid, CODECS: tl.constexpr,
+          D: tl.constexpr, DP: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr):  # fmt: skip
     """One side of a block of slots."""
     if codec == 0:
         d = tl.arange(0, DP)
@@ -40,10 +41,10 @@ def _fill(prompt, matrix, mean, exact, codes, scales, anchor, codec, anchored, t
         tl.store(exact + slot[:, None].to(tl.int64) * D + d[None, :], vectors.to(exact.dtype.element_ty), mask=inside)
     else:
         first = valid & (slot == 0) & anchored
-        if codec == INT8:
-            fill8(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first, D, G, P8, N, TRANSFORMED)
-        else:
-            fill4(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first, D, G, P4, N, TRANSFORMED)
+        for i in tl.static_range(codec_count(CODECS)):
+            if codec == codec_at(CODECS, i):
+                fill(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first, codec_at(CODECS, i), D, N,
+                     TRANSFORMED)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "slots", "count"])
@@ -53,7 +54,7 @@ def _compact(
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
     slots, count, k_sequence, k_head, k_token, v_sequence, v_head, v_token,
     D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
-    G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr,
+    K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, N: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
     """Program (block of slots, head, sequence). A sequence has `slots` slots in `tokens`, and its prompt `count`
     columns; `k_sequence`, `k_head` and `k_token` are rows from one sequence, head and token to the next."""
@@ -70,14 +71,14 @@ def _compact(
     _fill(keys + (b * k_sequence + h * k_head) * D, k_matrix + h * D * D, k_mean + h * D,
           *of_head(b, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
                    tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), k_anchor, D, KU, KS),
-          tl.load(row + K_CODEC), k_anchor >= 0, token * k_token, slot, valid, D, DP, G, P8, P4, N,
+          tl.load(row + K_CODEC), k_anchor >= 0, token * k_token, slot, valid, K_CODECS, D, DP, N,
           TRANSFORMED)  # fmt: skip
     # Where values go is worked out here, and not before: registers are scarce in what fills keys.
     v_anchor = tl.load(row + V_ANCHOR)
     _fill(values + (b * v_sequence + h * v_head) * D, v_matrix + h * D * D, v_mean + h * D,
           *of_head(b, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
                    tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), v_anchor, D, VU, VS),
-          tl.load(row + V_CODEC), v_anchor >= 0, token * v_token, slot, valid, D, DP, G, P8, P4, N,
+          tl.load(row + V_CODEC), v_anchor >= 0, token * v_token, slot, valid, V_CODECS, D, DP, N,
           TRANSFORMED)  # fmt: skip
 
 
@@ -105,18 +106,14 @@ def compact(
     matrices = (new_keys,) * 4  # never read
     if transform is not None:
         matrices = (transform.key, transform.key_mean, transform.value, transform.value_mean)
-    parts = groups(head_dim)
     most = min(max(cls.capacity for cls in layout.classes), count)
     with on_device(device):
         _compact[(triton.cdiv(most, BLOCK), heads, batch)](
             head_table(layout, head_dim, device), places, seen, new_keys, new_values, *matrices,
             *tensors(keys), *tensors(values), *steps(keys), *steps(values), layout.slots, count,
             *(step // head_dim for new in (new_keys, new_values) for step in new.stride()[:3]),
-            D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), G=parts,
-            P8=max(16, triton.next_power_of_2(head_dim // parts)),
-            P4=max(16, triton.next_power_of_2(head_dim // parts // 2)), N=BLOCK,
-            TRANSFORMED=transform is not None, **unit_sizes(layout.side_codecs, head_dim),
-            num_warps=WARPS, num_stages=STAGES,
+            D=head_dim, DP=max(16, triton.next_power_of_2(head_dim)), N=BLOCK, TRANSFORMED=transform is not None,
+            **unit_sizes(layout.side_codecs, head_dim), **codec_sets(layout.side_codecs), **OPTIONS,
         )  # fmt: skip
 
 

@@ -110,8 +110,8 @@ def _new_token(
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
     GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr,
-    VU: tl.constexpr, VS: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr,
-    SCORES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr,
+    VU: tl.constexpr, VS: tl.constexpr, K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence); `size` elements of `hidden` a sequence."""
     h = tl.program_id(0)
@@ -150,7 +150,7 @@ def _new_token(
         b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D, score, scores,
         k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
         k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-        D, DP, KU, KS, VU, VS, G, GP, P8, P4, SCORES, BLOCK,
+        D, DP, KU, KS, VU, VS, K_CODECS, V_CODECS, SCORES, BLOCK,
     )  # fmt: skip
 
 

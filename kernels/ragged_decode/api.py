@@ -96,6 +96,6 @@ def _mask(pad: torch.Tensor, length: int) -> torch.Tensor:
 
 
 def _whole_words(head_dim: int, layout: LayerLayout) -> bool:
-    """Whether the codes of a group fill whole 16 bits, in which the kernel reads them."""
-    codecs = [codec_of(id) for id in layout.codecs]
-    return all(codec.code_bytes(head_dim) // codec.groups(head_dim) % 2 == 0 for codec in codecs)
+    """Whether the codes of a group fill whole 16 bits, in which the kernel reads them; of 3 bits, the high ones too."""
+    groups = [group for id in layout.codecs for group in codec_of(id).split(head_dim)]
+    return all(g.size % 16 == 0 if g.bits == 3 else g.size * g.bits % 16 == 0 for g in groups)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvcompile.kernels.ragged_decode.pairs import codecs_of
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -31,10 +33,14 @@ anyhow. In two halves, every part of the query has two products in a step; with 
 that product's registers anew in every step."""
 
 
+THREE = 3
+"""The id of int3."""
+
+
 def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
     """The line for a shape and for the `pairs` of codecs of a layer, as the bits of a number; float32 has fewer slots a
-    step, in one piece."""
-    table = ONE_PAIR if pairs.bit_count() == 1 else SEVERAL_PAIRS
+    step, in one piece. Values of 3 bits take the registers of several pairs."""
+    table = ONE_PAIR if pairs.bit_count() == 1 and THREE not in codecs_of(pairs)[1] else SEVERAL_PAIRS
     chosen = table[min(size for size in table if size >= head_dim)]
     return replace(chosen, block=max(16, chosen.block // 4), halves=1) if dtype == torch.float32 else chosen
 

@@ -13,12 +13,15 @@ from kvcompile.kernels.dispatch import knows, takes_kernels
 
 KNOWN = LayerLayout.from_heads([HeadSpec("recent", 9, 4, 5, 8, 4), HeadSpec("recent", 5, 4, 1)])
 MIXED = LayerLayout.from_heads([HeadSpec("recent", 9, 4, 5, 8, 4), HeadSpec("recent", 5, 4, 1, 16, 136)])
+FEW_BITS = LayerLayout.from_heads([HeadSpec("recent", 9, 4, 5, k, v) for k, v in ((67, 3), (66, 2), (65, 2))])
 
 
 def test_a_layer_with_a_codec_that_kernels_do_not_know_goes_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     for implementation in ("triton", "native", "onnx"):
         assert knows(implementation, KNOWN)
         assert not knows(implementation, MIXED)
+    for implementation in ("dense", "triton", "native"):
+        assert knows(implementation, FEW_BITS)
     assert knows("dense", MIXED)
     monkeypatch.delenv("KVCOMPILE_KERNELS", raising=False)
     assert not native.usable(torch.zeros(1), 64, MIXED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -39,11 +40,14 @@ def test_no_kernel_spills_and_shared_memory_is_enough(kernels: list[dict[str, An
 
 
 def test_quantised_heads_take_few_instructions(kernels: list[dict[str, Any]]) -> None:
-    """A warp's share of 64 slots of 128 elements, if there are four. An H200's processor issues at most 4 a cycle."""
+    """A warp's share of 64 slots, if there are four. An H200's processor issues at most 4 a cycle. Codes of 3 bits are
+    put together from two parts, and units of few codes leave a part of a product empty."""
     counts = {one["shape"]: one["instructions"] for one in kernels if one["kernel"] == "decode"}
-    judged = {shape: count for shape, count in counts.items() if shape.startswith("128") and "bfloat16" in shape}
-    assert len(judged) in (5, 8)
-    assert [shape for shape, count in judged.items() if not 0 < count <= 320] == []
+    judged = {shape: count for shape, count in counts.items() if "bfloat16" in shape}
+    assert len(judged) >= 13
+    few = re.compile(r"mix|/[23]\b")
+    most = {shape: 500 if few.search(shape) else 320 for shape in judged}
+    assert [shape for shape, count in judged.items() if not 0 < count <= most[shape]] == []
 
 
 def test_nothing_is_loaded_synchronously_in_the_loop(kernels: list[dict[str, Any]]) -> None:

@@ -27,6 +27,12 @@ EXACT = LayerLayout.from_heads([HeadSpec("recent", 7, 2, 3), HeadSpec("full", 20
 MIXED = LayerLayout.from_heads(
     [HeadSpec("scored", 9, 2, 3, 8, 4), HeadSpec("recent", 7, 1, 3, 16, 8), HeadSpec("scored", 12, 0, 4, 4, 16)]
 )
+FEW_BITS = LayerLayout.from_heads(
+    [
+        HeadSpec("scored", 9, 2, 3, 67, 3), HeadSpec("recent", 7, 1, 3, 66, 2), HeadSpec("scored", 12, 0, 4, 65, 3),
+        HeadSpec("scored", 11, 1, 4, 4, 66),
+    ]
+)  # fmt: skip
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -37,7 +43,7 @@ def transform_of(layout: LayerLayout, head_dim: int) -> Transform:
     """Identity for heads that are not quantised, as the runtime has it."""
     parts = []
     for name in ("k_bits", "v_bits"):
-        plain = torch.tensor([getattr(c, name) >= 16 for c in layout.classes for _ in range(c.count)])
+        plain = torch.tensor([getattr(c, name) == 16 for c in layout.classes for _ in range(c.count)])
         matrix = torch.eye(head_dim) + 0.1 * draw(layout.num_kv_heads, head_dim, head_dim, seed=len(name))
         mean = draw(layout.num_kv_heads, head_dim, seed=1)
         matrix[plain], mean[plain] = torch.eye(head_dim), 0
@@ -77,18 +83,18 @@ def one_step_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("group", "head_dim", "batch"), [(1, 16, 1), (5, 64, 3), (7, 96, 1), (8, 128, 1)])
 @pytest.mark.parametrize("normed", [False, True], ids=["", "norms"])
-@pytest.mark.parametrize("layout", [EXACT, MIXED], ids=["exact", "quantised"])
+@pytest.mark.parametrize("layout", [EXACT, MIXED, FEW_BITS], ids=["exact", "quantised", "few bits"])
 def test_new_token(
     layout: LayerLayout, normed: bool, group: int, head_dim: int, batch: int, dtype: torch.dtype
 ) -> None:
     """Queries and stores after some tokens of a longer text, more of it than the heads hold."""
     heads, d = layout.num_kv_heads, 40
-    transform = transform_of(layout, head_dim) if layout is MIXED else None
+    transform = None if layout is EXACT else transform_of(layout, head_dim)
     norms = HeadNorms(*(draw(head_dim, seed=i).to(DEVICE, dtype) for i in (1, 2)), 1e-5) if normed else None
-    scorer = LinearScorer(draw(heads, d).to(DEVICE), draw(heads).to(DEVICE)) if layout is MIXED else None
+    scorer = None if layout is EXACT else LinearScorer(draw(heads, d).to(DEVICE), draw(heads).to(DEVICE))
     stores = []
     for name in ("k_bits", "v_bits"):
-        stored = [getattr(c, name) if getattr(c, name) < 16 else dtype.itemsize * 8 for c in layout.classes]
+        stored = [getattr(c, name) if getattr(c, name) != 16 else dtype.itemsize * 8 for c in layout.classes]
         stores.append(Buffers(layout, stored, head_dim, dtype, DEVICE, batch))
     scores = torch.zeros(batch, layout.scored_slots, dtype=torch.float16, device=DEVICE)
     others, other_scores = copy.deepcopy(stores), scores.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_stores import DEVICE, QUANTISED, TOLERANCE, on_cpu, sides
+from device_stores import DEVICE, FEW_BITS, QUANTISED, TOLERANCE, on_cpu, sides
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
@@ -21,7 +21,7 @@ RAGGED = LayerLayout.from_heads(
     [HeadSpec("full", 130, 4, 27), HeadSpec("recent", 5, 4, 1), HeadSpec("snapkv", 71, 4, 6)]
 )
 WINDOW = LayerLayout.from_heads([HeadSpec("recent", 7, 0, 7)] * 2, window=7)
-LAYOUTS = {"one": ONE, "ragged": RAGGED, "quantised": QUANTISED, "window": WINDOW}
+LAYOUTS = {"one": ONE, "ragged": RAGGED, "quantised": QUANTISED, "few bits": FEW_BITS, "window": WINDOW}
 LENGTHS = [[400], [2], [150, 3, 61]]
 LITTLE = Tuning(32, 2)
 """Items so small that a head has several and the last is shorter."""
@@ -35,6 +35,11 @@ def test_ragged_decode(
     layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype
 ) -> None:
     decoded_as_by_the_reference(layout, head_dim, seen, group, length, dtype)
+
+
+def test_groups_of_no_power_of_two() -> None:
+    layout = LayerLayout.from_heads([HeadSpec("scored", 75, 4, 27, 67, 2), HeadSpec("scored", 9, 2, 5, 66, 2)])
+    decoded_as_by_the_reference(layout, 80, [150, 3, 61], 7, 1, torch.float16)
 
 
 @pytest.mark.parametrize("layout", [QUANTISED, WINDOW], ids=["quantised", "window"])
@@ -81,7 +86,7 @@ def decoded_as_by_the_reference(
 
 
 @pytest.mark.parametrize("sink", [0, 1], ids=["no anchor", "anchor"])
-@pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (4, 8), (8, 4)], ids=str)
+@pytest.mark.parametrize("bits", [(16, 16), (8, 8), (4, 4), (4, 8), (8, 4), (67, 3), (66, 2)], ids=str)
 def test_many_tokens_beside_a_heavy_one_are_not_lost(bits: tuple[int, int], sink: int) -> None:
     """One item of 8,192 slots, whose first token draws 98 % of the attention and has a value of almost nothing, as
     sinks have: the output is what the others add up to, each with a weight of 2.4e-6."""

@@ -6,10 +6,11 @@ import random
 
 import pytest
 import torch
-from device_stores import DEVICE, QUANTISED, TOLERANCE, on_cpu, sides
+from device_stores import DEVICE, FEW_BITS, QUANTISED, TOLERANCE, on_cpu, sides
 
 from kvcompile.kernels import HeadSpec, LayerLayout, Transform
 from kvcompile.kernels.append import reference as append_reference
+from kvcompile.kernels.arguments import ORDER
 from kvcompile.kernels.compact import reference as compact_reference
 from kvcompile.runtime.cut import kept_columns
 from kvcompile.runtime.pages import PageLayout
@@ -19,18 +20,19 @@ from kvcompile.kernels.append import triton as append_kernel
 from kvcompile.kernels.compact import triton as compact_kernel
 
 
-@pytest.mark.parametrize("trial", range(16))
+@pytest.mark.parametrize("trial", range(24))
 def test_append_and_compact(trial: int) -> None:
     rng, generator = random.Random(trial), torch.Generator().manual_seed(trial)
+    head_dim, dtype = rng.choice([16, 64, 80, 96, 128]), rng.choice(list(TOLERANCE))
+    known = [16, *(codec.id for codec in ORDER if codec.fits(head_dim))]
     heads = []
     for _ in range(rng.randint(1, 4)):
         capacity = rng.randint(1, 12)
         sink = rng.randint(0, min(4, capacity - 1))
         policy = rng.choice(["full", "recent", "snapkv", "scored", "scored", "h2o"])
-        bits = rng.choice([4, 8, 16]), rng.choice([4, 8, 16])
+        bits = rng.choice(known), rng.choice(known)
         heads.append(HeadSpec(policy, capacity, sink, rng.randint(1, capacity - sink), *bits))
     layout = LayerLayout.from_heads(heads)
-    head_dim, dtype = rng.choice([16, 64, 96, 128]), rng.choice(list(TOLERANCE))
     lengths = [rng.randint(0, 20) for _ in range(rng.randint(1, 3))]
     ours = sides(layout, head_dim, dtype, len(lengths))
     scores = torch.randint(-3, 3, (len(lengths), layout.scored_slots), generator=generator).half()  # with ties
@@ -74,9 +76,10 @@ def test_append_and_compact(trial: int) -> None:
             assert (a.cpu() == b if a.dtype == torch.uint8 else close).float().mean() > 0.98
 
 
-def test_compact_in_pages() -> None:
+@pytest.mark.parametrize("layout", [QUANTISED, FEW_BITS], ids=["quantised", "few bits"])
+def test_compact_in_pages(layout: LayerLayout) -> None:
     """Sequences that lie further apart than they are long, and a prompt in a room for a longer one."""
-    layout, head_dim = QUANTISED, 64
+    head_dim = 64
     generator = torch.Generator().manual_seed(0)
     page = PageLayout.of([layout], head_dim, torch.float16)
     pool = torch.zeros(3, page.nbytes + 1024, dtype=torch.int8, device=DEVICE)[:, : page.nbytes]

@@ -18,6 +18,13 @@ QUANTISED = LayerLayout.from_heads(
         HeadSpec("scored", 40, 1, 8, 8, 8), HeadSpec("scored", 67, 2, 8, 4, 16),
     ]
 )  # fmt: skip
+FEW_BITS = LayerLayout.from_heads(
+    [
+        HeadSpec("full", 131, 4, 27, 67, 3), HeadSpec("scored", 5, 4, 1, 66, 2), HeadSpec("recent", 9, 0, 8, 65, 2),
+        HeadSpec("scored", 40, 1, 8, 4, 3), HeadSpec("scored", 67, 2, 8, 8, 2), HeadSpec("scored", 33, 1, 8, 3, 66),
+        HeadSpec("recent", 1, 0, 1, 2, 65), HeadSpec("scored", 36, 1, 8, 67, 67),
+    ]
+)  # fmt: skip
 
 
 def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, seed: int = 0) -> list[Buffers]:

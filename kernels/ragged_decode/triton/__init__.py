@@ -9,13 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import groups, head_table, in_order, steps, tensors, unit_sizes
+from kvcompile.kernels.arguments import head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
-from kvcompile.kernels.layout import EXACT, LayerLayout
+from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode.occupancy import resident
+from kvcompile.kernels.ragged_decode.pairs import codecs_of, pairs_of
 from kvcompile.kernels.ragged_decode.triton.join import FAN
-from kvcompile.kernels.ragged_decode.triton.scan import CODECS, _decode
+from kvcompile.kernels.ragged_decode.triton.scan import _decode
 from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
 from kvcompile.kernels.ragged_decode.work import work_list
 
@@ -31,35 +32,18 @@ class _Tables(NamedTuple):
     heads: torch.Tensor
 
 
-def pairs_of(layout: LayerLayout) -> int:
-    """The pairs of codecs in a layer, 3 * K + V in the order of `CODECS`, as the bits of a number."""
-    pairs = {3 * CODECS.index(row.k_codec) + CODECS.index(row.v_codec) for row in layout.rows}
-    return sum(1 << pair for pair in pairs)
-
-
-def _codecs(pairs: int) -> tuple[set[int], set[int]]:
-    """Codecs of the keys, and of the values, in these pairs."""
-    found = [pair for pair in range(9) if pairs >> pair & 1]
-    return {CODECS[pair // 3] for pair in found} - {EXACT}, {CODECS[pair % 3] for pair in found} - {EXACT}
-
-
 def constants(
     head_dim: int, pairs: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
     masked: bool = False,
 ) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
     """The constants that a launch is compiled with, and its warps and stages."""
-    size = head_dim // groups(head_dim)
-
-    def padded(count: int) -> int:
-        return max(16, triton.next_power_of_2(count))
-
     found = {
-        "PAIRS": pairs, "D": head_dim, "DP": padded(head_dim), "G": groups(head_dim), "P8": padded(size // 2),
-        "P4": padded(size // 4), "R": 8, "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
+        "PAIRS": pairs, "D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "R": 8,
+        "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
         "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked,
-        **unit_sizes(_codecs(pairs), head_dim),
+        **unit_sizes(codecs_of(pairs), head_dim),
     }  # fmt: skip
     return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
 
@@ -82,7 +66,7 @@ def ragged_decode(
     device, heads = query.device, layout.num_kv_heads
     used = num_heads // heads * length
     exact = keys.exact.dtype
-    pairs = pairs_of(layout)
+    pairs = pairs_of((row.k_codec, row.v_codec) for row in layout.rows)
     is_new = new_keys is not None and new_values is not None
     chosen = chosen or entry(head_dim, exact, pairs)
     fixed, options = constants(head_dim, pairs, layout.window, exact, chosen, is_new, new_mask is not None)

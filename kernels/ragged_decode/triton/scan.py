@@ -11,9 +11,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.arguments import COLUMNS, SIZES
-from kvcompile.kernels.codecs.int4.triton import INT4
-from kvcompile.kernels.codecs.int8.triton import INT8
-from kvcompile.kernels.layout import EXACT as EXACT_ROWS
+from kvcompile.kernels.ragged_decode.pairs import key_codec, pair_count, value_codec
 from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
 from kvcompile.kernels.tiles import columns, of_head
@@ -25,8 +23,6 @@ K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, 
     for side in "kv"
     for name in ("codec", "row", "anchor", "codes", "scales")
 )
-CODECS = (EXACT_ROWS, INT8.value, INT4.value)
-"""In the order of `PAIRS`."""
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -34,14 +30,12 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def _scan(
     rows, query, partial, stats, k_exact, k_codes, k_scales, k_first, v_exact, v_codes, v_scales, v_first,
     start, stop, capacity, anchored, seen, newest, scale, used, length,
-    KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, P8: tl.constexpr,
-    P4: tl.constexpr, R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
+    R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC
     and VC are the codecs of its keys and values."""
-    KP: tl.constexpr = P4 if KC == INT4 else P8
-    VP: tl.constexpr = P4 if VC == INT4 else P8
     KT: tl.constexpr = EXACT if KC == 0 else CODE
     VT: tl.constexpr = EXACT if VC == 0 else CODE
     m = tl.full([R], float("-inf"), tl.float32)
@@ -55,8 +49,8 @@ def _scan(
         m = tl.where(taken, logit, m)
         l = tl.where(taken, 1.0, l)
     most = m
-    parts, sums = asked(query, rows, used, KC, D, DP, G, KP, KT)
-    acc = first(v_first, taken, VC, D, DP, G, VP, R)
+    parts, sums = asked(query, rows, used, KC, D, DP, KT)
+    acc = first(v_first, taken, VC, D, DP, R)
     for i in tl.range(start, stop, HALVES * N, num_stages=STAGES):
         slots = ()
         valid = ()
@@ -64,7 +58,7 @@ def _scan(
         for half in tl.static_range(HALVES):
             slot = i + half * N + tl.arange(0, N)
             inside = slot < stop
-            one = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, inside, scale, KC, D, DP, G, KP, KT)
+            one = key_logits(parts, sums, k_exact, k_codes, k_scales, slot, inside, scale, KC, D, DP, KS, KT)
             visible = (inside & ((slot > 0) | (taken == 0)))[:, None]
             if WINDOW > 0:
                 # A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the
@@ -86,20 +80,14 @@ def _scan(
             weights = weights + (tl.exp2(logits[half] - finite[None, :]),)
         alpha = tl.exp2(m - finite)
         l = l * alpha + tl.sum(weights[0] if HALVES == 1 else weights[0] + weights[1], 0)
-        acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, G, VP, VT, N)
+        acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, VS, VT, N)
         m = above
     # Where the results go is worked out here, and not before the loop: registers are scarce there.
     index = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    keep(acc, partial + index * used * D, rows, used, VC, D, DP, G, VP, VT)
+    keep(acc, partial + index * used * D, rows, used, VC, D, DP, VT)
     stats += index * 2 * used
     tl.store(stats + rows, m, mask=rows < used)
     tl.store(stats + used + rows, l, mask=rows < used)
-
-
-@triton.constexpr_function
-def _codec(index):
-    """The codec of a place in the order of `PAIRS`."""
-    return CODECS[index]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -109,15 +97,13 @@ def _decode(
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
     scale, num_heads, used, length, before,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
-    VS: tl.constexpr, G: tl.constexpr, P8: tl.constexpr, P4: tl.constexpr, R: tl.constexpr,
-    TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
-    `PAIRS` are the pairs of codecs in the layer, 3 * K + V, as the bits of a number; no head has more than `MOST`
-    items."""
+    `PAIRS` are the pairs of codecs in the layer (see `pairs`); no head has more than `MOST` items."""
     item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(items + 2 * item)
@@ -144,18 +130,16 @@ def _decode(
             place, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
             tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), tl.load(row + V_ANCHOR), D, VU, VS,
         )  # fmt: skip
-        for pair in tl.static_range(9):
-            if (PAIRS >> pair) & 1:
-                if (k_codec == _codec(pair // 3)) & (v_codec == _codec(pair % 3)):
-                    _scan(
-                        tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D,
-                        partial, stats,
-                        k_exact, k_codes, k_scales, k_exact if _codec(pair // 3) == 0 else k_anchors,
-                        v_exact, v_codes, v_scales, v_exact if _codec(pair % 3) == 0 else v_anchors,
-                        start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
-                        _codec(pair // 3), _codec(pair % 3), D, DP, G, P8, P4, R, N, HALVES, STAGES,
-                        WINDOW, EXACT, CODE,
-                    )  # fmt: skip
+        for i in tl.static_range(pair_count(PAIRS)):
+            if (k_codec == key_codec(PAIRS, i)) & (v_codec == value_codec(PAIRS, i)):
+                _scan(
+                    tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D, partial, stats,
+                    k_exact, k_codes, k_scales, k_exact if key_codec(PAIRS, i) == 0 else k_anchors,
+                    v_exact, v_codes, v_scales, v_exact if value_codec(PAIRS, i) == 0 else v_anchors,
+                    start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
+                    key_codec(PAIRS, i), value_codec(PAIRS, i), D, DP, KS, VS, R, N, HALVES, STAGES, WINDOW, EXACT,
+                    CODE,
+                )  # fmt: skip
     # The last program of `FAN` neighbours joins what they have found, and the last of a head to do so joins that. The
     # barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
     # Numbers are loaded anew: registers are scarce above.
