@@ -92,7 +92,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 # A plain install, as a user's: tests and mypy then see what is really shipped.
-SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py' -o -name '*.txt' -o -name '*.html' -o -name '*.md' -o -name '*.c') \
+SOURCES := $(shell find artifacts kvcompile kernels runtime -name '*.py' -o -name '*.txt' -o -name '*.html' -o -name '*.md' -o -name '*.c' -o -name '*.h') \
 	pyproject.toml constraints.txt README.md
 
 $(VENV)/.installed: $(SOURCES)

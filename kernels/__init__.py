@@ -1,8 +1,9 @@
 """Attention and cache operations over a ragged store: one folder an operation.
 
 In each, `reference.py` defines what the operation computes, one head at a time; `dense.py` does it in torch; `triton`
-does it on a GPU; `api.py` validates and dispatches. The implementations never import each other. How one key or value
-is stored in fewer bits than the cache dtype has is a codec's business: a folder in `codecs`.
+does it on a GPU, and `native` some of them in C; `api.py` validates and dispatches. The implementations never import
+each other. How one key or value is stored in fewer bits than the cache dtype has is a codec's business: a folder in
+`codecs`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
     from kvcompile.kernels.new_token.api import new_token
     from kvcompile.kernels.overwrite.api import overwrite
+    from kvcompile.kernels.prompt_attention.api import prompt_attention
     from kvcompile.kernels.ragged_decode.api import ragged_decode
     from kvcompile.kernels.restore.api import restore
     from kvcompile.kernels.silu_mul.api import silu_mul
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Transform", "add_norm", "append", "compact", "decode", "encode",
-    "new_token", "overwrite", "ragged_decode", "restore", "silu_mul",
+    "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -44,6 +46,7 @@ _MODULES = {
     "encode": "codecs.api",
     "new_token": "new_token.api",
     "overwrite": "overwrite.api",
+    "prompt_attention": "prompt_attention.api",
     "ragged_decode": "ragged_decode.api",
     "restore": "restore.api",
     "silu_mul": "silu_mul.api",

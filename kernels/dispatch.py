@@ -14,7 +14,8 @@ from kvcompile.kernels.layout import LayerLayout
 
 CHOICE = "KVCOMPILE_KERNELS"
 """Environment variable: `torch` keeps everything in torch, `triton` takes the kernels everywhere (on a CPU they need
-Triton's interpreter); unset, tensors on a GPU get the kernels, and decode steps on a CPU those in C (`native`)."""
+Triton's interpreter); unset, tensors on a GPU get the kernels, and decode steps and prompts on a CPU those in C
+(`native`)."""
 
 
 def takes_kernels(tensor: torch.Tensor, layout: LayerLayout) -> bool:

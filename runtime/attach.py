@@ -13,7 +13,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
-from kvcompile.kernels import HeadSpec, LayerLayout
+from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.masks import mask
@@ -98,7 +98,14 @@ def attention_forward(
     if binding is None or binding.layer is None:
         return exact(), None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return binding.layer.attend(query, key, value, attention_mask, scale, exact), None
+
+    def prompt() -> torch.Tensor:
+        # Without a mask it is plain causal attention, which is in C on a CPU.
+        if attention_mask is None and query.device.type == "cpu" and not kwargs.get("dropout"):
+            return prompt_attention(query, key, value, None, 0, scale).transpose(1, 2)
+        return exact()
+
+    return binding.layer.attend(query, key, value, attention_mask, scale, prompt), None
 
 
 def _register() -> None:

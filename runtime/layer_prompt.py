@@ -6,11 +6,10 @@ import copy
 
 import torch
 
-from kvcompile.kernels import HeadClass, LayerLayout
+from kvcompile.kernels import HeadClass, LayerLayout, prompt_attention
 from kvcompile.runtime.drawn import attention_drawn
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import Prompt
-from kvcompile.runtime.prompt_attention import prompt_attention
 
 
 class LayerPrompt:

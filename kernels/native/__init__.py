@@ -1,19 +1,12 @@
 """The decode step in C, for CPUs: made with the machine's own compiler when it is first needed.
 
-Where there is no C compiler, everything goes through torch. The library is kept in the cache folder under a name made
-of the source, the compiler and the processor; `KVCOMPILE_KERNELS=torch` leaves it alone.
+Where there is no C compiler, everything goes through torch; `KVCOMPILE_KERNELS=torch` leaves it alone.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +19,7 @@ from kvcompile.kernels.codecs import CODECS, Codec
 from kvcompile.kernels.codecs.base import EIGHTHS
 from kvcompile.kernels.dispatch import CHOICE, knows
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.native import build
 from kvcompile.kernels.regions import starts
 
 SOURCE = Path(__file__).with_name("ragged.c")
@@ -71,55 +65,7 @@ def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled source, or None where it cannot be made."""
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    # The folder of `kvcompile.models.cache_dir`, which kernels do not import.
-    root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
-    for threads in (["-fopenmp"], []):
-        key = repr(
-            (
-                *(file.read_bytes() for file in (SOURCE, *HEADERS)), FLAGS, CONSTANTS, threads, compiler,
-                os.stat(compiler).st_mtime_ns, _processor(),
-            )
-        )  # fmt: skip
-        file = Path(root) / "native" / f"ragged-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-        try:
-            if not file.is_file():
-                _compile(compiler, threads, file)
-            return ctypes.CDLL(str(file), mode=os.RTLD_NOW)
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = error
-    warnings.warn(f"the decode step goes through torch, as its C source cannot be compiled ({reason})", stacklevel=2)
-    return None
-
-
-def _compiler() -> str | None:
-    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
-
-
-def _compile(compiler: str, threads: list[str], file: Path) -> None:
-    """Make the library. OpenMP is not linked: its symbols are found in the runtime that torch has loaded, so that there
-    is one pool of threads."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        compiled, linked = Path(folder) / "ragged.o", Path(folder) / "ragged.so"
-        for command in (
-            [compiler, *FLAGS, *CONSTANTS, *threads, "-c", "-o", compiled, SOURCE],
-            [compiler, "-shared", "-o", linked, compiled, "-lm"],
-        ):
-            subprocess.run(command, check=True, capture_output=True)
-        linked.replace(file)
-
-
-def _processor() -> str:
-    """What the compiler's `native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line for line in lines if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return build.library(SOURCE, (*FLAGS, *CONSTANTS), "the decode step", *HEADERS)
 
 
 def _sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[_Side, _Side]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kvcompile.artifacts.errors import ModelError
+from kvcompile.kernels import prompt_attention
 
 BLOCK = 128
 """Queries handled at once wherever attention probabilities or masks are materialised."""
@@ -37,6 +38,12 @@ class Attention:
     value: Tensor
     scaling: float
     window: int | None
+
+    @property
+    def quick(self) -> bool:
+        """Whether `prompt_attention` is for it: on a CPU, and without gradients, for which it has no formula."""
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (self.query, self.key, self.value))
+        return self.query.device.type == "cpu" and not gradients
 
     @property
     def sliding(self) -> bool:
@@ -65,6 +72,9 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 
 def causal(call: Attention) -> Tensor:
     """Plain causal attention inside the layer's window, [Hq, n, D], differentiable."""
+    if call.quick:
+        query, key, value = call.query[None], call.key[None], call.value[None]
+        return prompt_attention(query, key, value, None, call.window or 0, call.scaling)[0]
     if call.window is not None and call.sliding:
         return streaming(call, sink=0, recent=call.window)
     return F.scaled_dot_product_attention(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kvcompile.kernels import prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
 from kvcompile.profile.scores import Cosines, watching
 from kvcompile.profile.structure import Tick, Trace, forward, layers
@@ -116,6 +117,14 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
         outputs = []
         for block in packed.blocks:
             own = slice(block.start, block.stop)
+            own_query = call.query[None, :, own]
+            own_keys = torch.cat([keys, call.key[:, own]], dim=1)[None]
+            own_values = torch.cat([values, call.value[:, own]], dim=1)[None]
+            if call.quick:
+                window = call.window or 0
+                output = prompt_attention(own_query, own_keys, own_values, None, window, call.scaling, alive)
+                outputs.append(output[0])
+                continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:
                 masks[shape] = _mask(len(context), *shape, keys.device)[None]
@@ -125,9 +134,9 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
             group = len(call.query) // len(keys)
             output = F.scaled_dot_product_attention(
-                call.query[None, :, own],
-                torch.cat([keys, call.key[:, own]], dim=1)[None],
-                torch.cat([values, call.value[:, own]], dim=1)[None],
+                own_query,
+                own_keys,
+                own_values,
                 attn_mask=mask[None] if alive is None else mask.repeat_interleave(group, dim=0)[None],
                 scale=call.scaling,
                 enable_gqa=True,

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, native, ragged_decode
+from kvcompile.kernels.native import build
 from kvcompile.kernels.ragged_decode import reference
 
 LAYOUT = LayerLayout.from_heads(
@@ -105,17 +106,22 @@ def test_it_is_compiled_once(afresh: Path) -> None:
 
 @needs_compiler
 def test_it_has_no_memory_errors(tmp_path: Path) -> None:
-    """The address sanitizer over the tests of both operations' shapes."""
-    compiler = native._compiler()
+    """The address sanitizer over the tests of all operations' shapes."""
+    compiler = build.compiler()
     found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(found.stdout.strip()).is_file():
         pytest.skip("the compiler has no address sanitizer")
     code = (
-        "import kvcompile.kernels.native as n; n.FLAGS += ('-fsanitize=address',);"
+        "import kvcompile.kernels.native as n, kvcompile.kernels.native.prompt as p;"
+        "n.FLAGS += ('-fsanitize=address',); p.FLAGS += ('-fsanitize=address',);"
         "import pytest, sys; sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', '-W', 'error', *sys.argv[1:]]))"
     )
     here = Path(__file__).parent
-    tests = [f"{here / 'test_ragged_decode.py'}::test_one_token", f"{here / 'test_append_compact.py'}::test_append"]
+    tests = [
+        f"{here / 'test_ragged_decode.py'}::test_one_token",
+        f"{here / 'test_append_compact.py'}::test_append",
+        f"{here / 'test_prompt_attention.py'}::test_the_reference_is_met",
+    ]
     environment = os.environ | {
         "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "KVCOMPILE_CACHE": str(tmp_path),
     }  # fmt: skip

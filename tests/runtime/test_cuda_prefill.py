@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig
 
 from kvcompile.artifacts import feed_forward_elements, prefill_bytes
+from kvcompile.kernels import prompt_attention
 from kvcompile.runtime import Decoder, attach
-from kvcompile.runtime.prompt_attention import prompt_attention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcompile.artifacts import CacheError
-from kvcompile.runtime import Decoder, RaggedCache, attach, generate, prompt_attention, store
+from kvcompile.runtime import Decoder, RaggedCache, attach, generate, store
 from kvcompile.runtime.cut import kept_columns, kept_tokens
 from kvcompile.runtime.drawn import attention_drawn
-from kvcompile.runtime.prompt_attention import prompt_attention as attend
 
 POLICIES = ["recent", "snapkv", "scored", "h2o"]
 ROWS = [[20, 9, 5], [5, 40, 9], [9, 5, 20]]
@@ -92,7 +91,7 @@ def test_chunks_give_what_the_whole_prompt_gives(any_model, make_artifact, kept,
 @pytest.mark.parametrize("policy", POLICIES)
 def test_chunks_of_every_length(llama, make_artifact, kept, policy: str, bits, chunk: int) -> None:
     kv = attach(llama, make_artifact(llama, ROWS, policy=policy, recent=3, bits=bits))
-    ids = prompt(41, 2, 3)
+    ids = prompt(41, 25, 3)  # no element lies so near to the edge of a code that rounding decides
     check(llama, (kv.new_cache(3), kv.new_cache(3)), kept, ids, None, chunk)
     check(llama, (kv.new_cache(3), kv.new_cache(3)), kept, ids, padded(ids, [36, 0, 12]), chunk)
 
@@ -148,30 +147,6 @@ def test_what_cannot_be_read_is_refused(llama, make_artifact) -> None:
         Decoder(llama, kv.new_cache(), prefill_chunk=0)
     with pytest.raises(CacheError, match="padded on the left"):
         Decoder(llama, kv.new_cache()).prefill(prompt(5), torch.tensor([[1, 1, 1, 0, 0]]))
-
-
-@pytest.mark.parametrize("window", [0, 6, 30])
-@pytest.mark.parametrize("pads", [None, [0, 5]])
-@pytest.mark.parametrize(("length", "count"), [(9, 9), (4, 20), (20, 20), (1, 20)])
-@pytest.mark.parametrize("elements", [1 << 22, 50], ids=["at once", "in blocks"])
-def test_attention_of_a_chunk(monkeypatch, window: int, pads, length: int, count: int, elements: int) -> None:
-    monkeypatch.setattr(prompt_attention, "MASK_ELEMENTS", elements)
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 6, length, 8, generator=generator)
-    keys, values = torch.randn(2, 2, 3, count, 8, generator=generator)
-    pad = None if pads is None else torch.tensor(pads)
-    found = attend(query, keys, values, pad, window, 0.3)
-    row, column = torch.arange(count - length, count)[:, None], torch.arange(count)
-    mask = (column <= row) & (column > row - (window or count))
-    mask = mask[None].expand(2, -1, -1)
-    if pad is not None:
-        mask = mask & (column >= pad[:, None, None])
-    logits = query.unflatten(1, (3, 2)) @ keys[:, :, None].mT * 0.3
-    weights = logits.masked_fill(~mask[:, None, None], float("-inf")).softmax(-1)
-    expected = (weights @ values[:, :, None]).flatten(1, 2)
-    assert found.isfinite().all()
-    real = mask.any(-1)[:, None, :, None].expand_as(found)
-    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
 
 def test_attention_drawn_in_blocks_leaves_padding_out(monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +13,8 @@ from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, Phi3Confi
 
 from kvcompile.artifacts import PREFILL_CHUNK, feed_forward_elements, prefill_bytes
 from kvcompile.artifacts.prefill import WORKSPACE
+from kvcompile.kernels.dispatch import CHOICE
+from kvcompile.kernels.prompt_attention import dense
 from kvcompile.runtime import Decoder, attach
 
 WIDE = SHAPE | {
@@ -34,6 +37,12 @@ SIZES = [
     (4, 512, 512, False),
     (2, 600, PREFILL_CHUNK, True),
 ]
+
+
+@pytest.fixture(autouse=True, params=["torch", ""], ids=["torch", "C"])
+def implementation(monkeypatch, request: pytest.FixtureRequest) -> None:
+    """The promise is what torch takes, with masks; attention in C does without."""
+    monkeypatch.setenv(CHOICE, request.param)
 
 
 def measured(run: Callable[[], object]) -> int:
@@ -66,7 +75,8 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
         inner = feed_forward_elements(config)
         promised = prefill_bytes(plan, batch, tokens, chunk, inner=inner, padded=padded, **options)
         spare = 2 * WORKSPACE if options else 0  # which is much for a little prompt
-        assert taken <= promised <= 1.5 * taken + spare, (policy, batch, tokens, chunk, padded)
+        assert taken <= promised, (policy, batch, tokens, chunk, padded)
+        assert promised <= 1.5 * taken + spare or not os.environ[CHOICE], (policy, batch, tokens, chunk, padded)
         # Without the model's configuration: more, and not less.
         assert prefill_bytes(plan, batch, tokens, chunk, padded=padded, **options) >= promised
 
@@ -112,7 +122,7 @@ def test_nothing_but_numbers_grows_with_a_prompt_that_is_cut_on_the_way(make_art
 
 def test_only_hidden_states_and_one_layer_grow_with_the_prompt(make_artifact, monkeypatch) -> None:
     """However many layers there are."""
-    monkeypatch.setattr("kvcompile.runtime.prompt_attention.MASK_ELEMENTS", 1 << 14)
+    monkeypatch.setattr(dense, "MASK_ELEMENTS", 1 << 14)
     deep = tiny_model(LlamaConfig(**WIDE | {"num_hidden_layers": 6}))
     plan = make_artifact(deep, 40, context=4096)
     kv = attach(deep, plan)

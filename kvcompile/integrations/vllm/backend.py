@@ -21,7 +21,7 @@ from kvcompile.integrations.vllm import BACKEND
 from kvcompile.integrations.vllm.batch import Piece, split
 from kvcompile.integrations.vllm.layer import CompiledAttention, layers_of
 from kvcompile.integrations.vllm.spec import CompiledSpec
-from kvcompile.runtime.prompt_attention import prompt_attention
+from kvcompile.kernels import prompt_attention
 
 
 @dataclass(frozen=True)

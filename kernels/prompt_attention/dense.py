@@ -1,8 +1,9 @@
-"""Exact attention of a chunk of a prompt over all that has been read of it."""
+"""`prompt_attention` in torch."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -19,20 +20,18 @@ def prompt_attention(
     pad: torch.Tensor | None,
     window: int,
     scaling: float,
+    kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the last T of n columns, `query` [B, num_heads, T, D] over `keys` and `values` [B, num_kv_heads, n,
-    D]: causal, within a sliding `window` (0: none), and without the columns before `pad[b]` int64 [B] (None: no
-    padding); [B, num_heads, T, D]. What padding itself sees is left open, but finite.
-    """
+    """See `api.prompt_attention`."""
     length, count = query.shape[2], keys.shape[2]
-    if pad is None and not 0 < window < count:
+    if pad is None and kept is None and not 0 < window < count:
         grouped = query.shape[1] != keys.shape[1]
         if length == count and (query.device.type == "cpu" or _flash(query)):
             return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
         if _flash(query):
             mask = causal_lower_right(length, count)
             return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return _in_blocks(query, keys, values, pad, window, scaling)
+    return _in_blocks(query, keys, values, pad, window, scaling, kept)
 
 
 def _flash(query: torch.Tensor) -> bool:
@@ -47,6 +46,7 @@ def _in_blocks(
     pad: torch.Tensor | None,
     window: int,
     scaling: float,
+    kept: torch.Tensor | None,
 ) -> torch.Tensor:
     """With masks: query heads of a group and their tokens are rows of one product, so K and V are not repeated."""
     batch, _, length, _ = query.shape
@@ -54,7 +54,8 @@ def _in_blocks(
     grouped = query.unflatten(1, (heads, -1))
     group = grouped.shape[2]
     widest = min(count, window + length) if window else count
-    block = max(1, MASK_ELEMENTS // (group * widest * (1 if pad is None else batch)))
+    masks = (1 if pad is None else batch) * (1 if kept is None else heads)
+    block = max(1, MASK_ELEMENTS // (group * widest * masks))
     out = torch.empty_like(grouped)
     for t in range(0, length, block):
         rows = grouped[:, :, :, t : t + block]
@@ -68,9 +69,12 @@ def _in_blocks(
             mask = mask & (column > row - window)
         if pad is not None:  # a token sees itself, padding too: a row without any would be no number
             mask = mask & ((column >= pad[:, None, None]) | (column == row))
+        mask = mask[:, None]
+        if kept is not None:  # the queries' own columns all are
+            mask = mask & F.pad(kept, (0, length), value=True)[:, None, first:stop]
         attended = scaled_dot_product_attention(
             rows.flatten(2, 3), keys[:, :, first:stop], values[:, :, first:stop],
-            attn_mask=mask[:, None].repeat(1, 1, group, 1), scale=scaling,
+            attn_mask=mask.repeat(1, 1, group, 1), scale=scaling,
         )  # fmt: skip
         out[:, :, :, t : t + block] = attended.unflatten(2, (group, -1))
     return out.flatten(1, 2)
