@@ -85,7 +85,8 @@ def per_unit(bits):
 @triton.constexpr_function
 def group_units(codec, head_dim, group):
     """Units of a group; of 3 bits, those of the low two."""
-    return _units(groups_of(codec, head_dim)[group])
+    bits, size = bits_of(codec, head_dim, group), size_of(codec, head_dim, group)
+    return size // 8 if bits == 3 else size * bits // 16
 
 
 @triton.constexpr_function
@@ -124,17 +125,12 @@ def tile_at(codec, head_dim, tile):
 
 
 @triton.constexpr_function
-def _units(group):
-    return group.size // 8 if group.bits == 3 else group.size * group.bits // 16
-
-
-@triton.constexpr_function
 def _tiles(codec, head_dim):
     """The first group of every tile, and how many it has."""
     groups, found, first = groups_of(codec, head_dim), [], 0
     while first < len(groups):
         alike = [g for g in groups[first : first + 2] if (g.bits, g.size) == (groups[first].bits, groups[first].size)]
-        count = len(alike) if 2 * _units(groups[first]) == LEAST else 1
+        count = len(alike) if 2 * group_units(codec, head_dim, first) == LEAST else 1
         found.append((first, count))
         first += count
     return found
