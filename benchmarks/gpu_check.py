@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py [--seconds 450] [--out gpu-check.jsonl] [--parts smoke,decode] [--resume]
     python benchmarks/gpu_check.py --dry-run
 
-Ten smoke tests, then the judged rows (attention of one layer, decoding end to end, `build`), then the rest of the
+Smoke tests, then the judged rows (attention of one layer, decoding end to end, `build`), then the rest of the
 matrix while time is left. Every row is a line of JSON in `--out` as soon as it is there; `--resume` goes on with a
 sheet that was cut. A dry run does the same rows with tiny shapes on the CPU and judges nothing.
 """

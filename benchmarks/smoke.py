@@ -1,6 +1,6 @@
-"""Ten small checks of the real operations on a GPU, each against its reference: they say in a minute what works.
+"""Small checks of the real operations on a GPU, each against its reference: they say in a minute what works.
 
-    python benchmarks/smoke.py [--skip recorded]
+    python benchmarks/smoke.py [--skip recorded] [--only "3 bits"]
 
 On a machine without a GPU the same is checked on the CPU.
 """
@@ -11,6 +11,7 @@ import argparse
 import copy
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -18,12 +19,15 @@ from kvcompile.artifacts import identify
 from kvcompile.bench.subjects import ragged_plan
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, append, compact, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
+from kvcompile.kernels.codecs import names
 from kvcompile.kernels.compact import reference as compact_reference
 from kvcompile.kernels.ragged_decode import reference as decode_reference
 
 DIM = 128
+INT2, INT3, MIX1, MIX2, MIX3 = (names()[name] for name in ("int2", "int3", "mix1", "mix2", "mix3"))
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3}
-BITS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 4), (4, 16), (4, 8)]}
+BITS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 4), (4, 16), (4, 8)],
+        "fewer": [(MIX3, INT3), (MIX2, INT2), (MIX1, INT2), (4, INT3)]}  # fmt: skip
 SEEN = [3000, 37]
 """Tokens of two sequences: more than any head keeps, and fewer than most do."""
 
@@ -85,10 +89,10 @@ def attention(widths: str, group: int, length: int = 1) -> Callable[[torch.devic
     return check
 
 
-def appending(device: torch.device) -> str:
+def appending(device: torch.device, widths: str = "mixed") -> str:
     """Six tokens into stores that are full or not, beside the reference: equal to the bit."""
     torch.manual_seed(0)
-    of, dtype = layout("mixed"), torch.float16
+    of, dtype = layout(widths), torch.float16
     ours, seen = sides(of, dtype, device), torch.tensor([200, 5], dtype=torch.int32, device=device)
     theirs = [on_cpu(side) for side in ours]
     scores = torch.randint(-3, 3, (2, of.scored_slots), device=device).half()  # with ties
@@ -102,10 +106,10 @@ def appending(device: torch.device) -> str:
     return same_store(ours, theirs, 0)
 
 
-def compacting(device: torch.device) -> str:
+def compacting(device: torch.device, widths: str = "mixed") -> str:
     """Two prompts of 300 tokens, cut in one call: rows as the reference writes them."""
     torch.manual_seed(0)
-    of, dtype = layout("mixed"), torch.float16
+    of, dtype = layout(widths), torch.float16
     ours = sides(of, dtype, device)
     theirs = [on_cpu(side) for side in ours]
     prompt = [torch.randn(2, 4, 300, DIM, device=device).to(dtype) for _ in range(2)]
@@ -179,8 +183,12 @@ CHECKS: list[tuple[str, Callable[[torch.device], str]]] = [
     ("attention, 16 bits, groups of 5", attention("16", 5)),
     ("attention, mixed bits, groups of 5", attention("mixed", 5)),
     ("attention, new tokens with padding", attention("mixed", 7, 3)),
+    ("attention, 3 bits and fewer, groups of 7", attention("fewer", 7)),
+    ("attention, 3 bits and fewer, new tokens", attention("fewer", 5, 3)),
     ("append", appending),
+    ("append, 3 bits and fewer", partial(appending, widths="fewer")),
     ("compact", compacting),
+    ("compact, 3 bits and fewer", partial(compacting, widths="fewer")),
     ("decode loop, recorded", recorded),
 ]
 
@@ -188,11 +196,12 @@ CHECKS: list[tuple[str, Callable[[torch.device], str]]] = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--skip", default="nothing", help="leave out the checks with this word in their name")
+    parser.add_argument("--only", default="", help="do no others than those with this in their name")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     failed = 0
     for name, check in CHECKS:
-        if args.skip in name:
+        if args.skip in name or args.only not in name:
             continue
         try:
             print(f"{name}: {check(device)}", flush=True)

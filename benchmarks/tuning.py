@@ -1,6 +1,6 @@
 """The launch table of `ragged_decode` (`kernels/ragged_decode/tuning.py`), measured on a GPU.
 
-    python benchmarks/tuning.py [--widths 16,8,4,mixed] [--rounds 9]
+    python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--rounds 9]
 
 A line a variant: microseconds of a layer of Qwen2.5-7B's shape, 16 sequences of 32,768 tokens at 25 % of the bytes.
 """
@@ -21,14 +21,15 @@ from kvcompile.kernels.ragged_decode.tuning import Tuning
 # `kvcompile.kernels.ragged_decode` is the function too.
 kernel = importlib.import_module("kvcompile.kernels.ragged_decode.triton")
 VARIANTS = [
-    Tuning(block, halves, num_stages=stages)
-    for block, halves, stages in [(64, 2, 2), (64, 2, 3), (32, 1, 3), (32, 2, 3)]
+    Tuning(block, halves, num_stages=stages, waves=waves)
+    for block, halves, stages in [(64, 2, 2), (64, 2, 3), (32, 1, 3)]
+    for waves in (1, 2, 3)
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", default="16,8,4,mixed", help="parted by commas")
+    parser.add_argument("--widths", default="16,8,4,mixed,mix3,mix2", help="parted by commas")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     if not torch.cuda.is_available():

@@ -144,6 +144,8 @@ def _compile(
     exact: torch.dtype = torch.bfloat16,
 ) -> Compiled:  # fmt: skip
     names = [parameter.name for parameter in kernel.params]
+    if "OVERLAP" in names:
+        constants = {**constants, "OVERLAP": arch >= "sm_90"}
     signature = {name: "constexpr" if name in constants else _type(name, exact) for name in names}
     # Tensors begin at addresses that 16 divides, as at run time.
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}

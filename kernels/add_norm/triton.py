@@ -7,16 +7,20 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.dispatch import on_device
+from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
 
 
 @triton.jit
 def _add_norm(
-    residual, delta, weight, total, out, epsilon, size, ADDED: tl.constexpr, BLOCK: tl.constexpr
+    residual, delta, weight, total, out, epsilon, size,
+    ADDED: tl.constexpr, BLOCK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (row), whose `size` elements fit one block."""
     i = tl.arange(0, BLOCK)
     at = tl.program_id(0) * size + i
     inside = i < size
+    let_next_begin(OVERLAP)
+    wait_for_previous(OVERLAP)
     x = tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if ADDED:
         x += tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)
@@ -39,6 +43,6 @@ def add_norm(
     with on_device(residual.device):
         _add_norm[(count,)](
             residual, residual if delta is None else delta, weight, total, out, epsilon, size, ADDED=delta is not None,
-            BLOCK=block, num_warps=4 if block <= 4096 else 8,
+            BLOCK=block, **overlap(residual.device), num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip
     return total, out

@@ -29,6 +29,8 @@ K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, 
 )
 BLOCK, WARPS = 1024, 4
 """Scores that a program looks at in one step."""
+TOGETHER = tl.constexpr(8)
+"""Scores that a thread reads with one load."""
 OTHER, SCORED = tl.constexpr(OTHER_KIND), tl.constexpr(SCORED_KIND)
 
 
@@ -57,19 +59,31 @@ def _move(exact, codes, scales, codec, slot, step, CODECS: tl.constexpr, D: tl.c
 
 
 @triton.jit
-def worst_score(held, start, stop, BLOCK: tl.constexpr):
-    """The lowest of the scores [start, stop) and its slot, of equally low ones the last: the lower slot stays. Every
-    thread keeps the lowest of its own places, so that no block of scores waits for the one before."""
+def worst_score(scores, offset, start, stop, BLOCK: tl.constexpr):
+    """The lowest of the scores [start, stop), which lie at `scores + offset`, and its slot, of equally low ones the
+    last: the lower slot stays. Every thread keeps the lowest of its own places, so that no block of scores waits for
+    the one before, and reads `TOGETHER` of them at a time, but for the first and the last few."""
+    shift = (offset % TOGETHER).to(tl.int32)
+    aligned = scores + offset // TOGETHER * TOGETHER
+    start += shift
+    stop += shift
+    low = tl.minimum((start + TOGETHER - 1) // TOGETHER * TOGETHER, stop)
+    high = stop // TOGETHER * TOGETHER
+    few = tl.arange(0, 2 * TOGETHER)
+    edge = tl.where(few < TOGETHER, start + few, tl.maximum(high, low) + few - TOGETHER)
+    inside = edge < tl.where(few < TOGETHER, low, stop)
+    ends = tl.load(aligned + edge, mask=inside, other=float("inf")).to(tl.float32)
     lowest = tl.full([BLOCK], float("inf"), tl.float32)
     at = tl.zeros([BLOCK], tl.int32)
-    for first in tl.range(start, stop, BLOCK, loop_unroll_factor=4):
+    for first in tl.range((start + TOGETHER - 1) // TOGETHER * TOGETHER, high, BLOCK, loop_unroll_factor=4):
         i = first + tl.arange(0, BLOCK)
-        s = tl.load(held + i, mask=i < stop, other=float("inf")).to(tl.float32)
-        lower = (s <= lowest) & (i < stop)
+        s = tl.load(aligned + i, mask=i < high, other=float("inf")).to(tl.float32)
+        lower = (s <= lowest) & (i < high)
         at = tl.where(lower, i, at)
         lowest = tl.minimum(lowest, s)
-    worst = tl.min(lowest, 0)
-    return worst, tl.max(tl.where(lowest == worst, at, 0), 0)
+    worst = tl.minimum(tl.min(lowest, 0), tl.min(ends, 0))
+    last = tl.max(tl.where(lowest == worst, at, 0), 0)
+    return worst, tl.maximum(last, tl.max(tl.where(inside & (ends == worst), edge, 0), 0)) - shift
 
 
 @triton.jit
@@ -100,11 +114,12 @@ def store_token(
     at = slot.to(tl.int64)
     if SCORES:
         if tl.load(row + KIND) == SCORED:
-            held = scores + b * scored_stride + tl.load(row + SCORE)
+            offset = b * scored_stride + tl.load(row + SCORE)
+            held = scores + offset
             leaving = tl.load(held + slot).to(tl.float32)
             sink = tl.load(row + SINK)
             last = tl.where(n < capacity, sink, capacity - recent)  # a head that is not full loses nothing
-            worst, victim = worst_score(held, sink, last, BLOCK)
+            worst, victim = worst_score(scores, offset, sink, last, BLOCK)
             tl.debug_barrier()  # all have read before anything is written
             if leaving > worst:
                 step = (victim - slot).to(tl.int64)

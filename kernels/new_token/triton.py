@@ -1,4 +1,4 @@
-"""`new_token` on a GPU: one program a head and sequence, and one launch for all that happens to a token."""
+"""`new_token` on a GPU: one launch for all that happens to a token, two programs a head and sequence."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
+from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
 from kvcompile.kernels.transform import Transform
 
 STEP = tl.constexpr(32)
@@ -111,23 +112,27 @@ def _new_token(
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
     GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr,
     VU: tl.constexpr, VS: tl.constexpr, K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr,
-    BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr,
+    BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (head, sequence); `size` elements of `hidden` a sequence."""
+    """Program (head, sequence, 0 for the queries or 1 for the rest); `size` elements of `hidden` a sequence."""
     h = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     num_heads = tl.num_programs(0)
     dtype: tl.constexpr = qkv.dtype.element_ty
     row = heads + h * ROW
+    let_next_begin(OVERLAP)
     k_codec, v_codec = tl.load(row + K_CODEC), tl.load(row + V_CODEC)
+    wait_for_previous(OVERLAP)
     token = qkv + b * num_heads * (GROUP + 2) * D
     cos += b * D
     sin += b * D
     which = b * num_heads + h
-    _put_queries(
-        token + h * GROUP * D, query + which * GROUP * D, k_codec, k_inverse + h * D * D, q_norm, cos, sin, epsilon,
-        D, DP, GROUP, R, NORMS, TRANSFORMED, dtype,
-    )  # fmt: skip
+    if tl.program_id(2) == 0:
+        _put_queries(
+            token + h * GROUP * D, query + which * GROUP * D, k_codec, k_inverse + h * D * D, q_norm, cos, sin, epsilon,
+            D, DP, GROUP, R, NORMS, TRANSFORMED, dtype,
+        )  # fmt: skip
+        return
     _put_vector(
         token + (num_heads * GROUP + h) * D, new_keys + which * D, k_codec, k_matrix + h * D * D, k_mean + h * D,
         k_norm, cos, sin, epsilon, D, DP, True, NORMS, TRANSFORMED, dtype,
@@ -140,7 +145,7 @@ def _new_token(
     if SCORES:
         if tl.load(row + KIND) == SCORED:
             total = tl.zeros([BLOCK], tl.float32)
-            for first in range(0, size, BLOCK):
+            for first in tl.range(0, size, BLOCK, loop_unroll_factor=4):  # loads that do not wait for each other
                 i = first + tl.arange(0, BLOCK)
                 x = tl.load(hidden + b * size + i, mask=i < size, other=0.0).to(tl.float32)
                 total += x * tl.load(scorer + h * size + i, mask=i < size, other=0.0)
@@ -184,12 +189,12 @@ def new_token(
     scored = (unused,) * 3 if scorer is None or hidden is None else (hidden.contiguous(), *scorer)
     places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
-        _new_token[(heads, batch)](
+        _new_token[(heads, batch, 2)](
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
             head_table(layout, head_dim, device), seen, places, scores, *tensors(keys), *tensors(values), *steps(keys),
             *steps(values), scores.stride(0), GROUP=group, R=max(16, triton.next_power_of_2(group)),
             **constants(head_dim, layout.side_codecs), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
-            TRANSFORMED=transform is not None, **OPTIONS,
+            TRANSFORMED=transform is not None, **OPTIONS, **overlap(device),
         )  # fmt: skip
     return query

@@ -12,7 +12,8 @@ from kvcompile.kernels.ragged_decode.pairs import codecs_of
 @dataclass(frozen=True)
 class Tuning:
     """`block` slots a step of a program, in how many `halves`, its warps and stages, how many programs a processor is
-    taken to hold where it cannot be asked (`occupancy`), and the most items of a head."""
+    taken to hold where it cannot be asked (`occupancy`), the most items of a head, and the `waves` of programs that the
+    items make on the device."""
 
     block: int
     halves: int
@@ -20,27 +21,37 @@ class Tuning:
     num_stages: int = 2
     programs: int = 8
     most: int = 128
+    waves: int = 1
 
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
-SEVERAL_PAIRS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
-"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs, and several.
-Those for 128 were measured on an H200 with Triton 3.6 (benchmarks/measured): of four, they take the least for 16, 8
-and 4 bits together, and for several pairs. The others are not measured; no register is spilled in their loops.
+DEEP = ONE_PAIR | {128: Tuning(64, 2, num_stages=3)}
+THREE_BITS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
+SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in THREE_BITS.items()}
+"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones and
+those of 4 bits load `DEEP`er, those with values of 3 bits have fewer registers to spare), and several. Those for 128
+were measured on an H200 with Triton 3.6 (benchmarks/measured). The others are not measured; no register is spilled in
+their loops.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
-that product's registers anew in every step."""
+that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs a
+tenth to a quarter); of several pairs some take longer for their bytes, and processors that are done take more."""
 
-
-THREE = 3
-"""The id of int3."""
+THREE, FOUR = 3, 4
+"""The ids of int3 and int4."""
 
 
 def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
     """The line for a shape and for the `pairs` of codecs of a layer, as the bits of a number; float32 has fewer slots a
-    step, in one piece. Values of 3 bits take the registers of several pairs."""
-    table = ONE_PAIR if pairs.bit_count() == 1 and THREE not in codecs_of(pairs)[1] else SEVERAL_PAIRS
+    step, in one piece."""
+    keys, values = codecs_of(pairs)
+    if pairs.bit_count() > 1:
+        table = SEVERAL_PAIRS
+    elif THREE in values:
+        table = THREE_BITS
+    else:
+        table = DEEP if (keys, values) in ((set(), set()), ({FOUR}, {FOUR})) else ONE_PAIR
     chosen = table[min(size for size in table if size >= head_dim)]
     return replace(chosen, block=max(16, chosen.block // 4), halves=1) if dtype == torch.float32 else chosen
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from kvcompile.kernels.arguments import COLUMNS, head_table
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
 from kvcompile.kernels.transform import Transform
 
 ROW = tl.constexpr(len(COLUMNS))
@@ -18,7 +19,8 @@ STEP = tl.constexpr(32)
 
 @triton.jit
 def _restore(
-    output, out, matrix, mean, heads, GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr
+    output, out, matrix, mean, heads,
+    GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence)."""
     h = tl.program_id(0)
@@ -27,7 +29,10 @@ def _restore(
     e = tl.arange(0, DP)
     every = (r < GROUP)[:, None] & (e < D)[None, :]
     at = (which * GROUP + r)[:, None] * D
-    if tl.load(heads + h * ROW + V_CODEC) == 0:  # nothing was transformed
+    let_next_begin(OVERLAP)
+    codec = tl.load(heads + h * ROW + V_CODEC)
+    wait_for_previous(OVERLAP)
+    if codec == 0:  # nothing was transformed
         tl.store(out + at + e[None, :], tl.load(output + at + e[None, :], mask=every), mask=every)
         return
     total = tl.zeros([R, DP], tl.float32)
@@ -53,6 +58,6 @@ def restore(output: torch.Tensor, transform: Transform, layout: LayerLayout) -> 
             output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean,
             head_table(layout, head_dim, device), GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
             DP=max(32, triton.next_power_of_2(head_dim)),
-            num_warps=4,
+            **overlap(device), num_warps=4,
         )  # fmt: skip
     return out

@@ -18,7 +18,8 @@ from kvcompile.bench.timing import copy_bandwidth, medians, record, stores_for
 
 SAME_TOKENS = "ragged int4, as many tokens"
 OURS = {"ragged": ("16", False), "uniform": ("16", True), "ragged int8": ("8", False), "ragged int4": ("4", False),
-        "ragged mixed": ("mixed", False), SAME_TOKENS: ("4", False)}  # fmt: skip
+        "ragged mixed": ("mixed", False), "ragged mix3/int3": ("mix3", False),
+        "ragged mix2/int2": ("mix2", False), SAME_TOKENS: ("4", False)}  # fmt: skip
 """Our methods: what widths the heads have, and whether all have the same number of tokens. All have the same bytes, in
 which 4 bits keep nearly every token of a quarter; with as many tokens as 16 bits, budgets are as ragged as those."""
 FEWER = 4.25 / 16

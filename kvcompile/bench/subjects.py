@@ -42,8 +42,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Shapes as in the `config.json` of each model on the hub."""
 
-BITS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 8), (8, 4), (4, 4)]}
-"""Bits of keys and values that the heads of a plan have in turn."""
+BITS = {"16": [(16, 16)], "8": [(8, 8)], "4": [(4, 4)], "mixed": [(16, 16), (8, 8), (8, 4), (4, 4)],
+        "mix3": [(67, 3)], "mix2": [(66, 2)]}  # fmt: skip
+"""Ids of the codecs of keys and values that the heads of a plan have in turn."""
 SPREAD = 0.8
 """Standard deviation of the logarithm of a head's budget. The budgets that `build` finds spread by 0.7 to 1.2."""
 

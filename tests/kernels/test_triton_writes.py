@@ -76,6 +76,25 @@ def test_append_and_compact(trial: int) -> None:
             assert (a.cpu() == b if a.dtype == torch.uint8 else close).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("first", range(1, 9))
+def test_the_lowest_score_wherever_scores_begin(first: int) -> None:
+    """Scores are read eight at a time: a head's may begin and end anywhere."""
+    heads = [HeadSpec("scored", capacity, sink, 3, 16, 16) for capacity, sink in ((first + 3, 0), (53, 4), (30, 1))]
+    layout, lengths, generator = LayerLayout.from_heads(heads), [80, 41, 53], torch.Generator().manual_seed(first)
+    ours = sides(layout, 16, torch.float32, len(lengths))
+    scores = torch.randint(-30, 30, (len(lengths), layout.scored_slots), generator=generator).half()
+    theirs, other_scores, scores = [on_cpu(side) for side in ours], scores.clone(), scores.to(DEVICE)
+    for step in range(6):
+        seen = [n + step for n in lengths]
+        k, v = (torch.randn(len(lengths), 3, 16, generator=generator) for _ in range(2))
+        score = torch.randint(-30, 30, (len(lengths), 3), generator=generator).float()
+        append_kernel.append(*ours, scores, layout, k.to(DEVICE), v.to(DEVICE), score.to(DEVICE), seen)
+        append_reference.append(*theirs, other_scores, layout, k, v, score, seen)
+        assert torch.equal(scores.cpu(), other_scores)
+    for one, two in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(one.tensors(), two.tensors(), strict=True))
+
+
 @pytest.mark.parametrize("layout", [QUANTISED, FEW_BITS], ids=["quantised", "few bits"])
 def test_compact_in_pages(layout: LayerLayout) -> None:
     """Sequences that lie further apart than they are long, and a prompt in a room for a longer one."""

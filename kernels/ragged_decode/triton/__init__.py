@@ -13,6 +13,7 @@ from kvcompile.kernels.arguments import head_table, in_order, steps, tensors, un
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.overlap import overlap
 from kvcompile.kernels.ragged_decode.occupancy import resident
 from kvcompile.kernels.ragged_decode.pairs import codecs_of, pairs_of
 from kvcompile.kernels.ragged_decode.triton.join import FAN
@@ -70,6 +71,7 @@ def ragged_decode(
     is_new = new_keys is not None and new_values is not None
     chosen = chosen or entry(head_dim, exact, pairs)
     fixed, options = constants(head_dim, pairs, layout.window, exact, chosen, is_new, new_mask is not None)
+    fixed |= overlap(device)
     blocks = triton.cdiv(used, fixed["R"])
     new = (new_keys.contiguous(), new_values.contiguous()) if is_new else (query, query)  # type: ignore[union-attr]
     mask = new_mask.expand(batch, 1, length, length).contiguous().view(torch.uint8) if new_mask is not None else query
@@ -88,12 +90,12 @@ def ragged_decode(
         )  # fmt: skip
 
     with on_device(device):
-        key = ("ragged_decode", device, batch, blocks, *fixed.values(), *options.values())
+        key = ("ragged_decode", device, batch, blocks, chosen, *fixed.values(), *options.values())
         if key not in layout.memo:
             some = torch.empty(1, dtype=torch.float32, device=device)
             like = arguments(_Tables(seen, seen, seen), some, some)
             more, programs = _fitted(like, fixed | options) if device.type == "cuda" else ({}, chosen.programs)
-            programs = items_of(programs, device, batch * blocks)
+            programs = items_of(programs * chosen.waves, device, batch * blocks)
             layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), options | more
         tables, options = layout.memo[key]
         items = len(tables.items)

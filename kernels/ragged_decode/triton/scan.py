@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.arguments import COLUMNS, SIZES
+from kvcompile.kernels.overlap import let_next_begin, wait_for_previous
 from kvcompile.kernels.ragged_decode.pairs import key_codec, pair_count, value_codec
 from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
@@ -99,28 +100,31 @@ def _decode(
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
     VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
     `PAIRS` are the pairs of codecs in the layer (see `pairs`); no head has more than `MOST` items."""
+    let_next_begin(OVERLAP)
     item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     h = tl.load(items + 2 * item)
     part = tl.load(items + 2 * item + 1)
     row = heads + h * ROW
-    seen = tl.load(seen_by + b)
     capacity = tl.load(row + CAPACITY)
+    most = tl.load(ranges + 2 * h + 1)
+    anchored = tl.load(row + SINK) > 0
+    k_codec = tl.load(row + K_CODEC)
+    v_codec = tl.load(row + V_CODEC)
+    wait_for_previous(OVERLAP)  # tables never change
+    seen = tl.load(seen_by + b)
     # What is stored now is cut into equal items, none of which is empty: of a short text, the last ones are not used.
     filled = tl.minimum(capacity, seen)
     blocks = (filled + HALVES * N - 1) // (HALVES * N)
-    count = tl.minimum(tl.load(ranges + 2 * h + 1), blocks)
+    count = tl.minimum(most, blocks)
     if part < count:
         start = blocks * part // count * (HALVES * N)
         stop = tl.minimum(blocks * (part + 1) // count * (HALVES * N), filled)
-        anchored = tl.load(row + SINK) > 0
-        k_codec = tl.load(row + K_CODEC)
-        v_codec = tl.load(row + V_CODEC)
         place = tl.load(places + b).to(tl.int64)
         k_exact, k_codes, k_scales, k_anchors = of_head(
             place, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,

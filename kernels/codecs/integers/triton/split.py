@@ -1,7 +1,7 @@
 """How the Triton kernels divide a vector of a codec: numbers that they are compiled with, by the codec's id.
 
 Groups are those of `Codec.split`. `ragged_decode` reads codes in units of 16 bits, a tile of them at a time: one
-group's, or two groups' where these fill a tile together (products have 16 units or more).
+group's, or two groups' that are alike, whose units are few (products have 16 units or more).
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from kvcompile.kernels.codecs.base import EIGHTHS, split
 
 LEAST = 16
 """Units of a tile."""
+WIDE, MOST = 2 * LEAST, 128
+"""Units of a tile of two groups up to this head size, beyond which registers do not suffice: 4 bits are then read 64
+bytes at a time. Groups that are read apart touch every line of memory twice, which keeps the second-level cache of an
+H200 busier than its memory."""
 
 SECTIONS = {
     id: (codec.sections or ((codec.bits, EIGHTHS),), codec.group) for id, codec in CODECS.items() if codec.has("triton")
@@ -130,7 +134,8 @@ def _tiles(codec, head_dim):
     groups, found, first = groups_of(codec, head_dim), [], 0
     while first < len(groups):
         alike = [g for g in groups[first : first + 2] if (g.bits, g.size) == (groups[first].bits, groups[first].size)]
-        count = len(alike) if 2 * group_units(codec, head_dim, first) == LEAST else 1
+        together = 2 * group_units(codec, head_dim, first)
+        count = len(alike) if together == LEAST or (together == WIDE and head_dim <= MOST) else 1
         found.append((first, count))
         first += count
     return found

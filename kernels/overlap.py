@@ -1,0 +1,41 @@
+"""Launches that begin while the one before them ends: programmatic dependent launch, of Hopper and later.
+
+A kernel that is launched so calls `wait_for_previous` before it reads or writes what another one writes or reads, and
+`let_next_begin` as early as it likes: the next one's programs then take what room there is, read tables that never
+change, and wait. (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LEAST = (9, 0)
+"""Compute capability."""
+
+
+@cache
+def overlap(device: torch.device) -> dict[str, bool]:
+    """What a launch on the device needs beside its arguments: `OVERLAP` is a constant of the kernel, the other one an
+    option of the launch."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < LEAST:
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """The next launch may begin as soon as all programs of this one have been here."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(OVERLAP: tl.constexpr):
+    """Until the launch before has ended, and all that it wrote can be seen."""
+    if OVERLAP:
+        gdc_wait()
