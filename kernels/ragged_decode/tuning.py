@@ -26,10 +26,11 @@ class Tuning:
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
 DEEP = ONE_PAIR | {128: Tuning(64, 2, num_stages=3)}
-THREE_BITS = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
-SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in THREE_BITS.items()}
+SHALLOW = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
+SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in SHALLOW.items()}
 """By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones and
-those of 4 bits load `DEEP`er, those with values of 3 bits have fewer registers to spare), and several. Those for 128
+those of 4 bits load `DEEP`er, those with values of 3 bits and those of 8 bits with others hold fewer slots in registers), and
+several. Those for 128
 were measured on an H200 with Triton 3.6 (benchmarks/measured). The others are not measured; no register is spilled in
 their loops.
 
@@ -38,22 +39,24 @@ anyhow. In two halves, every part of the query has two products in a step; with 
 that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs a
 tenth to a quarter); of several pairs some take longer for their bytes, and processors that are done take more."""
 
-THREE, FOUR = 3, 4
-"""The ids of int3 and int4."""
+THREE, FOUR, EIGHT = 3, 4, 8
+"""The ids of int3, int4 and int8."""
 
 
 def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
     """The line for a shape and for the `pairs` of codecs of a layer, as the bits of a number; float32 has fewer slots a
-    step, in one piece."""
+    step, in one piece, and where codes become float32, two warps for their registers."""
     keys, values = codecs_of(pairs)
     if pairs.bit_count() > 1:
         table = SEVERAL_PAIRS
-    elif THREE in values:
-        table = THREE_BITS
+    elif THREE in values or (EIGHT in keys | values and keys != values):
+        table = SHALLOW
     else:
         table = DEEP if (keys, values) in ((set(), set()), ({FOUR}, {FOUR})) else ONE_PAIR
     chosen = table[min(size for size in table if size >= head_dim)]
-    return replace(chosen, block=max(16, chosen.block // 4), halves=1) if dtype == torch.float32 else chosen
+    if dtype != torch.float32:
+        return chosen
+    return replace(chosen, block=max(16, chosen.block // 4), halves=1, num_warps=2 if keys | values else 1)
 
 
 def items_of(programs: int, device: torch.device, batch: int) -> int:
