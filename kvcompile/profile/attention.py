@@ -60,13 +60,28 @@ _handler: ContextVar[Handler] = ContextVar("kvcompile_profile_handler")
 @contextmanager
 def attending(model: Any, handler: Handler) -> Iterator[None]:
     """Let `handler` do the attention of every layer of `model`; afterwards the model's own implementation is back."""
+    with attended(model), handling(handler):
+        yield
+
+
+@contextmanager
+def attended(model: Any) -> Iterator[None]:
+    """Have the layers of `model` ask whichever handler there is (`handling`) for their attention."""
     previous = model.config._attn_implementation
-    token = _handler.set(handler)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         model.set_attn_implementation(previous)
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Let `handler` do what the layers of an `attended` model ask for."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
         _handler.reset(token)
 
 

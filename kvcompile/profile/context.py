@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +15,7 @@ from torch import Tensor, nn
 
 from kvcompile.kernels import prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
-from kvcompile.profile.scores import Cosines, watching
 from kvcompile.profile.structure import Tick, Trace, forward, layers
-
-Watched = TypeVar("Watched")
 
 
 class FollowUp(Protocol):
@@ -76,17 +73,6 @@ def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
 
 def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Context:
     """Read a context [n] once."""
-    return _read(model, ids, tick, attending)[0]
-
-
-def read_and_compare(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> tuple[Context, Cosines]:
-    """Read a context [n] once; also the cosines of BaKlaVa and SqueezeAttention over it."""
-    return _read(model, ids, tick, watching)
-
-
-def _read(
-    model: Any, ids: NDArray[np.int64], tick: Tick, within: Callable[[Any, Handler], AbstractContextManager[Watched]]
-) -> tuple[Context, Watched]:
     context = Context([], [], [])
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,9 +86,9 @@ def _read(
     with ExitStack() as hooks:
         for layer in layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
-        watched = hooks.enter_context(within(model, attend))
+        hooks.enter_context(attending(model, attend))
         forward(model, ids, tick)
-    return context, watched
+    return context
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:

@@ -34,6 +34,18 @@ def layers(model: Any) -> list[nn.Module]:
     return list(model.get_decoder().layers)
 
 
+def embedding(model: Any) -> nn.Module:
+    """What turns tokens into the first residual stream."""
+    part: nn.Module = model.get_input_embeddings()
+    return part
+
+
+def head(model: Any) -> nn.Module:
+    """What turns the last residual stream into logits."""
+    part: nn.Module = model.get_output_embeddings()
+    return part
+
+
 def heads(model: Any) -> tuple[int, int]:
     """Numbers of query heads and of KV heads in every layer."""
     config = model.config.get_text_config()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvcompile.artifacts.errors import CalibrationError, ModelError
 from kvcompile.profile import Material, Profiled, measure
 from kvcompile.profile.attention import BLOCK
+from kvcompile.profile.held import UNLIMITED
 
 Tiny = Callable[..., Any]
 TABLES = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
@@ -117,6 +118,20 @@ def test_probes_answered_rightly_decide(tiny: Tiny) -> None:
     np.testing.assert_array_equal(mixed.profile.surfacelogic, alone.profile.surfacelogic)
 
 
+def test_answered_means_every_token(tiny: Tiny) -> None:
+    model = tiny()
+    prompt = np.random.default_rng(0).integers(3, 61, 30)
+    with torch.no_grad():
+        told = model.generate(
+            torch.as_tensor(prompt)[None], attention_mask=torch.ones(1, 30), max_new_tokens=4, do_sample=False
+        )
+    answer = told[0, 30:].numpy()
+    wrong = answer.copy()
+    wrong[-1] = 3 if answer[-1] != 3 else 4
+    asked = [Question(prompt, one, ((3, 6),)) for one in (answer, wrong)]
+    assert [measure(model, material([one]), seed=0).answered for one in asked] == [1, 0]
+
+
 def test_progress_rises_to_the_whole(tiny: Tiny) -> None:
     seen: list[tuple[int, int]] = []
     measure(tiny(), material(), seed=0, progress=lambda done, total: seen.append((done, total)))
@@ -141,16 +156,22 @@ def stopping_after(calls: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("calls", [0, 4, 8, 14, 20, 40, 60])
-def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int) -> None:
+@pytest.mark.parametrize("calls", [0, 1, 4, 11, 24, 25, 31, 37, 44, 70])
+@pytest.mark.parametrize("memory", [0, 40_000, UNLIMITED])
+def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int, memory: int) -> None:
+    """Stopped in any of the passes, with all, some or nothing of what is held in memory."""
     whole = measure(tiny(), material(), seed=0)
     with pytest.raises(StopError):
-        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls))
+        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls), memory=memory)
     starts: list[int] = []
-    resumed = measure(tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done))
+    resumed = measure(
+        tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done), memory=memory
+    )
     assert_same(resumed, whole)
-    # A first episode is 3 layers for the context and 3 for what follows: from the seventh call on something is kept.
-    assert (starts[0] > 48) == (calls >= 6)
+    everything: list[int] = []
+    measure(tiny(), material(), seed=0, progress=lambda done, _: everything.append(done))
+    assert starts == everything[calls + 1 :], "finished items were measured again"
+    assert [path.name for path in tmp_path.iterdir()] == ["sums.npz"]
 
 
 def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> None:

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvcompile.profile.attention import attending, causal
 from kvcompile.profile.scores import baklava, watching
 from kvcompile.profile.structure import forward
 
 
 def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any], family: str) -> None:
     model, ids = tiny(family), np.random.default_rng(0).integers(3, 61, 50)
-    with watching(model) as seen:
+    seen = []
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            seen.append(stack.enter_context(watching(layer, 4)))
+        stack.enter_context(attending(model, lambda call: seen[call.layer].attending(causal)(call)))
         forward(model, ids)
 
     model.set_attn_implementation("eager")
@@ -31,14 +37,14 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         head_dim = outputs[index].shape[-1] // 4
         value = values[index][:, -2 * head_dim :].view(50, 2, head_dim).repeat_interleave(2, 1)
         expected = F.cosine_similarity(value, outputs[index].view(50, 4, head_dim), dim=-1).mean(0)
-        np.testing.assert_allclose(seen.value[index], expected.numpy(), atol=1e-5)
+        np.testing.assert_allclose(seen[index].value, expected.numpy(), atol=1e-5)
         with torch.no_grad():
             before = result.hidden_states[index][0]
             added = layer.self_attn.o_proj(outputs[index])
             if family == "gemma3_text":
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
-        np.testing.assert_allclose(seen.residual[index], residual, atol=1e-5)
+        np.testing.assert_allclose(seen[index].residual, residual, atol=1e-5)
 
 
 def test_baklava_is_head_times_layer() -> None:
