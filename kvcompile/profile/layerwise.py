@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal, handling
 from kvcompile.profile.context import Context
+from kvcompile.profile.structure import device_of
 
 Arguments = list[dict[str, Any]]
 """What every layer is called with beside the hidden states, for sequences at the same positions."""
@@ -37,14 +38,14 @@ class Calls:
         key = positions.astype("<i8").tobytes()
         if key not in self._known:
             width = self.model.config.get_text_config().hidden_size
-            nothing = torch.zeros(1, len(positions), width, dtype=self.model.dtype, device=self.model.device)
+            nothing = torch.zeros(1, len(positions), width, dtype=self.model.dtype, device=device_of(self.model))
             self._known[key] = _decoded(self.model, positions, self.exact, inputs_embeds=nothing)[1]
         return self._known[key]
 
 
 def embedded(model: Any, ids: NDArray[np.int64]) -> Tensor:
     """The residual stream [1, n, d] of tokens [n] before the first layer."""
-    tokens = torch.as_tensor(ids, device=model.device)[None]
+    tokens = torch.as_tensor(ids, device=device_of(model))[None]
     return _decoded(model, np.arange(len(ids)), False, input_ids=tokens)[0]
 
 
@@ -84,7 +85,7 @@ def read_layer(
 def _decoded(model: Any, positions: NDArray[np.int64], exact: bool, **inputs: Tensor) -> tuple[Tensor, Arguments]:
     """The residual stream before the first layer, and the layers' arguments."""
     decoder = model.get_decoder()
-    places = torch.as_tensor(positions, device=model.device)[None]
+    places = torch.as_tensor(positions, device=device_of(model))[None]
     with _passing(decoder) as (seen, hidden), _own_rotary(decoder, exact):
         decoder(**inputs, position_ids=places, use_cache=False)
     return hidden[0], seen

@@ -35,7 +35,7 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import Probes
 from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.setting import Material, Setting
-from kvcompile.profile.structure import frozen, layers
+from kvcompile.profile.structure import device_of, frozen, layers
 from kvcompile.stages import DEFAULT_SINK, Parts, Profile, Rotary
 
 STATES = "states"
@@ -102,7 +102,7 @@ def measure(
     curves = Curves(setting, fit, kept=frozenset(first_episodes(setting)))
     check = Check(setting, fit, curves)
     fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
-    held = Held(None if store is None else store / STATES, memory, model.device)
+    held = Held(None if store is None else store / STATES, memory, device_of(model))
     with frozen(model), attended(model):
         sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store)
     return _profiled(sums, setting, fit.result(sums))

@@ -80,13 +80,13 @@ class Probes:
 
 
 def _lane(number: int, probe: Probe) -> Lane:
-    """Prompt and answer but for its last token: the rows looked at are those that predict one of the answer's tokens."""
+    """Prompt and answer but for its last token: the rows looked at are those that predict a token of the answer."""
     ids = np.concatenate([probe.prompt_ids, probe.answer_ids[:-1]])
     return Lane(f"probe{number}", ids, np.arange(len(ids)))
 
 
 def layer_score(call: Attention, probe: Probe) -> NDArray[np.float64]:
-    """The score of a layer's KV heads, float64 [H] in [0, 1]: mean over the answer's tokens and a group's query heads."""
+    """The score of a layer's KV heads, float64 [H] in [0, 1]: mean over the answer's tokens and a group's heads."""
     prompt, length = len(probe.prompt_ids), call.key.shape[1]
     needle = torch.zeros(length, dtype=torch.bool, device=call.key.device)
     for first, stop in probe.needles:

@@ -14,12 +14,15 @@ from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, Quantiser, Scorer
 from kvcompile.kernels.codecs import CODECS
-from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
+from kvcompile.models.resident import in_turn, resident
+from kvcompile.profile.attention import attended
+from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.eviction import survivors
+from kvcompile.profile.layerwise import Calls, embedded, read_layer, through
 from kvcompile.profile.quantised import Shift, matrices, quantised
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, frozen, logits
+from kvcompile.profile.structure import Tick, embedding, frozen, head, layers, logits
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.stages import Parts, Plan, Problem
@@ -102,7 +105,7 @@ def apply_plan(
     cuts = []
     for layer, (key, value) in enumerate(zip(context.keys, context.values, strict=True)):
         score = None if scorer is None else scores(scorer, layer, context.hidden[layer])
-        of_one = None if quantiser is None else Quantiser(**{k: v[layer, None] for k, v in vars(quantiser).items()})
+        of_one = None if quantiser is None else Quantiser(**_only(quantiser, layer))
         moved = None if shift is None else Shift(of_layer(shift.rotary, layer), shift.offset)
         cuts.append(cut_layer(key, value, score, rows_of(plan, layer), of_one, tokens, moved))
     keys, values = [one.key for one in cuts], [one.value for one in cuts]
@@ -137,15 +140,15 @@ def cut_layer(
     plan's for this layer, quantiser and shift tables of one layer."""
     length, scale = key.shape[1], key.shape[1] / tokens
     alive: list[Tensor] = []
-    for head in range(key.shape[0]):
-        policy = POLICIES[rows["policy"][head]]
-        sink = int(rows["sink"][head])
-        budget = min(max(round(int(rows["capacity"][head]) * scale), sink + 1), length)
+    for number in range(key.shape[0]):
+        policy = POLICIES[rows["policy"][number]]
+        sink = int(rows["sink"][number])
+        budget = min(max(round(int(rows["capacity"][number]) * scale), sink + 1), length)
         recent = budget - sink
         if policy == "scored":
-            recent = min(max(round(int(rows["recent"][head]) * scale), 1), budget - sink)
+            recent = min(max(round(int(rows["recent"][number]) * scale), 1), budget - sink)
         # Without a scorer no head is `scored`, and all scores are equal.
-        row = torch.zeros(1, length) if score is None else score[head : head + 1]
+        row = torch.zeros(1, length) if score is None else score[number : number + 1]
         alive.append(survivors(row.to(key.device), budget, recent, sink)[0])
     return LayerCut(
         _read_back(key, rows["k_bits"], quantiser, "key", shift),
@@ -177,17 +180,58 @@ def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
 def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: Parts, problem: Problem) -> float:
     """Mean measured KL of a plan for the problem's context over episodes, text and questions alike, in nats a token;
     `parts` are a profile with moments of keys, the scorer and the quantiser. Episodes are shorter than the context may
-    be: they are taken to stand at places spread evenly over it."""
-    found, tokens, keys = [], problem.context, parts.profile.keys
+    be: they are taken to stand at places spread evenly over it. All go through a layer before the next is looked at."""
+    tokens, keys = problem.context, parts.profile.keys
     assert keys is not None
     assert parts.quantiser is not None
     quantiser = for_context(parts.quantiser, keys, problem.limit.tolist(), tokens)
-    with frozen(model):
-        for number, episode in enumerate(episodes):
-            context = read_context(model, episode.context)
-            known = reference(model, context, pack(len(context), episode.follow_ups))
-            room = max(tokens - len(context), 0)
-            shift = Shift(keys.rotary, round(room * (number + 0.5) / len(episodes)))
-            kinds = divergence(model, known, plan, parts.scorer, quantiser, tokens, shift=shift)
-            found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)
+    calls, runs = Calls(model), []
+    with torch.no_grad(), frozen(model), attended(model):
+        with resident(embedding(model)):
+            for number, episode in enumerate(episodes):
+                packed = pack(len(episode.context), episode.follow_ups)
+                asked = embedded(model, packed.ids)
+                room = max(tokens - len(episode.context), 0)
+                offset = round(room * (number + 0.5) / len(episodes))
+                runs.append(_Run(packed, offset, embedded(model, episode.context), asked, asked))
+        for layer, part in enumerate(in_turn(layers(model))):
+            scorer = None if parts.scorer is None else Scorer(**_only(parts.scorer, layer))
+            of_one, rows = Quantiser(**_only(quantiser, layer)), rows_of(plan, layer)
+            for run in runs:
+                places = calls.at(np.arange(run.context.shape[1]))[layer]
+                run.context, left = read_layer(part, run.context, places)
+                score = None if scorer is None else scores(scorer, 0, left.hidden[0])
+                shift = Shift(of_layer(keys.rotary, layer), run.offset)
+                cut = cut_layer(left.keys[0], left.values[0], score, rows, of_one, tokens, shift)
+                later = calls.at(run.packed.positions)[layer]
+                run.full = through(part, run.full, later, over_context(left, run.packed))
+                after = over_context(Context([], [cut.key], [cut.value]), run.packed, [cut.kept])
+                run.cut = through(part, run.cut, later, after)
+        with resident(head(model)):
+            found = [_mean(kinds(model, run.compared())) for run in runs]
     return float(np.mean(found))
+
+
+@dataclass
+class _Run:
+    """An episode on its way through the layers: residual streams [1, n, d] of its context and [1, m, d] of what is
+    asked, with the full cache and with the cut one."""
+
+    packed: Packed
+    offset: int
+    context: Tensor
+    full: Tensor
+    cut: Tensor
+
+    def compared(self) -> list[tuple[str, Tensor, Tensor]]:
+        return [(kind, self.full[0, rows], self.cut[0, rows]) for kind, rows in compared(self.packed)]
+
+
+def _only(tables: Scorer | Quantiser, layer: int) -> dict[str, NDArray[Any]]:
+    """A scorer's or a quantiser's tables of one layer, [1, ...] each."""
+    return {name: table[layer, None] for name, table in vars(tables).items()}
+
+
+def _mean(kinds: dict[str, float]) -> float:
+    """Text and questions alike."""
+    return ((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2

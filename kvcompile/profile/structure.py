@@ -46,6 +46,12 @@ def head(model: Any) -> nn.Module:
     return part
 
 
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where its last norm is, as other weights may not be there yet."""
+    device: torch.device = next(model.get_decoder().norm.parameters()).device
+    return device
+
+
 def heads(model: Any) -> tuple[int, int]:
     """Numbers of query heads and of KV heads in every layer."""
     config = model.config.get_text_config()
@@ -93,8 +99,8 @@ def forward(
         for layer in layers(model):
             hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         hooks.callback(decoder.norm.register_forward_pre_hook(keep_final).remove)
-        places = None if positions is None else torch.as_tensor(positions, device=model.device)[None]
-        decoder(input_ids=torch.as_tensor(ids, device=model.device)[None], position_ids=places, use_cache=False)
+        places = None if positions is None else torch.as_tensor(positions, device=device_of(model))[None]
+        decoder(input_ids=torch.as_tensor(ids, device=device_of(model))[None], position_ids=places, use_cache=False)
     return Trace(inputs, arguments, final[0])
 
 
