@@ -72,14 +72,14 @@ class Checkpoint:
         """A tensor as it is stored. Raises ModelError where the file has changed or cannot be read."""
         stored = self.tensors[key]
         data = torch.empty(stored.nbytes, dtype=torch.uint8)
-        self._read_into(stored, memoryview(data.numpy()), stored.start)
+        self._read_into(stored, _bytes_of(data), stored.start)
         return data.view(stored.dtype).reshape(stored.shape)
 
     def elements(self, key: str, places: Sequence[int]) -> Tensor:
         """Some elements of a tensor, [len(places)], by their places in its flat order; nothing else is read."""
         stored, size = self.tensors[key], self.tensors[key].dtype.itemsize
         data = torch.empty(len(places) * size, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        view = _bytes_of(data)
         for i, place in enumerate(places):
             self._read_into(stored, view[i * size : (i + 1) * size], stored.start + place * size)
         return data.view(stored.dtype)
@@ -115,6 +115,11 @@ class Checkpoint:
                 os.close(handle)
         except OSError as error:
             raise ModelError(f"{stored.file} cannot be read ({error.strerror})") from None
+
+
+def _bytes_of(data: Tensor) -> memoryview:
+    array: Any = data.numpy()
+    return memoryview(array)
 
 
 def _files(folder: Path, name: str) -> dict[Path, set[str] | None]:

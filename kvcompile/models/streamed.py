@@ -153,7 +153,8 @@ class _Loader:
             for name in self.names[id(parameter)]:
                 loaded = self.slots[name].parameter
                 if not loaded.is_meta:
-                    found[id(parameter)] = loaded.requires_grad_(False)
+                    loaded.requires_grad_(False)
+                    found[id(parameter)] = loaded
                     self.slots[name].set(parameter)
         if missing := [self.names[id(p)][0] for p in wanted if id(p) not in found]:
             raise ModelError(lacking(self.checkpoint.name, sorted(missing)))

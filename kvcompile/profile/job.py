@@ -13,7 +13,7 @@ from torch import nn
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import ahead, resident
-from kvcompile.profile.held import Held, full_disk
+from kvcompile.profile.held import Held, complaining
 from kvcompile.profile.resume import Sums, load, save
 
 Progress = Callable[[int, int], None]
@@ -90,13 +90,11 @@ def run(
 
 
 def _save(store: Path, sums: Sums, held: Held | None) -> None:
-    try:
+    with complaining(store):
         if held is None:
             save(store, sums)
         else:
             held.save(lambda: save(store, sums))
-    except OSError as error:
-        raise ModelError(full_disk(store, error)) from None
 
 
 class _Clock:

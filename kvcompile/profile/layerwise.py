@@ -137,9 +137,10 @@ def _own_rotary(decoder: nn.Module, exact: bool) -> Iterator[None]:
         yield
         return
     try:
-        decoder.rotary_emb = copy.deepcopy(own)
+        copied: nn.Module = copy.deepcopy(own)
         if exact:
-            decoder.rotary_emb.register_forward_pre_hook(in_float, with_kwargs=True)
+            copied.register_forward_pre_hook(in_float, with_kwargs=True)
+        decoder.rotary_emb = copied
         yield
     finally:
         decoder.rotary_emb = own

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError
+from kvcompile.models.room import Room
 from kvcompile.profile.attention import attended
 from kvcompile.profile.check import Check, agreement, first_episodes
 from kvcompile.profile.curves import Curves
@@ -79,15 +80,17 @@ def measure(
     progress: Progress | None = None,
     store: Path | None = None,
     rotary: Rotary | None = None,
-    memory: int = UNLIMITED,
+    room: Room = UNLIMITED,
 ) -> Profiled:
     """Profile a transformers causal LM.
 
     With `store`, a folder for this profile alone (`profile_key` names it), finished items are kept there: a second call
-    skips them and ends with the same bits. What is held between the passes takes `memory` bytes at most, and is on disk
-    beyond. `rotary` is the model's rotary embedding in contexts of the longest length, where it is known already.
-    Raises CalibrationError where the contexts are too short, ModelError where the model's numbers are not finite, or a
-    disk is full.
+    skips them and ends with the same bits. What is held between the passes takes `room` at most, and is on disk beyond.
+    `rotary` is the model's rotary embedding in contexts of the longest length, where it is known already.
+
+    Raises:
+        CalibrationError: the contexts are too short.
+        ModelError: the model's numbers are not finite, or a disk is full.
     """
     window = max((len(episode.context) for episode in material.measure), default=0)
     least = 2 * (sink + 1)
@@ -102,7 +105,7 @@ def measure(
     curves = Curves(setting, fit, kept=frozenset(first_episodes(setting)))
     check = Check(setting, fit, curves)
     fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
-    held = Held(None if store is None else store / STATES, memory, device_of(model))
+    held = Held(None if store is None else store / STATES, room, device_of(model))
     with frozen(model), attended(model):
         sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store)
     return _profiled(sums, setting, fit.result(sums))

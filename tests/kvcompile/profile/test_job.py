@@ -13,6 +13,7 @@ from torch import nn
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import register
+from kvcompile.models.room import Room
 from kvcompile.profile import job
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Item, run
@@ -71,10 +72,10 @@ def test_an_interrupted_item_is_repeated_and_finished_ones_are_not(
     monkeypatch.setattr(job, "SAVE_EVERY", every)
     states = tmp_path / "states"
     with pytest.raises(RuntimeError, match="stopped"):
-        run([*numbers(3), Item(failing), *numbers(0)], fresh(), Held(states, memory), store=tmp_path)
+        run([*numbers(3), Item(failing), *numbers(0)], fresh(), Held(states, Room(0, memory)), store=tmp_path)
     told: list[tuple[int, int]] = []
     items = [*numbers(3), adding(4)]
-    sums = run(items, fresh(), Held(states, memory), progress=lambda *at: told.append(at), store=tmp_path)
+    sums = run(items, fresh(), Held(states, Room(0, memory)), progress=lambda *at: told.append(at), store=tmp_path)
     assert (float(sums["total"]), told) == (10, [(10, 10)])
     assert not states.exists(), "what was held is no longer needed"
     assert float(run(items, fresh(), Held(states), store=tmp_path)["total"]) == 10

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompile.artifacts.errors import CalibrationError, ModelError
+from kvcompile.models.room import Room
 from kvcompile.profile import Material, Profiled, measure
 from kvcompile.profile.attention import BLOCK
 from kvcompile.profile.held import UNLIMITED
@@ -157,15 +158,15 @@ def stopping_after(calls: int) -> Callable[[int, int], None]:
 
 
 @pytest.mark.parametrize("calls", [0, 1, 4, 11, 24, 25, 31, 37, 44, 70])
-@pytest.mark.parametrize("memory", [0, 40_000, UNLIMITED])
-def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int, memory: int) -> None:
+@pytest.mark.parametrize("room", [Room(0, 0), Room(0, 40_000), UNLIMITED])
+def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int, room: Room) -> None:
     """Stopped in any of the passes, with all, some or nothing of what is held in memory."""
     whole = measure(tiny(), material(), seed=0)
     with pytest.raises(StopError):
-        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls), memory=memory)
+        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls), room=room)
     starts: list[int] = []
     resumed = measure(
-        tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done), memory=memory
+        tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done), room=room
     )
     assert_same(resumed, whole)
     everything: list[int] = []
