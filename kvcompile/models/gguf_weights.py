@@ -25,10 +25,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from kvcompile.models.checkpoint import INDEX, SINGLE
 
-SHARD = 1 << 29
-"""Bytes of a file of weights, but for tensors that are larger."""
+SHARD = 1 << 28
+"""Bytes after which a file of weights ends."""
 
-ROWS = 1 << 24
+ROWS = 1 << 21
 """Elements of a vocabulary's matrix that are dequantised at once."""
 
 VOCABULARY = ("token_embd.weight", "output.weight")
@@ -37,15 +37,13 @@ VOCABULARY = ("token_embd.weight", "output.weight")
 BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
-def write_weights(
-    file: Path,
-    model: Any,
-    dtype: torch.dtype,
-    folder: Path,
-    writing: Callable[[], contextlib.AbstractContextManager[None]],
-) -> None:
-    """Write the tensors of `file` into `folder` in `dtype`, under the names that `model`, which may have no numbers, has
-    for them; each file within a `writing` block.
+Writing = Callable[[], contextlib.AbstractContextManager[None]]
+"""Gives the block within which a file is written; it says what went wrong."""
+
+
+def write_weights(file: Path, model: Any, dtype: torch.dtype, folder: Path, writing: Writing) -> None:
+    """Write the tensors of `file` into `folder` in `dtype`, under the names that `model` has for them, which may itself
+    be without numbers.
 
     Raises whatever the parser meets in a damaged file, and ValueError for a tensor that comes in pieces far apart.
     """
@@ -59,13 +57,14 @@ def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, 
     """Every tensor that the model has a name for, in `dtype`."""
     from gguf import GGUFReader
 
+    config = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
     reader = GGUFReader(file)
-    parsed: dict[str, Any] = load_gguf_checkpoint(str(file), return_tensors=False)
+    kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
+    reader.fields.clear()  # a vocabulary in pieces, which takes half a gigabyte
     # Where the parser puts experts, which it joins from several tensors of one layer.
     joined: dict[str, Tensor] = {}
-    parsed["tensors"] = joined
-    kind = TENSOR_PROCESSORS.get(read_field(reader, "general.architecture")[0], TensorProcessor)
-    processor = kind(config=parsed["config"])
+    parsed = {"config": config, "tensors": joined}
+    processor = kind(config=config)
     names = get_gguf_hf_weights_map(model, processor)
     layer = None
     for tensor in reader.tensors:
@@ -133,13 +132,14 @@ class _Shards:
         if name in self.tensors or any(name in names for names in self.files):
             raise ValueError(f"the parts of {name} are not side by side")
         size = tensor.numel() * tensor.element_size()
-        if self.tensors and self.size + size > SHARD:
-            self._write()
         self.tensors[name] = tensor.contiguous()
         self.size, self.total = self.size + size, self.total + size
+        if self.size >= SHARD:
+            self._write()
 
     def finish(self) -> None:
-        self._write()
+        if self.tensors:
+            self._write()
         names = [f"model-{i + 1:05}-of-{len(self.files):05}.safetensors" for i in range(len(self.files))]
         with self.writing():
             if len(self.files) == 1:

@@ -79,6 +79,8 @@ def _enter(part: nn.Module) -> None:
 
 
 def _leave(part: nn.Module) -> None:
+    if not _users.get(part):
+        return  # it could not be brought in
     _users[part] -= 1
     if not _users[part]:
         _sources[part].release()
