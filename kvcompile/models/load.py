@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.aliases import closest, hub_id
+from kvcompile.models.arithmetic import align
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.gguf import converted
 from kvcompile.models.hub import HubUnreachableError, fetch
@@ -77,6 +78,8 @@ def load(
         return loaded
     try:
         loaded.model.to(device).eval()
+        if memory is not None:
+            align(loaded.model)
     except (RuntimeError, AssertionError) as error:
         raise ModelError(_immovable(name, device, error)) from None
     return loaded

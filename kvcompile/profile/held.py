@@ -53,8 +53,7 @@ class Held:
 
     def put(self, name: str, **tensors: Tensor) -> None:
         """Keep tensors under a name. Raises ModelError where they fit neither in memory nor on disk."""
-        # Contiguous wherever they end up, so that what is computed from them does not depend on that.
-        kept = {key: t.detach().contiguous() for key, t in tensors.items()}
+        kept = {key: _own(t.detach()) for key, t in tensors.items()}
         size = sum(t.numel() * t.element_size() for t in kept.values())
         self._forget(name)
         there = any(t.device.type != "cpu" for t in kept.values())
@@ -147,6 +146,14 @@ class Held:
                 finally:
                     os.close(handle)
         self._unsynced.clear()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A tensor that fills memory of its own from beginning to end, as one that has been on disk does: what is computed
+    from it then does not depend on where it was, and nothing else is kept with it."""
+    contiguous = tensor.contiguous()
+    size = contiguous.numel() * contiguous.element_size()
+    return contiguous if contiguous.untyped_storage().nbytes() == size else contiguous.clone()
 
 
 @contextmanager

@@ -47,6 +47,8 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_model_that_does_not_fit_is_streamed(folder: Path) -> None:
     for memory, streamed in ((1_000_000, True), (1 << 40, False), (None, False)):
         assert is_streamed(load(str(folder), memory=memory).model.get_input_embeddings()) == streamed
+    whole = load(str(folder), device="cpu", memory=1 << 40).model
+    assert all(weight.data_ptr() % 64 == 0 for weight in whole.parameters()), "no longer where the files are mapped"
 
 
 def test_streaming_gives_the_same_file(kvcompile: Run, folder: Path, tmp_path: Path, own: Path) -> None:
