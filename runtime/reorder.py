@@ -20,6 +20,14 @@ def split_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -
     yield attention.get_submodule("o_proj").weight, 1, q
 
 
+def normed_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with norms over the queries and the keys of all heads together, `q_norm` and `k_norm`: their sums run
+    over the heads in another order then."""
+    yield from split_projections(attention, q, kv)
+    for name, index in (("q_norm", q), ("k_norm", kv)):
+        yield attention.get_submodule(name).weight, 0, index
+
+
 def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
     """`qkv_proj`, whose rows are all queries, then all keys, then all values, and `o_proj`."""
     rows = torch.cat([q, kv + len(q), kv + len(q) + len(kv)])
@@ -35,13 +43,17 @@ def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
 
 ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
     "gemma3_text": split_projections,
+    "granite": split_projections,
     "llama": split_projections,
     "mistral": split_projections,
     "mixtral": split_projections,
+    "olmo2": normed_projections,
+    "olmo3": normed_projections,
     "phi3": fused_projection,
     "qwen2": split_projections,
     "qwen3": split_projections,
     "qwen3_moe": split_projections,
+    "smollm3": split_projections,
 }
 
 

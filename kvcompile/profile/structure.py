@@ -55,7 +55,9 @@ def head_blocks(model: Any, length: int) -> Iterator[slice]:
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
     scores: Tensor = model.get_output_embeddings()(model.get_decoder().norm(hidden[None]))[0]
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    scores = scores / (getattr(config, "logits_scaling", None) or 1.0)  # Granite's
+    cap = getattr(config, "final_logit_softcapping", None)
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 

@@ -10,15 +10,19 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SmolLM3Config,
 )
 
 from kvcompile.artifacts import (
@@ -43,6 +47,8 @@ SHAPE = {
     "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
 
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+
 
 def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str, PretrainedConfig]:
     """A configuration of every family, for models of this shape."""
@@ -55,12 +61,18 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "phi3": Phi3Config(**shape, sliding_window=None),
         "gemma3": Gemma3TextConfig(
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=ALTERNATING,
         ),
         "mixtral": MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
         "qwen3-moe": Qwen3MoeConfig(
             **shape, head_dim=head_dim, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=expert_size
         ),
+        "granite": GraniteConfig(
+            **shape, embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.5, logits_scaling=2.0
+        ),
+        "olmo2": Olmo2Config(**shape),
+        "olmo3": Olmo3Config(**shape, sliding_window=24, layer_types=ALTERNATING),
+        "smollm3": SmolLM3Config(**shape, no_rope_layers=[1, 0, 1]),
     }  # fmt: skip
 
 
@@ -71,8 +83,14 @@ CONFIGS = configs(SHAPE, 16, 32) | {
 
 
 def tiny_model(config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, those among them that are usually made alike: biases and norms of attention."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and ".self_attn." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def make_artifact(

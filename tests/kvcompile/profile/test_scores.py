@@ -34,8 +34,8 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         np.testing.assert_allclose(seen.value[index], expected.numpy(), atol=1e-5)
         with torch.no_grad():
             before = result.hidden_states[index][0]
-            added = layer.self_attn.o_proj(outputs[index])
-            if family == "gemma3_text":
+            added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
+            if family in ("gemma3_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
         np.testing.assert_allclose(seen.residual[index], residual, atol=1e-5)
