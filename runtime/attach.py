@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
@@ -86,26 +86,23 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Through the ragged cache where one is in use, else as transformers' own `sdpa`."""
+    """Through the ragged cache where one is in use, else as the model's own attention."""
+    scale, softmax = query.shape[-1] ** -0.5 if scaling is None else scaling, softmax_of(kwargs)
 
     def exact() -> torch.Tensor:
-        output: torch.Tensor = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )[0]
-        return output
+        return exact_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs)
 
     binding: Binding | None = getattr(module, BINDING, None)
     if binding is None or binding.layer is None:
         return exact(), None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def prompt() -> torch.Tensor:
         # Without a mask it is plain causal attention, which is in C on a CPU.
         if attention_mask is None and query.device.type == "cpu" and not kwargs.get("dropout"):
-            return prompt_attention(query, key, value, None, 0, scale).transpose(1, 2)
+            return prompt_attention(query, key, value, None, 0, scale, softmax=softmax).transpose(1, 2)
         return exact()
 
-    return binding.layer.attend(query, key, value, attention_mask, scale, prompt), None
+    return binding.layer.attend(query, key, value, attention_mask, scale, prompt, softmax), None
 
 
 def _register() -> None:

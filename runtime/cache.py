@@ -12,9 +12,12 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
-from kvcompile.kernels import LayerLayout, Transform
+from kvcompile.kernels import LayerLayout, Softmax, Transform
+from kvcompile.kernels.softmax import PLAIN
+from kvcompile.runtime.exact import refuse_followers
 from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.masks import real_tokens
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.store import LayerStore
 
@@ -72,14 +75,19 @@ class RaggedLayer(CacheLayerMixin):
         mask: torch.Tensor | None,
         scaling: float,
         exact: Callable[[], torch.Tensor],
+        softmax: Softmax = PLAIN,
     ) -> torch.Tensor:
-        """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, and
-        `exact` is the model's own attention over them, for the prompt. One token on a filled cache is a step: it is
-        never padding, and its mask is not read."""
+        """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, `exact` is
+        the model's own attention over them, for the prompt, and `softmax` how its logits become weights. One token on a
+        filled cache is a step: it is never padding, and its mask is not read."""
         if query.device != (own := self.store.keys.exact.device):
             found = f"this cache is on {own} and the model now on {query.device}"
             raise CacheError(f"{found}: take another one from new_cache()")
+        if not softmax.plain:
+            refuse_followers(self.store.layout)
+        self.store.softmax = softmax
         if self.prompt is not None:
+            self.prompt.softmax = softmax
             return self.prompt.attend(query, keys, values, scaling, self.score).transpose(1, 2)
         first = self.columns == 0
         if not first and len(query) != self.store.batch:
@@ -88,7 +96,7 @@ class RaggedLayer(CacheLayerMixin):
             # Without a look at the mask, which the host would have to wait for: a step's token is never padding.
             self.columns += 1
             return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
-        real = _real(mask, len(query))
+        real = real_tokens(mask, len(query))
         self.columns += query.shape[2]
         if first:
             self._fit_batch(len(query))
@@ -217,6 +225,11 @@ class RaggedCache(Cache):
         policies = {cls.policy for layer in self.layers for cls in layer.store.layout.classes}
         return any(POLICIES[policy].observes for policy in policies)
 
+    @property
+    def plain(self) -> bool:
+        """Whether all layers weigh their logits by a softmax and nothing else, as far as they have been used."""
+        return all(layer.store.softmax.plain for layer in self.layers)
+
     def advance(self, tokens: int) -> None:
         """Count tokens that a recorded step has stored."""
         for layer in self.layers:
@@ -235,16 +248,3 @@ class RaggedCache(Cache):
         """Go back to what `counts` said, where nothing has been stored since."""
         for layer, (columns, seen) in zip(self.layers, counts, strict=True):
             layer.columns, layer.store.seen = columns, seen
-
-
-def _real(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """Which new tokens are no padding, bool [B, T], by their mask bool [1 or B, 1, T, T]; None: all of them.
-
-    Padding is seen by no query, so a token that does not see itself is padding.
-    """
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
-    real = mask.expand(batch, -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
-    return None if bool(real.all()) else real

@@ -117,7 +117,8 @@ class Decoder:
         if self.cache.recording is not step or not step.attached(self.model):
             step.graph, self.cache.recording = None, step
         with on(self.device):
-            if step.graph is None and self._records and step.steps and not step.failed:
+            # Kernels on a GPU know the plain softmax alone.
+            if step.graph is None and self._records and step.steps and not step.failed and self.cache.plain:
                 self._record(step)
             if step.graph is None:
                 self._run()

@@ -28,6 +28,14 @@ def normed_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) 
         yield attention.get_submodule(name).weight, 0, index
 
 
+def projections_with_sinks(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with `sinks`, a learned logit for every query head."""
+    yield from split_projections(attention, q, kv)
+    sinks: torch.Tensor = attention.get_parameter("sinks")
+    head_dim = len(q) // len(sinks)
+    yield sinks, 0, q[::head_dim] // head_dim
+
+
 def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
     """`qkv_proj`, whose rows are all queries, then all keys, then all values, and `o_proj`."""
     rows = torch.cat([q, kv + len(q), kv + len(q) + len(kv)])
@@ -42,7 +50,9 @@ def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
 
 
 ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
+    "gemma2": split_projections,
     "gemma3_text": split_projections,
+    "gpt_oss": projections_with_sinks,
     "granite": split_projections,
     "llama": split_projections,
     "mistral": split_projections,

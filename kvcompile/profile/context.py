@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.kernels import prompt_attention
-from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
+from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
 from kvcompile.profile.scores import Cosines, watching
 from kvcompile.profile.structure import Tick, Trace, forward, layers
 
@@ -122,8 +122,8 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             own_values = torch.cat([values, call.value[:, own]], dim=1)[None]
             if call.quick:
                 window = call.window or 0
-                output = prompt_attention(own_query, own_keys, own_values, None, window, call.scaling, alive)
-                outputs.append(output[0])
+                seen = None, window, call.scaling, alive, call.softmax
+                outputs.append(prompt_attention(own_query, own_keys, own_values, *seen)[0])
                 continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:
@@ -132,16 +132,9 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             if alive is not None:
                 # [H, m, n + m]: the follow-up's own tokens are never evicted.
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
-            group = len(call.query) // len(keys)
-            output = F.scaled_dot_product_attention(
-                own_query,
-                own_keys,
-                own_values,
-                attn_mask=mask[None] if alive is None else mask.repeat_interleave(group, dim=0)[None],
-                scale=call.scaling,
-                enable_gqa=True,
+            outputs.append(
+                masked(call, own_query[0], own_keys[0], own_values[0], mask if alive is not None else mask[0])
             )
-            outputs.append(output[0])
         return torch.cat(outputs, dim=1)
 
     return attend
@@ -157,12 +150,14 @@ def follow(model: Any, packed: Packed, attend: Handler, tick: Tick = lambda _: N
 @dataclass(frozen=True)
 class Rows:
     """Attention of some judged rows of one follow-up, by KV head: `query` [H, G, T, D], scaled; `probability`
-    [H, G, T, n + m] over the context's n tokens and the follow-up's own m. float32."""
+    [H, G, T, n + m] over the context's n tokens and the follow-up's own m, `sink` [H, G, T, 1] what a learned sink
+    takes of it (None: there is none). float32."""
 
     kind: str
     places: Tensor
     query: Tensor
     probability: Tensor
+    sink: Tensor | None
 
 
 def judged_rows(
@@ -191,8 +186,13 @@ def judged_rows(
             hidden = ~visible(
                 places - block.start + length, torch.arange(first, own.shape[1], device=own.device), call.window
             )
-            weights[..., first:].masked_fill_(hidden, -torch.inf)
-            yield Rows(block.kind, places, query, weights.softmax(-1))
+            if call.softmax.plain:
+                weights[..., first:].masked_fill_(hidden, -torch.inf)
+                yield Rows(block.kind, places, query, weights.softmax(-1), None)
+            else:
+                yield Rows(
+                    block.kind, places, query, *call.softmax.parted(weights, F.pad(~hidden, (first, 0), value=True))
+                )
 
 
 def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:

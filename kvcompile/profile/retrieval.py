@@ -77,8 +77,10 @@ def attention_rows(call: Attention, rows: Tensor) -> Tensor:
     key = call.key.float()
     query = call.query[:, rows].float().view(len(key), -1, key.shape[-1])
     hidden = ~visible(rows, torch.arange(key.shape[1], device=rows.device), call.window)
-    weights = (query @ key.mT * call.scaling).view(len(call.query), len(rows), -1)
-    return weights.masked_fill_(hidden, -torch.inf).softmax(-1)
+    weights = (query @ key.mT * call.scaling).view(len(key), -1, len(rows), key.shape[1])
+    if call.softmax.plain:
+        return weights.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(0, 1)
+    return call.softmax.weights(weights, ~hidden).flatten(0, 1)
 
 
 def retrieval(attention: Tensor, needle: Tensor) -> Tensor:

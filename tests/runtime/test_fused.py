@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvcompile.runtime import attach
 from kvcompile.runtime.fused import FusedStep, fusable
 
-OTHERS = ("gemma3", "mixtral", "qwen3-moe", "granite", "olmo2", "olmo3")
+OTHERS = ("gemma3", "mixtral", "qwen3-moe", "granite", "gemma2", "gpt-oss", "olmo2", "olmo3")
 KNOWN = [name for name in CONFIGS if name not in OTHERS]
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]
 

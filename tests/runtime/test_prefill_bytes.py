@@ -7,12 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SHAPE, tiny_model
+from tiny_models import CONFIGS, SHAPE, YARN, tiny_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, Phi3Config
+from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig, MixtralConfig, Phi3Config
 
 from kvcompile.artifacts import PREFILL_CHUNK, feed_forward_elements, prefill_bytes
-from kvcompile.artifacts.prefill import WORKSPACE
+from kvcompile.artifacts.prefill import FORMED, WORKSPACE
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.prompt_attention import dense
 from kvcompile.runtime import Decoder, attach
@@ -26,6 +26,14 @@ LARGER = {
     "phi3": Phi3Config(**WIDE, sliding_window=None),
     "gemma3": Gemma3TextConfig(
         **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma2": Gemma2Config(
+        **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt-oss": GptOssConfig(
+        **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2, rope_parameters=YARN,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
@@ -76,7 +84,8 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
         promised = prefill_bytes(plan, batch, tokens, chunk, inner=inner, padded=padded, **options)
         spare = 2 * WORKSPACE if options else 0  # which is much for a little prompt
         assert taken <= promised, (policy, batch, tokens, chunk, padded)
-        assert promised <= 1.5 * taken + spare or not os.environ[CHOICE], (policy, batch, tokens, chunk, padded)
+        loose = 1.75 if config.model_type in FORMED and options else 1.5  # blocks are of fewer heads than they may be
+        assert promised <= loose * taken + spare or not os.environ[CHOICE], (policy, batch, tokens, chunk, padded)
         # Without the model's configuration: more, and not less.
         assert prefill_bytes(plan, batch, tokens, chunk, padded=padded, **options) >= promised
 

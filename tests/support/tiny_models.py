@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
@@ -47,6 +49,10 @@ SHAPE = {
     "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
 
+YARN = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -70,6 +76,14 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "granite": GraniteConfig(
             **shape, embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.5, logits_scaling=2.0
         ),
+        "gemma2": Gemma2Config(
+            **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim, layer_types=ALTERNATING,
+            attn_logit_softcapping=0.8,
+        ),
+        "gpt-oss": GptOssConfig(
+            **shape, head_dim=head_dim, sliding_window=24, layer_types=ALTERNATING, num_local_experts=4,
+            num_experts_per_tok=2, rope_parameters=YARN,
+        ),
         "olmo2": Olmo2Config(**shape),
         "olmo3": Olmo3Config(**shape, sliding_window=24, layer_types=ALTERNATING),
         "smollm3": SmolLM3Config(**shape, no_rope_layers=[1, 0, 1]),
@@ -82,10 +96,16 @@ CONFIGS = configs(SHAPE, 16, 32) | {
 }
 
 
+WITHOUT_H2O = ("gemma2", "gpt_oss")
+"""Families whose attention heads of policy `h2o` cannot follow."""
+
+
 def tiny_model(config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model with random weights, those among them that are usually made alike: biases and norms of attention."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # transformers 5.17 would take `sdpa` for Gemma-2, which leaves out the caps.
+    own = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and ".self_attn." in name:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import load
@@ -91,6 +92,37 @@ def test_packed_weights_are_refused(broken: Path) -> None:
     edit_config(broken, quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(ModelError, match="has packed, quantised weights"):
         load(str(broken))
+
+
+GPT_OSS = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def test_experts_in_mxfp4_are_unpacked(tiny_model: Path, tmp_path: Path) -> None:
+    """As GPT-OSS is published: two numbers of 4 bits a byte, the first in the low half, and an exponent for 32."""
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    GptOssForCausalLM(GptOssConfig(**GPT_OSS)).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    draw, name = torch.Generator().manual_seed(0), "model.layers.0.mlp.experts.gate_up_proj"
+    for key in [key for key in tensors if key.endswith("_proj") and ".experts." in key]:
+        experts, inputs, outputs = tensors.pop(key).shape
+        rows = (experts, outputs, inputs // 32)
+        tensors[f"{key}_blocks"] = torch.randint(256, (*rows, 16), generator=draw, dtype=torch.uint8)
+        tensors[f"{key}_scales"] = torch.randint(120, 124, rows, generator=draw, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    model = load(str(tmp_path), device="cpu").model
+    assert model.config._attn_implementation == "eager"
+    numbers = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([numbers, -numbers])
+    codes, scales = (tensors[f"{name}_{part}"] for part in ("blocks", "scales"))
+    pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    wanted = (numbers[pairs] * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT
+    torch.testing.assert_close(model.model.layers[0].mlp.experts.gate_up_proj.float(), wanted)
 
 
 def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:

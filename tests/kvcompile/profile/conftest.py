@@ -40,6 +40,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, **EXPERTS},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 0.8,
+        "final_logit_softcapping": 2.0,
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "olmo2": {},
     "olmo3": {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
@@ -68,6 +83,9 @@ def tiny() -> Callable[..., Any]:
         config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".sinks"):  # so that they take a part of the weight that shows
+                parameter.data += 3 + torch.randn_like(parameter)
         return model
 
     return make

@@ -35,7 +35,7 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         with torch.no_grad():
             before = result.hidden_states[index][0]
             added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
-            if family in ("gemma3_text", "olmo2", "olmo3"):
+            if family in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
         np.testing.assert_allclose(seen.residual[index], residual, atol=1e-5)

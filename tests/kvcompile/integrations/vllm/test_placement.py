@@ -41,6 +41,7 @@ def test_a_placed_model_computes_what_it_did(name: str) -> None:
     projections = {key for key in weights if "_proj." in key and "self_attn" in key and "o_proj.bias" not in key}
     if name.startswith("olmo"):  # one norm over all heads
         projections |= {key for key in weights if "self_attn" in key and "_norm." in key}
+    projections |= {key for key in weights if key.endswith(".sinks")}
     for key, tensor in moved.items():
         assert (tensor is weights[key]) == (key not in projections), key
     if heads > 1:
