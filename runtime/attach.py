@@ -16,6 +16,7 @@ from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
+from kvcompile.runtime.linear import LinearLayer, attention_modules
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.transforms import layer_transform
@@ -123,7 +124,7 @@ class Attachment:
             raise ModelError(
                 f"cannot reorder the heads of a {architecture!r} model, expected one of {', '.join(ARCHITECTURES)}"
             )
-        self._attention = [layer.self_attn for layer in model.get_decoder().layers]
+        self._attention = attention_modules(model)
         if any(hasattr(module, BINDING) for module in self._attention):
             raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
         check_identity(artifact.model, identify(model, artifact.model.name))
@@ -160,9 +161,16 @@ class Attachment:
             None if transform is None else transform.to(device)
             for transform, device in zip(self._transforms, devices, strict=True)
         ]
-        layers = [
+        ragged = iter(
             RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
             for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
+        )
+        decoder: Any = self.model.get_decoder()
+        layers = [
+            next(ragged)
+            if hasattr(layer, "self_attn")
+            else LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch_size)
+            for layer in decoder.layers
         ]
         return RaggedCache(layers, self._id)
 

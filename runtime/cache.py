@@ -17,6 +17,7 @@ from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.exact import refuse_followers
 from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import real_tokens
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.store import LayerStore
@@ -172,14 +173,19 @@ class RaggedCache(Cache):
     One column on a filled cache is a step, and no sequence's token in it is padding: what is to go on for some
     sequences only comes in two columns or more, left-padded, as `Decoder.prefill` does it."""
 
-    layers: list[RaggedLayer]
+    layers: list[RaggedLayer | LinearLayer]
 
-    def __init__(self, layers: list[RaggedLayer], attachment: str) -> None:
+    def __init__(self, layers: list[RaggedLayer | LinearLayer], attachment: str) -> None:
         super().__init__(layers=layers)
         self.attachment = attachment
         """Identifies the attachment whose head order the stored keys and values follow."""
         self.recording: Recording | None = None
         """The buffers and the graph of a decode step, for the next decoder."""
+
+    @property
+    def ragged(self) -> list[RaggedLayer]:
+        """The layers with keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         fork = type(self).__new__(type(self))
@@ -212,7 +218,7 @@ class RaggedCache(Cache):
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the cache holds."""
         for layer in self.layers:
-            yield from layer.store.tensors()
+            yield from (layer if isinstance(layer, LinearLayer) else layer.store).tensors()
 
     @property
     def nbytes(self) -> int:
@@ -222,29 +228,29 @@ class RaggedCache(Cache):
     @property
     def observes(self) -> bool:
         """Whether it has heads of a policy that learns from the attention of every new token."""
-        policies = {cls.policy for layer in self.layers for cls in layer.store.layout.classes}
+        policies = {cls.policy for layer in self.ragged for cls in layer.store.layout.classes}
         return any(POLICIES[policy].observes for policy in policies)
 
     @property
     def plain(self) -> bool:
         """Whether all layers weigh their logits by a softmax and nothing else, as far as they have been used."""
-        return all(layer.store.softmax.plain for layer in self.layers)
+        return all(layer.store.softmax.plain for layer in self.ragged)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a recorded step has stored."""
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.advance(tokens)
 
     def ready(self) -> None:
         """Bring what the device counts up to date: a recorded step does not look at the host."""
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.store.ready()
 
     def counts(self) -> list[tuple[int, list[int]]]:
         """How much every layer counts: columns of the mask, and tokens of every sequence."""
-        return [(layer.columns, layer.store.seen) for layer in self.layers]
+        return [(layer.columns, layer.store.seen) for layer in self.ragged]
 
     def set_counts(self, counts: list[tuple[int, list[int]]]) -> None:
         """Go back to what `counts` said, where nothing has been stored since."""
-        for layer, (columns, seen) in zip(self.layers, counts, strict=True):
+        for layer, (columns, seen) in zip(self.ragged, counts, strict=True):
             layer.columns, layer.store.seen = columns, seen

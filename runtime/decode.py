@@ -86,7 +86,7 @@ class Decoder:
             CacheError: another number of prompts than the cache has sequences, padding after the first token, or chunks
                 or pieces of less than one token.
         """
-        before = self.cache.layers[0].store.seen if self.cache.get_seq_length() else [0] * len(ids)
+        before = self.cache.ragged[0].store.seen if self.cache.get_seq_length() else [0] * len(ids)
         chunk = self.prefill_chunk if prefill_chunk is None else chunk_length(prefill_chunk)
         every = self.prefill_cut_every if prefill_cut_every is None else cut_length(prefill_cut_every)
         if len(before) != len(ids):

@@ -60,7 +60,7 @@ class FusedStep:
         total, delta = self._decoder.embed_tokens(token)[:, 0], None
         cos, sin = (part[:, 0] for part in self._decoder.rotary_emb(total[:, None], position))
         still = torch.ones_like(cos), torch.zeros_like(sin)  # layers without rotary embedding, of SmolLM3
-        for parts, layer in zip(self._layers, cache.layers, strict=True):
+        for parts, layer in zip(self._layers, cache.ragged, strict=True):
             total, x = add_norm(total, delta, parts.input_norm, self._epsilon)
             delta = linear(_attended(parts, layer, x, *((cos, sin) if parts.rotates else still)), *parts.output)
             total, x = add_norm(total, delta, parts.mlp_norm, self._epsilon)
@@ -81,7 +81,7 @@ def fusable(model: Any, cache: RaggedCache) -> bool:
         and getattr(config, "partial_rotary_factor", None) in (None, 1.0)
         and type(model.get_output_embeddings()) is nn.Linear
     )
-    policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
+    policies = {cls.policy for layer in cache.ragged for cls in layer.store.layout.classes}
     if not plain or _watched(model) or any(POLICIES[name].observes for name in policies):
         return False
     return all(joinable(group) for layer in model.get_decoder().layers for group in _groups(layer))

@@ -28,6 +28,18 @@ def normed_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) 
         yield attention.get_submodule(name).weight, 0, index
 
 
+def gated_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with a gate for every query head, whose rows in `q_proj` follow the head's own."""
+    output = attention.get_submodule("o_proj").weight
+    gated = attention.get_submodule("q_proj")
+    size = 2 * int(attention.head_dim)  # type: ignore[arg-type]
+    heads = q[:: size // 2] // (size // 2)
+    yield from _rows(gated, _elements(heads, size))
+    for name in ("k_proj", "v_proj"):
+        yield from _rows(attention.get_submodule(name), kv)
+    yield output, 1, q
+
+
 def projections_with_sinks(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
     """The same with `sinks`, a learned logit for every query head."""
     yield from split_projections(attention, q, kv)
@@ -63,6 +75,9 @@ ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Itera
     "qwen2": split_projections,
     "qwen3": split_projections,
     "qwen3_moe": split_projections,
+    "qwen3_5_moe_text": gated_projections,
+    "qwen3_5_text": gated_projections,
+    "qwen3_next": gated_projections,
     "smollm3": split_projections,
 }
 

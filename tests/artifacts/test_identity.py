@@ -211,6 +211,6 @@ def test_models_of_another_kind(models):
     with pytest.raises(ModelError, match="float64"):
         identify(copy.deepcopy(models["llama"]).double(), "x")
     other = copy.deepcopy(models["llama"])
-    other.config.layer_types = ["linear_attention"] * 3
-    with pytest.raises(ModelError, match="linear_attention"):
+    other.config.layer_types = ["chunked_attention"] * 3
+    with pytest.raises(ModelError, match="a layer of type chunked_attention, expected full_attention"):
         identify(other, "x")

@@ -33,8 +33,8 @@ LARGER = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "gpt-oss": GptOssConfig(
-        **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2, rope_parameters=YARN,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters=YARN, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }  # fmt: skip

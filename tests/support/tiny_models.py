@@ -22,8 +22,11 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
     SmolLM3Config,
 )
 
@@ -40,6 +43,7 @@ from kvcompile.artifacts import (
     identify,
     loaded_bytes,
     resident_bytes,
+    state_bytes,
     token_limits,
 )
 
@@ -53,6 +57,12 @@ YARN = {
     "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4,
+    "initializer_range": 0.1,
+}  # fmt: skip
+"""Beside a layer of attention two of linear attention, with weights that do not make much of rounding."""
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -86,6 +96,15 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         ),
         "olmo2": Olmo2Config(**shape),
         "olmo3": Olmo3Config(**shape, sliding_window=24, layer_types=ALTERNATING),
+        "qwen3-next": Qwen3NextConfig(
+            **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
+        ),
+        "qwen3.5": Qwen3_5TextConfig(**shape | HYBRID, head_dim=head_dim),
+        "qwen3.5-moe": Qwen3_5MoeTextConfig(
+            **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=4,
+            moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
+        ),
         "smollm3": SmolLM3Config(**shape, no_rope_layers=[1, 0, 1]),
     }  # fmt: skip
 
@@ -163,7 +182,8 @@ def make_artifact(
         turn = (turn * rng.uniform(0.5, 2, turn.shape[-1])).astype(np.float16)
         mean = rng.standard_normal((2, *shape, identity.head_dim)).astype(np.float16)
         quantiser = Quantiser(turn[0], mean[0], turn[1], mean[1])
-    resident = batch * resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
+    held = resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
+    resident = batch * (held + state_bytes(identity, dtype))
     transient = 2 * context * identity.num_kv_heads * identity.head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=identity,
