@@ -49,7 +49,7 @@ class KVzip:
         read = read_context(model, ids)
         stored = getattr(torch, self.dtype)
         keys, values = ([t.to(stored).to(t.dtype) for t in side] for side in (read.keys, read.values))
-        read_back = Context([], keys, values)
+        read_back = Context([], keys, values, read.states)
         heads = sum(len(key) for key, sliding in zip(keys, self.sliding, strict=True) if not sliding)
         pairs = min(self.pairs, heads * len(ids))
         kept: list[Tensor | None] = [None] * len(keys)
@@ -75,7 +75,7 @@ class Masked:
     @torch.inference_mode()
     def ask(self, one: FollowUp) -> Tensor:
         packed = pack(len(self.context), [one])
-        trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+        trace = follow(self.model, self.context, packed, over_context(self.context, packed, self.kept))
         return logits(self.model, trace.final[one.first : -1]).float().log_softmax(-1)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ class Masked:
         while len(said) < new_tokens and not (said and said[-1] in ends):
             ids = np.concatenate([question, np.array(said, np.int64)])
             packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
-            trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+            trace = follow(self.model, self.context, packed, over_context(self.context, packed, self.kept))
             said.append(int(logits(self.model, trace.final[-1:]).argmax(-1)))
         return torch.tensor(said)
 
@@ -135,7 +135,7 @@ def _score(model: Any, context: Context, part: slice, repeat: FollowUp, found: l
             found[call.layer][:, part] = utilities(call, context, packed)[:, part]
         return attend(call)
 
-    follow(model, packed, watch)
+    follow(model, context, packed, watch)
 
 
 def most_useful(score: list[Tensor], sliding: tuple[bool, ...], pairs: int) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 
 from kvcompile.kernels import Softmax, prompt_attention
 from kvcompile.kernels.softmax import PLAIN, attended
+from kvcompile.profile.structure import attention_layers
 
 BLOCK = 128
 """Queries handled at once wherever attention probabilities or masks are materialised."""
@@ -26,7 +27,8 @@ builds no [n, n] mask, and causality and sliding windows are ours to apply, bloc
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer's attention is asked for: one sequence, no cache, no padding.
+    """What one layer's attention is asked for: one sequence, no cache, no padding. `layer` is its number among the
+    layers of attention.
 
     `query` [Hq, n, D], `key` and `value` [H, n, D], rotary embedding applied; `scaling` multiplies the logits.
     `window` is the size in tokens of the layer's sliding window, None where it has none; `softmax` is how logits become
@@ -56,14 +58,16 @@ class Attention:
 Handler = Callable[[Attention], Tensor]
 """Gives the attention output, [Hq, n, D]."""
 
-_handler: ContextVar[Handler] = ContextVar("kvcompile_profile_handler")
+_handler: ContextVar[tuple[Handler, dict[int, int]]] = ContextVar("kvcompile_profile_handler")
+"""Who does the attention, and the number of every layer among those of attention by transformers' number of it."""
 
 
 @contextmanager
 def attending(model: Any, handler: Handler) -> Iterator[None]:
     """Let `handler` do the attention of every layer of `model`; afterwards the model's own implementation is back."""
     previous = model.config._attn_implementation
-    token = _handler.set(handler)
+    modules: list[Any] = [layer.self_attn for layer in attention_layers(model)]
+    token = _handler.set((handler, {int(module.layer_idx): place for place, module in enumerate(modules)}))
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield
@@ -136,9 +140,9 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if query.shape[0] != 1 or query.shape[2] != key.shape[2] or attention_mask is not None:
         raise ValueError("profiling attends over one whole sequence at a time, without a cache and without padding")
-    head_dim = query.shape[3]
+    head_dim, (handler, places) = query.shape[3], _handler.get()
     call = Attention(
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        layer=places[int(module.layer_idx)],  # type: ignore[arg-type]
         query=query[0],
         key=key[0],
         value=value[0],
@@ -146,7 +150,7 @@ def _forward(
         window=sliding_window,
         softmax=Softmax(softcap, None if s_aux is None else s_aux.float()),
     )
-    return _handler.get()(call).transpose(0, 1).contiguous()[None], None
+    return handler(call).transpose(0, 1).contiguous()[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from kvcompile.kernels import prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
+from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.scores import Cosines, watching
-from kvcompile.profile.structure import Tick, Trace, forward, layers
+from kvcompile.profile.structure import Tick, Trace, attention_layers, forward
 
 Watched = TypeVar("Watched")
 
@@ -34,12 +35,14 @@ class FollowUp(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What a context of n tokens leaves in each layer: `hidden` [n, d], the attention block's input; `keys` and
-    `values` [H, n, D], rotary embedding applied. Lists over layers."""
+    """What a context of n tokens leaves in each layer of attention: `hidden` [n, d], the attention block's input;
+    `keys` and `values` [H, n, D], rotary embedding applied. Lists over layers. `states` is what it leaves in layers of
+    linear attention, see `left_behind`."""
 
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    states: Any = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -98,11 +101,12 @@ def _read(
         return causal(call)
 
     with ExitStack() as hooks:
-        for layer in layers(model):
+        states = hooks.enter_context(left_behind(model))
+        for layer in attention_layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
         watched = hooks.enter_context(within(model, attend))
         forward(model, ids, tick)
-    return context, watched
+    return replace(context, states=states), watched
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
@@ -140,10 +144,15 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
     return attend
 
 
+def after(model: Any, context: Context, packed: Packed) -> AbstractContextManager[None]:
+    """Within, layers of linear attention take every follow-up as going on from the context."""
+    return going_on(model, context.states, [slice(block.start, block.stop) for block in packed.blocks])
+
+
 @torch.no_grad()
-def follow(model: Any, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
-    """The forward pass of packed follow-ups."""
-    with attending(model, attend):
+def follow(model: Any, context: Context, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
+    """The forward pass of follow-ups that are packed to go on from a context."""
+    with attending(model, attend), after(model, context, packed):
         return forward(model, packed.ids, tick, packed.positions)
 
 

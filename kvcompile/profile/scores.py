@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, attending, causal
-from kvcompile.profile.structure import heads, layers
+from kvcompile.profile.structure import attention_layers, heads
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cosines:
 @contextmanager
 def watching(model: Any, handler: Handler = causal) -> Iterator[Cosines]:
     """Fill the cosines in from whatever forward pass runs inside the block, with `handler` as its attention."""
-    decoder = layers(model)
+    decoder = attention_layers(model)
     num_heads, _ = heads(model)
     seen = Cosines(np.zeros((len(decoder), num_heads)), np.zeros(len(decoder)))
     before: Tensor | None = None

@@ -34,6 +34,11 @@ def layers(model: Any) -> list[nn.Module]:
     return list(model.get_decoder().layers)
 
 
+def attention_layers(model: Any) -> list[nn.Module]:
+    """Those that have keys and values: a profile numbers these."""
+    return [layer for layer in layers(model) if hasattr(layer, "self_attn")]
+
+
 def heads(model: Any) -> tuple[int, int]:
     """Numbers of query heads and of KV heads in every layer."""
     config = model.config.get_text_config()

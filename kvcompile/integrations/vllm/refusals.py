@@ -10,8 +10,6 @@ from kvcompile.runtime.policies import POLICIES as TOKEN_POLICIES
 UNTRIED = frozenset(
     {"gemma2", "gpt_oss", "granite", "olmo2", "olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"}
 )
-    {"gemma2", "gpt_oss", "granite", "olmo2", "olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"}
-)
 """Families of ours that the plugin has not been run with."""
 
 
