@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, token_limits
+from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, state_bytes, token_limits
 from kvcompile.calibration import FollowUp
 from kvcompile.evaluation.repeating import repeats
 from kvcompile.problem import parse_memory, resolve_target
@@ -101,9 +101,10 @@ def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:
     pair = slot_bytes("full", model.head_dim, DTYPE_BITS[dtype], DTYPE_BITS[dtype])
     limits = token_limits(model.windows, context)
     sliding = tuple(limit < context for limit in limits)
-    full = full_bytes(model, context, dtype) // pair
+    states = state_bytes(model, dtype)  # of linear attention, which are kept whatever the budget
+    full = (full_bytes(model, context, dtype) - states) // pair
     fixed = sum(limit for limit in limits if limit < context) * model.num_kv_heads
-    pairs = min(target.bytes // pair, full) - fixed
+    pairs = min((target.bytes - states) // pair, full) - fixed
     if pairs < (least := min(DEFAULT_SINK, context) * model.num_kv_heads * sliding.count(False)):
         raise TargetError(
             f"{method} cannot keep to {budget}: the first {DEFAULT_SINK} tokens of every head, and the windows of "
