@@ -15,7 +15,7 @@ MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
-INNER = {"gpt_oss": 48}
+INNER = {"gpt_oss": 48, "qwen3_5_moe_text": 72, "qwen3_5_text": 72, "qwen3_next": 72}
 """Elements of the feed-forward block a token, over the hidden size, where the model's configuration is not known: of a
 family, or else 28, 4 x 7."""
 FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
@@ -30,7 +30,21 @@ WORKSPACE = 1 << 18
 
 
 def feed_forward_elements(config: Any) -> int:
-    """Elements a token that the feed-forward block of a model of this configuration (transformers') holds at once."""
+    """Elements a token that the feed-forward block of a model of this configuration (transformers') holds at once, or a
+    layer of linear attention where that is more."""
+    return max(_feed_forward(config), _linear_attention(config))
+
+
+def _linear_attention(config: Any) -> int:
+    """Of the gated delta rule in torch, in chunks of 64 tokens; in float32, which is two elements of 16 bits."""
+    if "linear_attention" not in (getattr(config, "layer_types", None) or ()):
+        return 0
+    heads, size = config.linear_num_value_heads, config.linear_key_head_dim
+    values = heads * config.linear_value_head_dim
+    return int(2 * (6 * heads * size + 7 * values + 4 * 64 * heads + 3 * config.linear_num_key_heads * size))
+
+
+def _feed_forward(config: Any) -> int:
     width, hidden = int(config.intermediate_size), int(config.hidden_size)
     experts = int(getattr(config, "num_experts_per_tok", None) or 0)
     if experts:  # every expert that a token goes to has its own input, gate, product and output

@@ -89,7 +89,7 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Loaded:
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=_implementation(config),
+            attn_implementation=_implementation(config.get_text_config()),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -127,8 +127,10 @@ def _unpacked(config: Any) -> dict[str, Any]:
 
 def _check(config: Any, name: str) -> None:
     """Refuse before the weights are read what is no plain decoder of text."""
-    is_text_decoder = config.get_text_config() is config and not config.is_encoder_decoder
-    if not is_text_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    decoder, text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.get_text_config()
+    # Of checkpoints that see too, as Qwen3.5's, transformers loads the decoder alone where it has a class for that.
+    alone = text is config or decoder == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
+    if decoder is None or not alone or config.is_encoder_decoder:
         raise ModelError(
             f"{name} is a {config.model_type} model: expected a text-only decoder (a causal language model)"
         )

@@ -7,9 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SHAPE, YARN, tiny_model
+from tiny_models import CONFIGS, HYBRID, SHAPE, YARN, tiny_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma2Config, Gemma3TextConfig, GptOssConfig, LlamaConfig, MixtralConfig, Phi3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3_5TextConfig,
+)
 
 from kvcompile.artifacts import PREFILL_CHUNK, feed_forward_elements, prefill_bytes
 from kvcompile.artifacts.prefill import FORMED, WORKSPACE
@@ -94,6 +102,27 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
 @pytest.mark.parametrize("config", LARGER.values(), ids=LARGER)
 def test_the_promise_is_kept_and_close(make_artifact, config, dtype: torch.dtype) -> None:
     check(config, make_artifact, "recent", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("follow_up", [False, True])
+def test_layers_of_linear_attention_keep_to_it(make_artifact, dtype: torch.dtype, follow_up: bool) -> None:
+    """They compute in float32, which the promise takes for two elements of whatever the model has."""
+    linear = HYBRID | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    config = Qwen3_5TextConfig(**WIDE | linear, head_dim=16)
+    model = tiny_model(config, dtype)
+    plan = make_artifact(model, 40, recent=8, context=1024, dtype=str(dtype).removeprefix("torch."))
+    kv, inner = attach(model, plan), feed_forward_elements(config)
+    for batch, tokens, chunk, padded in SIZES:
+        decoder = Decoder(model, kv.new_cache(batch), None, chunk)
+        ids = torch.full((batch, tokens), 5)
+        mask = torch.ones_like(ids)
+        mask[1:, : 100 * padded] = 0
+        if follow_up:
+            decoder.prefill(ids)
+        taken = measured(lambda: decoder.prefill(ids, mask))  # noqa: B023
+        options = {"inner": inner, "padded": padded, "follow_up": follow_up}
+        assert taken <= prefill_bytes(plan, batch, tokens, chunk, **options)
 
 
 @pytest.mark.parametrize("policy", ["scored", "snapkv", "h2o"])

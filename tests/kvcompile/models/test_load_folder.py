@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import load
@@ -123,6 +123,28 @@ def test_experts_in_mxfp4_are_unpacked(tiny_model: Path, tmp_path: Path) -> None
     pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
     wanted = (numbers[pairs] * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT
     torch.testing.assert_close(model.model.layers[0].mlp.experts.gate_up_proj.float(), wanted)
+
+
+QWEN = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "max_position_embeddings": 128,
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+
+
+def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=QWEN, vision_config=sight)).eval()
+    whole.save_pretrained(tmp_path)
+    model = load(str(tmp_path), device="cpu").model
+    assert model.config.get_text_config().model_type == "qwen3_5_text"
+    ids = torch.tensor([[3, 4, 3, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    assert not any("visual" in name for name, _ in model.named_parameters())
 
 
 def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:
