@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import LinearAttentionLayer
+
+try:
+    from transformers.cache_utils import LinearAttentionLayer
+except ImportError:  # kvpress's transformers, with which no cache of ours is made
+    LinearAttentionLayer = object
 
 
 def attention_modules(model: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def folder(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory:
 
 
 @torch.no_grad()
-def test_built_run_and_given_back(folder: Path, tmp_path: Path) -> None:
+def test_built_run_and_given_back(folder: Path, tmp_path: Path, kvcompile: Callable[..., tuple[int, str, str]]) -> None:
     """All of the cache says what the model says; a part of it is kept to the byte; and the model is what it was."""
     loaded = load(str(folder), device="cpu")
     model: Any = loaded.model
@@ -56,3 +57,8 @@ def test_built_run_and_given_back(folder: Path, tmp_path: Path) -> None:
         assert cache.nbytes > state_bytes(kv.artifact.model, kv.artifact.target.dtype)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert torch.equal(model(ids).logits, plain)
+
+    (tmp_path / "prompt.txt").write_text("What is kept of a text that is longer than the cache? " * 2)
+    for command in (("run", "--compare", "--max-new-tokens", 4, "--prompt", tmp_path / "prompt.txt"), ("inspect",)):
+        status, said, errors = kvcompile(command[0], tmp_path / "part.kvb", *command[1:])
+        assert (status, bool(said)) == (0, True), errors
