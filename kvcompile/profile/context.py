@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.kernels import prompt_attention
-from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
+from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
+from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.scores import Cosines, watching
-from kvcompile.profile.structure import Tick, Trace, forward, layers
+from kvcompile.profile.structure import Tick, Trace, attention_layers, forward
 
 Watched = TypeVar("Watched")
 
@@ -34,12 +35,14 @@ class FollowUp(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What a context of n tokens leaves in each layer: `hidden` [n, d], the attention block's input; `keys` and
-    `values` [H, n, D], rotary embedding applied. Lists over layers."""
+    """What a context of n tokens leaves in each layer of attention: `hidden` [n, d], the attention block's input;
+    `keys` and `values` [H, n, D], rotary embedding applied. Lists over layers. `states` is what it leaves in layers of
+    linear attention, see `left_behind`."""
 
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    states: Any = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -98,11 +101,12 @@ def _read(
         return causal(call)
 
     with ExitStack() as hooks:
-        for layer in layers(model):
+        states = hooks.enter_context(left_behind(model))
+        for layer in attention_layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
         watched = hooks.enter_context(within(model, attend))
         forward(model, ids, tick)
-    return context, watched
+    return replace(context, states=states), watched
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
@@ -122,8 +126,8 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             own_values = torch.cat([values, call.value[:, own]], dim=1)[None]
             if call.quick:
                 window = call.window or 0
-                output = prompt_attention(own_query, own_keys, own_values, None, window, call.scaling, alive)
-                outputs.append(output[0])
+                seen = None, window, call.scaling, alive, call.softmax
+                outputs.append(prompt_attention(own_query, own_keys, own_values, *seen)[0])
                 continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:
@@ -132,37 +136,37 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             if alive is not None:
                 # [H, m, n + m]: the follow-up's own tokens are never evicted.
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
-            group = len(call.query) // len(keys)
-            output = F.scaled_dot_product_attention(
-                own_query,
-                own_keys,
-                own_values,
-                attn_mask=mask[None] if alive is None else mask.repeat_interleave(group, dim=0)[None],
-                scale=call.scaling,
-                enable_gqa=True,
+            outputs.append(
+                masked(call, own_query[0], own_keys[0], own_values[0], mask if alive is not None else mask[0])
             )
-            outputs.append(output[0])
         return torch.cat(outputs, dim=1)
 
     return attend
 
 
+def after(model: Any, context: Context, packed: Packed) -> AbstractContextManager[None]:
+    """Within, layers of linear attention take every follow-up as going on from the context."""
+    return going_on(model, context.states, [slice(block.start, block.stop) for block in packed.blocks])
+
+
 @torch.no_grad()
-def follow(model: Any, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
-    """The forward pass of packed follow-ups."""
-    with attending(model, attend):
+def follow(model: Any, context: Context, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
+    """The forward pass of follow-ups that are packed to go on from a context."""
+    with attending(model, attend), after(model, context, packed):
         return forward(model, packed.ids, tick, packed.positions)
 
 
 @dataclass(frozen=True)
 class Rows:
     """Attention of some judged rows of one follow-up, by KV head: `query` [H, G, T, D], scaled; `probability`
-    [H, G, T, n + m] over the context's n tokens and the follow-up's own m. float32."""
+    [H, G, T, n + m] over the context's n tokens and the follow-up's own m, `sink` [H, G, T, 1] what a learned sink
+    takes of it (None: there is none). float32."""
 
     kind: str
     places: Tensor
     query: Tensor
     probability: Tensor
+    sink: Tensor | None
 
 
 def judged_rows(
@@ -191,8 +195,13 @@ def judged_rows(
             hidden = ~visible(
                 places - block.start + length, torch.arange(first, own.shape[1], device=own.device), call.window
             )
-            weights[..., first:].masked_fill_(hidden, -torch.inf)
-            yield Rows(block.kind, places, query, weights.softmax(-1))
+            if call.softmax.plain:
+                weights[..., first:].masked_fill_(hidden, -torch.inf)
+                yield Rows(block.kind, places, query, weights.softmax(-1), None)
+            else:
+                yield Rows(
+                    block.kind, places, query, *call.softmax.parted(weights, F.pad(~hidden, (first, 0), value=True))
+                )
 
 
 def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, follow, over_context, pack, read_context
+from kvcompile.profile.context import Context, after, follow, over_context, pack, read_context
 from kvcompile.profile.eviction import SHARES, keep_table
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.fit import Fit, Fitted
@@ -15,7 +15,7 @@ from kvcompile.profile.losses import ReadBack, losses
 from kvcompile.profile.quantised import matrices, quantised
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
-from kvcompile.profile.structure import Tick, heads, layers
+from kvcompile.profile.structure import Tick, attention_layers, heads
 from kvcompile.profile.utility import scores
 
 
@@ -28,7 +28,7 @@ class Curves:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        each = (len(self.setting.families), len(layers(self.setting.model)), num_kv_heads)
+        each = (len(self.setting.families), len(attention_layers(self.setting.model)), num_kv_heads)
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
@@ -42,7 +42,7 @@ class Curves:
         context = read_context(model, episode.context, tick)
         packed = pack(len(context), episode.follow_ups)
         attend = over_context(context, packed)
-        trace = follow(model, packed, attend, tick)
+        trace = follow(model, context, packed, attend, tick)
         gradient = head_gradient(model, trace.final, (self.setting.seed, number))
         for block in packed.blocks:
             # What the model says inside a question is not judged; how its rows serve the answer's still is.
@@ -61,7 +61,8 @@ class Curves:
                 sums[name][text, call.layer] += (tables["continuation"] + tables["quote"]) / 2
                 sums[name][questions, call.layer] += tables["question"]
 
-        backward(model, trace, gradient, visit, tick, attend)
+        with after(model, context, packed):
+            backward(model, trace, gradient, visit, tick, attend)
         sums["weight"][[text, questions]] += 1
 
 

@@ -13,7 +13,7 @@ from kvcompile.profile.context import follow, over_context, pack, read_and_compa
 from kvcompile.profile.moments import MOMENTS, Moments, fit_quantiser, keys_of, moment_shapes, moments
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, tokens_of
-from kvcompile.profile.structure import Tick, head_dim, heads, layers
+from kvcompile.profile.structure import Tick, attention_layers, head_dim, heads
 from kvcompile.profile.utility import fit_scorer, normal_sums, utilities
 from kvcompile.quantiser import Positions
 from kvcompile.stages import KeyMoments
@@ -40,7 +40,7 @@ class Fit:
 
     def fresh(self) -> Sums:
         model = self.setting.model
-        num_layers = len(layers(model))
+        num_layers = len(attention_layers(model))
         num_heads, num_kv_heads = heads(model)
         inputs = model.config.get_text_config().hidden_size + 1  # the last one is the constant 1 of the bias
         shapes = moment_shapes(num_kv_heads, head_dim(model))
@@ -67,12 +67,12 @@ class Fit:
             square, product = normal_sums(context.hidden[layer], utility, episode.replayed, self.setting.sink)
             sums["squares"][layer] += square
             sums["products"][layer] += product
-            projection = layers(model)[layer].get_parameter("self_attn.o_proj.weight")
+            projection = attention_layers(model)[layer].get_parameter("self_attn.o_proj.weight")
             for name, value in vars(moments(call, context, packed, projection, self.setting.rotary)).items():
                 sums[name][layer] += value
             return attend(call)
 
-        follow(model, packed, watch, tick)
+        follow(model, context, packed, watch, tick)
 
     def result(self, sums: Sums) -> Fitted:
         """What the sums give once all episodes are in them. Made once: the stages after this one ask for every item."""

@@ -32,7 +32,8 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
         for budget in np.unique(budgets[call.layer]):
             heads = np.flatnonzero(budgets[call.layer] == budget)
             queries = (heads[:, None] * group + np.arange(group)).ravel()
-            part = replace(call, query=call.query[queries], key=call.key[heads], value=call.value[heads])
+            softmax, query = call.softmax.of(heads, group), call.query[queries]
+            part = replace(call, query=query, key=call.key[heads], value=call.value[heads], softmax=softmax)
             output[queries] = causal(part) if budget >= length else streaming(part, sink, int(budget) - sink)
         return output
 

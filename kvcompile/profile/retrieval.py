@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompile.profile.attention import BLOCK, Attention, attending, causal, visible
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Probe, Setting
-from kvcompile.profile.structure import Tick, forward, heads, layers, logits
+from kvcompile.profile.structure import Tick, attention_layers, forward, heads, logits
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
@@ -39,7 +39,7 @@ class Probes:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        table = (len(layers(self.setting.model)), num_kv_heads)
+        table = (len(attention_layers(self.setting.model)), num_kv_heads)
         return {"answered": np.zeros((), np.int64), "infsc": np.zeros(table), "infsc_answered": np.zeros(table)}
 
     def add(self, sums: Sums, number: int, tick: Tick) -> None:
@@ -54,7 +54,7 @@ def score(model: Any, probe: Probe, tick: Tick = lambda _: None) -> ProbeScore:
     """One forward pass over prompt and answer; the rows looked at are those that predict a token of the answer."""
     prompt, answer = probe.prompt_ids, probe.answer_ids
     _, num_kv_heads = heads(model)
-    infsc = np.zeros((len(layers(model)), num_kv_heads))
+    infsc = np.zeros((len(attention_layers(model)), num_kv_heads))
     rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1, device=model.device)
     needle = torch.zeros(len(prompt) + len(answer) - 1, dtype=torch.bool, device=model.device)
     for first, stop in probe.needles:
@@ -77,8 +77,10 @@ def attention_rows(call: Attention, rows: Tensor) -> Tensor:
     key = call.key.float()
     query = call.query[:, rows].float().view(len(key), -1, key.shape[-1])
     hidden = ~visible(rows, torch.arange(key.shape[1], device=rows.device), call.window)
-    weights = (query @ key.mT * call.scaling).view(len(call.query), len(rows), -1)
-    return weights.masked_fill_(hidden, -torch.inf).softmax(-1)
+    weights = (query @ key.mT * call.scaling).view(len(key), -1, len(rows), key.shape[1])
+    if call.softmax.plain:
+        return weights.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(0, 1)
+    return call.softmax.weights(weights, ~hidden).flatten(0, 1)
 
 
 def retrieval(attention: Tensor, needle: Tensor) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.profile.attention import Attention, attending
-from kvcompile.profile.structure import forward, frozen, layers
+from kvcompile.profile.linear import switched_off
+from kvcompile.profile.structure import attention_layers, forward, frozen
 from kvcompile.stages import Rotary
 
 Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -64,7 +65,7 @@ def _read(model: Any, context: int) -> Rotary:
         return torch.zeros_like(call.query, dtype=call.value.dtype)
 
     ids = np.full(len(positions), _some_token(model))
-    with frozen(model), _tables(model) as tables, attending(model, attend):
+    with frozen(model), _tables(model) as tables, attending(model, attend), switched_off(model):
         forward(model, ids, positions=positions)
     where = torch.from_numpy(positions).to(keys[0].device)
     head_dim = keys[0].shape[-1]
@@ -134,7 +135,7 @@ def _tables(model: Any) -> Iterator[list[Tensor | None]]:
             undo.callback(setattr, decoder, "rotary_emb", own)
             decoder.rotary_emb = copy.deepcopy(own)
             decoder.rotary_emb.register_forward_pre_hook(in_float, with_kwargs=True)
-        for layer in layers(model):
+        for layer in attention_layers(model):
             undo.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         yield seen
 

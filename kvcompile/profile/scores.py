@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, attending, causal
-from kvcompile.profile.structure import heads, layers
+from kvcompile.profile.structure import attention_layers, heads
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Cosines:
 @contextmanager
 def watching(model: Any, handler: Handler = causal) -> Iterator[Cosines]:
     """Fill the cosines in from whatever forward pass runs inside the block, with `handler` as its attention."""
-    decoder = layers(model)
+    decoder = attention_layers(model)
     num_heads, _ = heads(model)
     seen = Cosines(np.zeros((len(decoder), num_heads)), np.zeros(len(decoder)))
     before: Tensor | None = None
@@ -51,16 +51,19 @@ def watching(model: Any, handler: Handler = causal) -> Iterator[Cosines]:
                 assert before is not None
                 seen.residual[index] = _mean_cosine(before, args[0]).item()
 
-            # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
-            norm = layer.get_submodule(
-                "pre_feedforward_layernorm"
-                if hasattr(layer, "pre_feedforward_layernorm")
-                else "post_attention_layernorm"
-            )
             stack.callback(layer.register_forward_pre_hook(enter).remove)
-            stack.callback(norm.register_forward_pre_hook(leave).remove)
+            stack.callback(_after_attention(layer).register_forward_pre_hook(leave).remove)
         stack.enter_context(attending(model, attend))
         yield seen
+
+
+def _after_attention(layer: nn.Module) -> nn.Module:
+    """The module that is given the residual stream as it is after attention: usually the norm before the MLP."""
+    # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.get_submodule("pre_feedforward_layernorm")
+    # OLMo-2 has them behind its blocks alone, so that the MLP reads the stream itself.
+    return layer.get_submodule("post_attention_layernorm" if hasattr(layer, "input_layernorm") else "mlp")
 
 
 def baklava(value: NDArray[np.float64], residual: NDArray[np.float64], num_kv_heads: int) -> NDArray[np.float64]:

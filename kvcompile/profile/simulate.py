@@ -43,7 +43,7 @@ def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda 
         (b.kind, torch.from_numpy(np.linspace(b.judged, b.stop - 1, min(ROWS, b.stop - b.judged)).round().astype(int)))
         for b in packed.blocks
     ]
-    final = follow(model, packed, over_context(context, packed), tick).final
+    final = follow(model, context, packed, over_context(context, packed), tick).final
     return Reference(context, packed, [(kind, rows, final[rows]) for kind, rows in places])
 
 
@@ -60,7 +60,7 @@ def divergence(
     """Mean KL to the full cache by kind of follow-up, in nats a token, under a plan for contexts of `tokens` tokens,
     whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
     cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
-    final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
+    final = follow(model, known.context, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
     found: dict[str, list[float]] = {}
     for kind, rows, states in known.final:
         before, after = _log_probabilities(model, states), _log_probabilities(model, final[rows])

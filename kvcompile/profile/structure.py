@@ -34,6 +34,11 @@ def layers(model: Any) -> list[nn.Module]:
     return list(model.get_decoder().layers)
 
 
+def attention_layers(model: Any) -> list[nn.Module]:
+    """Those that have keys and values: a profile numbers these."""
+    return [layer for layer in layers(model) if hasattr(layer, "self_attn")]
+
+
 def heads(model: Any) -> tuple[int, int]:
     """Numbers of query heads and of KV heads in every layer."""
     config = model.config.get_text_config()
@@ -55,7 +60,9 @@ def head_blocks(model: Any, length: int) -> Iterator[slice]:
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
     scores: Tensor = model.get_output_embeddings()(model.get_decoder().norm(hidden[None]))[0]
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    scores = scores / (getattr(config, "logits_scaling", None) or 1.0)  # Granite's
+    cap = getattr(config, "final_logit_softcapping", None)
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 
