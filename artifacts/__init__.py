@@ -38,6 +38,7 @@ from kvcompile.artifacts.schema import (
     register_policy,
     resident_bytes,
     slot_bytes,
+    state_bytes,
     token_limits,
     vector_bytes,
 )
@@ -80,6 +81,7 @@ __all__ = [
     "read",
     "register_policy",
     "resident_bytes",
+    "state_bytes",
     "slot_bytes",
     "to_bytes",
     "token_limits",

@@ -19,6 +19,7 @@ from kvcompile.artifacts.checks import DTYPES, printable, refuse, require_intege
 from kvcompile.artifacts.errors import ArtifactError
 from kvcompile.artifacts.parts import PARTS
 from kvcompile.artifacts.schema import (
+    STATES_VERSION,
     Artifact,
     Budgets,
     ByteAccount,
@@ -77,9 +78,13 @@ def from_bytes(data: bytes, name: str) -> Artifact:
     scorer, quantiser = (_part(newer, part, source) for part in PARTS)
     samples = arrays.pop("fingerprint.samples")
     # The values' types are `validate`'s business: until then they are whatever the file says.
-    windows = model.pop("windows")
+    lists = {"windows": model.pop("windows"), "states": _states(metadata["model"], version, source)}
     artifact = Artifact(
-        model=ModelIdentity(**model, windows=tuple(windows) if isinstance(windows, list) else windows, samples=samples),
+        model=ModelIdentity(
+            **model,
+            samples=samples,
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in lists.items()},
+        ),
         target=Target(**target),
         bytes=ByteAccount(**account),
         budgets=Budgets(**arrays),
@@ -143,6 +148,11 @@ def _section(metadata: dict[str, Any], name: str, source: str) -> dict[str, Any]
     if not isinstance(section, dict):
         refuse(source, name, f"is {show(section)}, expected a JSON object")
     return {key: _get(section, f"{name}.", key, source) for key in SECTIONS[name]}
+
+
+def _states(section: dict[str, Any], version: int, source: str) -> Any:
+    """What a file of a version that knows of linear attention says of it; in others the key means nothing."""
+    return (0, 0) if version < STATES_VERSION else _get(section, "model.", "states", source)
 
 
 def _version(metadata: dict[str, Any], source: str) -> int:

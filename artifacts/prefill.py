@@ -15,9 +15,12 @@ MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
-INNER = 28
-"""Elements of the feed-forward block a token, over the hidden size, where the model is not known: 4 x 7, the widest of
-the supported families."""
+INNER = {"gpt_oss": 48, "qwen3_5_moe_text": 72, "qwen3_5_text": 72, "qwen3_next": 72}
+"""Elements of the feed-forward block a token, over the hidden size, where the model's configuration is not known: of a
+family, or else 28, 4 x 7."""
+FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
+"""Families whose attention weights torch has to form, as they are more than a softmax of logits: how many tensors of
+f32 there are of them at once, in prompts and in follow-ups."""
 ROPE_BYTES = 12
 """Of a rotary table, an element, while it is made in float32."""
 NUMBERS = 32
@@ -27,12 +30,27 @@ WORKSPACE = 1 << 18
 
 
 def feed_forward_elements(config: Any) -> int:
-    """Elements a token that the feed-forward block of a model of this configuration (transformers') holds at once."""
+    """Elements a token that the feed-forward block of a model of this configuration (transformers') holds at once, or a
+    layer of linear attention where that is more."""
+    return max(_feed_forward(config), _linear_attention(config))
+
+
+def _linear_attention(config: Any) -> int:
+    """Of the gated delta rule in torch, in chunks of 64 tokens; in float32, which is two elements of 16 bits."""
+    if "linear_attention" not in (getattr(config, "layer_types", None) or ()):
+        return 0
+    heads, size = config.linear_num_value_heads, config.linear_key_head_dim
+    values = heads * config.linear_value_head_dim
+    return int(2 * (6 * heads * size + 7 * values + 4 * 64 * heads + 3 * config.linear_num_key_heads * size))
+
+
+def _feed_forward(config: Any) -> int:
     width, hidden = int(config.intermediate_size), int(config.hidden_size)
     experts = int(getattr(config, "num_experts_per_tok", None) or 0)
     if experts:  # every expert that a token goes to has its own input, gate, product and output
         width = int(getattr(config, "moe_intermediate_size", None) or width)
-        return experts * (4 * width + 2 * hidden)
+        gates = 10 if config.model_type == "gpt_oss" else 4  # clamped on the way, in tensors of their own
+        return experts * (gates * width + 2 * hidden)
     return (4 if config.model_type == "phi3" else 3) * width  # gate and up as one matrix, or as two
 
 
@@ -75,13 +93,15 @@ def prefill_bytes(
     kinds = 2 if 0 < sum(map(bool, model.windows)) < model.num_layers else 1  # of rotary embedding, at most
     cached = 2 * columns * model.num_kv_heads * model.head_dim * size
     kept = columns * model.hidden_size * size + kinds * 2 * tables * size + NUMBERS * columns
-    inner = INNER * model.hidden_size if inner is None else inner
+    inner = INNER.get(model.architecture, 28) * model.hidden_size if inner is None else inner
     projected = (model.hidden_size + (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim) * size
     rotated = 3 * model.num_attention_heads * model.head_dim * size
     if follow_up:
         meeting = _stored(plan, batch, tokens, chunk, size, padded, policies)
     else:
         meeting = _masks(model, batch, tokens, chunk, size, padded)
+    if model.architecture in FORMED:
+        meeting = _formed(plan, batch, tokens, chunk, follow_up)
     chunk_bytes = max(
         rows * (projected + rotated) + meeting,
         rows * (2 * model.hidden_size + inner) * size,
@@ -103,6 +123,16 @@ def _masks(model: ModelIdentity, batch: int, tokens: int, chunk: int, size: int,
     group, own = model.num_attention_heads // model.num_kv_heads, batch if padded else 1
     elements = min(max(MASK_ELEMENTS, own * group * tokens), own * group * min(chunk, tokens) * tokens)
     return elements * (1 + size) + 2 * elements // group
+
+
+def _formed(plan: Artifact, batch: int, tokens: int, chunk: int, follow_up: bool) -> int:
+    """Attention weights of a block of queries on their way, and keys, values and outputs in f32."""
+    model = plan.model
+    columns = tokens + (int(plan.budgets.capacity.max()) if follow_up else 0)
+    row = batch * model.num_attention_heads * columns
+    weights = max(row, min(MASK_ELEMENTS, row * min(chunk, tokens)))
+    vectors = 2 * batch * model.num_kv_heads * columns + 3 * batch * model.num_attention_heads * min(chunk, tokens)
+    return 4 * FORMED[model.architecture][follow_up] * weights + 4 * vectors * model.head_dim
 
 
 def _stored(

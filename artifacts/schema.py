@@ -42,7 +42,9 @@ def register_policy(name: str, state_bytes: int) -> None:
 class ModelIdentity:
     """Which model an artifact is for.
 
-    `windows` has one entry a layer: the width in tokens of its sliding window, 0 for full attention.
+    `num_layers` counts the layers with keys and values, and `windows` has one entry for each: the width in tokens of
+    its sliding window, 0 for full attention. `states` is what one sequence takes in layers of linear attention, which
+    have neither budgets nor a number here: elements in the cache dtype, and elements in float32.
     `fingerprint` is 32 hex digits over the names and shapes of all tensors, then 32 over a sample of each; `samples`
     (f32, flat) are those numbers, so that the same weights in another dtype are still recognised.
     """
@@ -58,6 +60,7 @@ class ModelIdentity:
     dtype: str
     fingerprint: str
     samples: NDArray[np.float32] = field(compare=False)
+    states: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -149,9 +152,13 @@ class Artifact:
     rank: NDArray[np.int32] | None = None
 
 
+STATES_VERSION = 4
+"""The version that knows of layers of linear attention."""
+
+
 def newest_version() -> int:
     """The newest version of the format that is known, with the codecs that are registered now."""
-    return max([2, *(codec.format_version for codec in CODECS.values())])
+    return max([STATES_VERSION, *(codec.format_version for codec in CODECS.values())])
 
 
 FORMAT_VERSION = newest_version()
@@ -160,11 +167,12 @@ FORMAT_VERSION = newest_version()
 
 def needed_version(artifact: Artifact) -> int:
     """The version that an artifact is written as, the lowest that knows all there is in it: 2 has scorers, quantisers
-    and ranks, and every codec says for itself."""
+    and ranks, 4 states of linear attention, and every codec says for itself."""
     budgets = artifact.budgets
     used = {int(bits) for table in (budgets.k_bits, budgets.v_bits) for bits in np.unique(table) if is_quantised(bits)}
     parts = (artifact.scorer, artifact.quantiser, artifact.rank)
-    return max([1, *(2 for part in parts if part is not None), *(codec_of(bits).format_version for bits in used)])
+    own = STATES_VERSION if any(artifact.model.states) else 1
+    return max([own, *(2 for part in parts if part is not None), *(codec_of(bits).format_version for bits in used)])
 
 
 def vector_bytes(head_dim: int, bits: int) -> int:
@@ -196,7 +204,7 @@ def head_bytes(budgets: Any, head_dim: int, dtype_bits: int) -> NDArray[np.int64
 
 
 def resident_bytes(budgets: Budgets, head_dim: int, dtype_bits: int) -> int:
-    """Bytes of one sequence's cache under these budgets; `dtype_bits` are those of the cache dtype."""
+    """Bytes of one sequence's keys and values under these budgets; `dtype_bits` are those of the cache dtype."""
     tables = (budgets.policy, budgets.capacity, budgets.sink, budgets.k_bits, budgets.v_bits)
     rows = zip(*(table.ravel().tolist() for table in tables), strict=True)
     return sum(
@@ -210,11 +218,16 @@ def token_limits(windows: tuple[int, ...], context: int) -> tuple[int, ...]:
     return tuple(min(w, context) if w else context for w in windows)
 
 
+def state_bytes(model: ModelIdentity, dtype: str) -> int:
+    """Bytes of one sequence's states in layers of linear attention, which every cache of this dtype has."""
+    return model.states[0] * DTYPE_BITS[dtype] // 8 + model.states[1] * 4
+
+
 def full_bytes(model: ModelIdentity, context: int, dtype: str) -> int:
-    """Bytes of one sequence's full cache: every layer's limit, sliding layers counted by their window."""
+    """Bytes of one sequence's full cache: every layer's limit, sliding layers counted by their window, and states."""
     bits = DTYPE_BITS[dtype]
     slots = sum(token_limits(model.windows, context)) * model.num_kv_heads
-    return slots * slot_bytes("full", model.head_dim, bits, bits)
+    return slots * slot_bytes("full", model.head_dim, bits, bits) + state_bytes(model, dtype)
 
 
 def loaded_bytes(scorer: Scorer | None, quantiser: Quantiser | None) -> int:

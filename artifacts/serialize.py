@@ -27,7 +27,7 @@ NO_CHECKSUM = "0" * 64
 """What stands in the checksum's place while it is computed."""
 
 SECTIONS: dict[str, tuple[str, ...]] = {
-    "model": tuple(f.name for f in fields(ModelIdentity) if f.name != "samples"),
+    "model": tuple(f.name for f in fields(ModelIdentity) if f.name not in ("samples", "states")),
     "target": tuple(f.name for f in fields(Target)),
     "bytes": tuple(f.name for f in fields(ByteAccount)),
 }
@@ -68,6 +68,8 @@ def to_bytes(artifact: Artifact) -> bytes:
 
 def _encode(artifact: Artifact, checksum: str) -> bytes:
     sections = {name: {key: getattr(getattr(artifact, name), key) for key in keys} for name, keys in SECTIONS.items()}
+    if any(artifact.model.states):
+        sections["model"]["states"] = artifact.model.states
     extra: dict[str, NDArray[Any]] = {}  # what only some artifacts have
     for part, names in PARTS.items():
         if (values := getattr(artifact, part)) is not None:

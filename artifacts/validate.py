@@ -36,6 +36,7 @@ from kvcompile.artifacts.schema import (
     full_bytes,
     loaded_bytes,
     resident_bytes,
+    state_bytes,
     token_limits,
 )
 from kvcompile.kernels.codecs import CODECS
@@ -93,6 +94,10 @@ def _check_model(model: ModelIdentity, source: str) -> None:
         refuse(source, "model.windows", f"is {show(model.windows)}, expected {model.num_layers} integers")
     for layer, window in enumerate(model.windows):
         require_integer(source, f"model.windows[{layer}]", window, 0, MAX_TOKENS)
+    if not isinstance(model.states, tuple) or len(model.states) != 2:
+        refuse(source, "model.states", f"is {show(model.states)}, expected 2 integers")
+    for place, elements in enumerate(model.states):
+        require_integer(source, f"model.states[{place}]", elements, 0, MAX_BYTES // 8)
     if not isinstance(model.fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", model.fingerprint):
         refuse(source, "model.fingerprint", f"is {show(model.fingerprint)}, expected 64 lower-case hex digits")
 
@@ -192,9 +197,10 @@ def _check_head(row: dict[str, int], at: str, limit: int, sliding: bool, dtype: 
 
 def _check_bytes(account: ByteAccount, artifact: Artifact, source: str) -> None:
     model, target = artifact.model, artifact.target
+    held = resident_bytes(artifact.budgets, model.head_dim, DTYPE_BITS[target.dtype])
     token = 2 * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
     expected = {
-        "resident": resident_bytes(artifact.budgets, model.head_dim, DTYPE_BITS[target.dtype]) * target.batch,
+        "resident": (held + state_bytes(model, target.dtype)) * target.batch,
         "scorer": loaded_bytes(artifact.scorer, artifact.quantiser),
         "transient": token * target.context * target.batch,
         "full": full_bytes(model, target.context, target.dtype) * target.batch,

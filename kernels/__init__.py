@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from kvcompile.kernels.ragged_decode.api import ragged_decode
     from kvcompile.kernels.restore.api import restore
     from kvcompile.kernels.silu_mul.api import silu_mul
+    from kvcompile.kernels.softmax import Softmax
     from kvcompile.kernels.transform import Transform
 
 __all__ = [
-    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Transform", "add_norm", "append", "compact", "decode", "encode",
-    "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform", "add_norm", "append", "compact",
+    "decode", "encode", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -38,6 +39,7 @@ _MODULES = {
     "HeadClass": "layout",
     "HeadSpec": "layout",
     "LayerLayout": "layout",
+    "Softmax": "softmax",
     "Transform": "transform",
     "add_norm": "add_norm.api",
     "append": "append.api",

@@ -61,6 +61,11 @@ def is_spill(instruction: str) -> bool:
     return re.search(r"\b(STL|LDL)\b", instruction) is not None
 
 
+def waits(cubin: bytes) -> int:
+    """How many instructions of the one kernel in a cubin wait for the launch before it."""
+    return sum(text.startswith("ACQBULK") for _, text in INSTRUCTION.findall(_printed("-sass", cubin)))
+
+
 def main_loops(cubin: bytes) -> list[list[str]]:
     """The loops that have products."""
     return [body for body in loops(cubin) if any(map(is_product, body))]

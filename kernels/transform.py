@@ -34,6 +34,12 @@ class Transform:
         """Queries [B, Hq, T, D] as they are multiplied with transformed keys: T^-T q, in their own dtype."""
         return self._grouped(query.float(), self.key_inverse).to(query.dtype)
 
+    def lacking(self, query: torch.Tensor) -> torch.Tensor:
+        """What the products of transformed queries [B, Hq, T, D] with transformed keys lack, q . mean: f32 [B, Hq,
+        T]."""
+        moved = by_head(self.key_mean[:, None], self.key.mT)  # T mean, as (T^-T q) . (T mean) = q . mean
+        return self._grouped(query.float(), moved.mT).squeeze(-1)
+
     def keys(self, keys: torch.Tensor, heads: slice = slice(None)) -> torch.Tensor:
         """T (k - mean) for keys [..., H, T, D] of the heads at these storage positions, float32."""
         return by_head(keys.float() - self.key_mean[heads, None], self.key[heads].mT)
@@ -51,7 +57,8 @@ class Transform:
     def _grouped(self, vectors: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """Every vector of [B, Hq, T, D] times the matrix of its KV head."""
         batch, _, length, size = vectors.shape
-        return by_head(vectors.reshape(batch, len(matrices), -1, size), matrices).reshape(batch, -1, length, size)
+        together = by_head(vectors.reshape(batch, len(matrices), -1, size), matrices)
+        return together.reshape(batch, -1, length, matrices.shape[-1])
 
 
 def by_head(vectors: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:

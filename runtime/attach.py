@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
+from kvcompile.runtime.linear import LinearLayer, attention_modules
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.transforms import layer_transform
@@ -86,26 +87,23 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Through the ragged cache where one is in use, else as transformers' own `sdpa`."""
+    """Through the ragged cache where one is in use, else as the model's own attention."""
+    scale, softmax = query.shape[-1] ** -0.5 if scaling is None else scaling, softmax_of(kwargs)
 
     def exact() -> torch.Tensor:
-        output: torch.Tensor = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )[0]
-        return output
+        return exact_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs)
 
     binding: Binding | None = getattr(module, BINDING, None)
     if binding is None or binding.layer is None:
         return exact(), None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
 
     def prompt() -> torch.Tensor:
         # Without a mask it is plain causal attention, which is in C on a CPU.
         if attention_mask is None and query.device.type == "cpu" and not kwargs.get("dropout"):
-            return prompt_attention(query, key, value, None, 0, scale).transpose(1, 2)
+            return prompt_attention(query, key, value, None, 0, scale, softmax=softmax).transpose(1, 2)
         return exact()
 
-    return binding.layer.attend(query, key, value, attention_mask, scale, prompt), None
+    return binding.layer.attend(query, key, value, attention_mask, scale, prompt, softmax), None
 
 
 def _register() -> None:
@@ -126,7 +124,7 @@ class Attachment:
             raise ModelError(
                 f"cannot reorder the heads of a {architecture!r} model, expected one of {', '.join(ARCHITECTURES)}"
             )
-        self._attention = [layer.self_attn for layer in model.get_decoder().layers]
+        self._attention = attention_modules(model)
         if any(hasattr(module, BINDING) for module in self._attention):
             raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
         check_identity(artifact.model, identify(model, artifact.model.name))
@@ -163,9 +161,16 @@ class Attachment:
             None if transform is None else transform.to(device)
             for transform, device in zip(self._transforms, devices, strict=True)
         ]
-        layers = [
+        ragged = iter(
             RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
             for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
+        )
+        decoder: Any = self.model.get_decoder()
+        layers = [
+            next(ragged)
+            if hasattr(layer, "self_attn")
+            else LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch_size)
+            for layer in decoder.layers
         ]
         return RaggedCache(layers, self._id)
 

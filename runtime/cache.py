@@ -12,9 +12,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompile.artifacts import CacheError
-from kvcompile.kernels import LayerLayout, Transform
+from kvcompile.kernels import LayerLayout, Softmax, Transform
+from kvcompile.kernels.softmax import PLAIN
+from kvcompile.runtime.exact import refuse_followers
 from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.linear import LinearLayer
+from kvcompile.runtime.masks import real_tokens
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.store import LayerStore
 
@@ -72,14 +76,19 @@ class RaggedLayer(CacheLayerMixin):
         mask: torch.Tensor | None,
         scaling: float,
         exact: Callable[[], torch.Tensor],
+        softmax: Softmax = PLAIN,
     ) -> torch.Tensor:
-        """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, and
-        `exact` is the model's own attention over them, for the prompt. One token on a filled cache is a step: it is
-        never padding, and its mask is not read."""
+        """Attention output [B, T, num_heads, D] for new tokens; `mask` bool [B, 1, T, T] covers them alone, `exact` is
+        the model's own attention over them, for the prompt, and `softmax` how its logits become weights. One token on a
+        filled cache is a step: it is never padding, and its mask is not read."""
         if query.device != (own := self.store.keys.exact.device):
             found = f"this cache is on {own} and the model now on {query.device}"
             raise CacheError(f"{found}: take another one from new_cache()")
+        if not softmax.plain:
+            refuse_followers(self.store.layout)
+        self.store.softmax = softmax
         if self.prompt is not None:
+            self.prompt.softmax = softmax
             return self.prompt.attend(query, keys, values, scaling, self.score).transpose(1, 2)
         first = self.columns == 0
         if not first and len(query) != self.store.batch:
@@ -88,7 +97,7 @@ class RaggedLayer(CacheLayerMixin):
             # Without a look at the mask, which the host would have to wait for: a step's token is never padding.
             self.columns += 1
             return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
-        real = _real(mask, len(query))
+        real = real_tokens(mask, len(query))
         self.columns += query.shape[2]
         if first:
             self._fit_batch(len(query))
@@ -164,14 +173,19 @@ class RaggedCache(Cache):
     One column on a filled cache is a step, and no sequence's token in it is padding: what is to go on for some
     sequences only comes in two columns or more, left-padded, as `Decoder.prefill` does it."""
 
-    layers: list[RaggedLayer]
+    layers: list[RaggedLayer | LinearLayer]
 
-    def __init__(self, layers: list[RaggedLayer], attachment: str) -> None:
+    def __init__(self, layers: list[RaggedLayer | LinearLayer], attachment: str) -> None:
         super().__init__(layers=layers)
         self.attachment = attachment
         """Identifies the attachment whose head order the stored keys and values follow."""
         self.recording: Recording | None = None
         """The buffers and the graph of a decode step, for the next decoder."""
+
+    @property
+    def ragged(self) -> list[RaggedLayer]:
+        """The layers with keys and values."""
+        return [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         fork = type(self).__new__(type(self))
@@ -204,7 +218,7 @@ class RaggedCache(Cache):
     def tensors(self) -> Iterator[torch.Tensor]:
         """Every tensor that the cache holds."""
         for layer in self.layers:
-            yield from layer.store.tensors()
+            yield from (layer if isinstance(layer, LinearLayer) else layer.store).tensors()
 
     @property
     def nbytes(self) -> int:
@@ -214,37 +228,29 @@ class RaggedCache(Cache):
     @property
     def observes(self) -> bool:
         """Whether it has heads of a policy that learns from the attention of every new token."""
-        policies = {cls.policy for layer in self.layers for cls in layer.store.layout.classes}
+        policies = {cls.policy for layer in self.ragged for cls in layer.store.layout.classes}
         return any(POLICIES[policy].observes for policy in policies)
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers weigh their logits by a softmax and nothing else, as far as they have been used."""
+        return all(layer.store.softmax.plain for layer in self.ragged)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a recorded step has stored."""
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.advance(tokens)
 
     def ready(self) -> None:
         """Bring what the device counts up to date: a recorded step does not look at the host."""
-        for layer in self.layers:
+        for layer in self.ragged:
             layer.store.ready()
 
     def counts(self) -> list[tuple[int, list[int]]]:
         """How much every layer counts: columns of the mask, and tokens of every sequence."""
-        return [(layer.columns, layer.store.seen) for layer in self.layers]
+        return [(layer.columns, layer.store.seen) for layer in self.ragged]
 
     def set_counts(self, counts: list[tuple[int, list[int]]]) -> None:
         """Go back to what `counts` said, where nothing has been stored since."""
-        for layer, (columns, seen) in zip(self.layers, counts, strict=True):
+        for layer, (columns, seen) in zip(self.ragged, counts, strict=True):
             layer.columns, layer.store.seen = columns, seen
-
-
-def _real(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """Which new tokens are no padding, bool [B, T], by their mask bool [1 or B, 1, T, T]; None: all of them.
-
-    Padding is seen by no query, so a token that does not see itself is padding.
-    """
-    if mask is None:
-        return None
-    if mask.dtype != torch.bool:
-        raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
-    real = mask.expand(batch, -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
-    return None if bool(real.all()) else real

@@ -86,7 +86,7 @@ class Decoder:
             CacheError: another number of prompts than the cache has sequences, padding after the first token, or chunks
                 or pieces of less than one token.
         """
-        before = self.cache.layers[0].store.seen if self.cache.get_seq_length() else [0] * len(ids)
+        before = self.cache.ragged[0].store.seen if self.cache.get_seq_length() else [0] * len(ids)
         chunk = self.prefill_chunk if prefill_chunk is None else chunk_length(prefill_chunk)
         every = self.prefill_cut_every if prefill_cut_every is None else cut_length(prefill_cut_every)
         if len(before) != len(ids):
@@ -117,7 +117,8 @@ class Decoder:
         if self.cache.recording is not step or not step.attached(self.model):
             step.graph, self.cache.recording = None, step
         with on(self.device):
-            if step.graph is None and self._records and step.steps and not step.failed:
+            # Kernels on a GPU know the plain softmax alone.
+            if step.graph is None and self._records and step.steps and not step.failed and self.cache.plain:
                 self._record(step)
             if step.graph is None:
                 self._run()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kvcompile.kernels import Softmax
+from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime import new_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.store import LayerStore
@@ -14,6 +16,8 @@ class FollowUp:
     no padding). All of them see what was stored before the first one, and each other causally: their own keys and
     values are kept as they are until the last one has been read, and only then do the policies choose among them. So
     chunks of any length give what one call gives, up to rounding. For policies that do not observe."""
+
+    softmax: Softmax = PLAIN  # which the store has been told too
 
     def __init__(self, store: LayerStore, columns: int, pad: torch.Tensor | None) -> None:
         self._store = store

@@ -21,7 +21,7 @@ from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.joined import Linear, joinable, joined
 from kvcompile.runtime.policies import POLICIES
 
-FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
+FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
 """Whose layers are norm, attention, norm and a gated MLP with `silu`, and nothing else."""
 
 
@@ -38,6 +38,7 @@ class LayerParts:
     down: Linear
     scorer: LinearScorer | None
     scaling: float
+    rotates: bool
 
 
 class FusedStep:
@@ -58,9 +59,10 @@ class FusedStep:
         sequence; its keys and values are stored."""
         total, delta = self._decoder.embed_tokens(token)[:, 0], None
         cos, sin = (part[:, 0] for part in self._decoder.rotary_emb(total[:, None], position))
-        for parts, layer in zip(self._layers, cache.layers, strict=True):
+        still = torch.ones_like(cos), torch.zeros_like(sin)  # layers without rotary embedding, of SmolLM3
+        for parts, layer in zip(self._layers, cache.ragged, strict=True):
             total, x = add_norm(total, delta, parts.input_norm, self._epsilon)
-            delta = linear(_attended(parts, layer, x, cos, sin), *parts.output)
+            delta = linear(_attended(parts, layer, x, *((cos, sin) if parts.rotates else still)), *parts.output)
             total, x = add_norm(total, delta, parts.mlp_norm, self._epsilon)
             delta = linear(silu_mul(linear(x, *parts.gate_up)), *parts.down)
         _, x = add_norm(total, delta, self._decoder.norm.weight, self._epsilon)
@@ -79,7 +81,7 @@ def fusable(model: Any, cache: RaggedCache) -> bool:
         and getattr(config, "partial_rotary_factor", None) in (None, 1.0)
         and type(model.get_output_embeddings()) is nn.Linear
     )
-    policies = {cls.policy for layer in cache.layers for cls in layer.store.layout.classes}
+    policies = {cls.policy for layer in cache.ragged for cls in layer.store.layout.classes}
     if not plain or _watched(model) or any(POLICIES[name].observes for name in policies):
         return False
     return all(joinable(group) for layer in model.get_decoder().layers for group in _groups(layer))
@@ -122,7 +124,7 @@ def _parts(layer: Any) -> LayerParts:
     scorer = None if own is None else LinearScorer(own.weight, own.bias)
     return LayerParts(
         layer.input_layernorm.weight, qkv, norms, output, layer.post_attention_layernorm.weight, gate_up, down, scorer,
-        float(attention.scaling),
+        float(attention.scaling), bool(getattr(attention, "use_rope", True)),
     )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import copy
 
 import torch
 
-from kvcompile.kernels import HeadClass, LayerLayout, prompt_attention
+from kvcompile.kernels import HeadClass, LayerLayout, Softmax, prompt_attention
+from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.drawn import attention_drawn
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import Prompt
@@ -23,8 +24,10 @@ class LayerPrompt:
         columns: int,
         pad: torch.Tensor | None,
         room: tuple[torch.Tensor, torch.Tensor] | None = None,
+        softmax: Softmax = PLAIN,
     ) -> None:
         self.layout = layout
+        self.softmax = softmax
         self._room = None if room is None else tuple(tensor[:, :, :columns] for tensor in room)
         self.columns = columns
         self.pad = pad
@@ -44,6 +47,7 @@ class LayerPrompt:
         real: torch.Tensor | None,
         scaling: float,
         score: torch.Tensor | None,
+        softmax: Softmax = PLAIN,
     ) -> LayerPrompt:
         """Prompts read at once, given as for `add`; `real` bool [B, n] is False for padding, wherever it is."""
         pad = None
@@ -51,7 +55,7 @@ class LayerPrompt:
             pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
             query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
             score = moved[3]
-        prompt = cls(layout, keys.shape[2], pad)
+        prompt = cls(layout, keys.shape[2], pad, softmax=softmax)
         prompt.add(query, keys, values, scaling, score)
         return prompt
 
@@ -99,7 +103,7 @@ class LayerPrompt:
     ) -> torch.Tensor:
         """Take the next T columns as `add` does; their exact attention over all so far, [B, num_heads, T, D]."""
         seen = self.add(query, keys, values, scaling, score)
-        return prompt_attention(query, *seen, self.pad, self.layout.window, scaling)
+        return prompt_attention(query, *seen, self.pad, self.layout.window, scaling, softmax=self.softmax)
 
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -129,7 +133,8 @@ class LayerPrompt:
         score = None if self.score is None else self.score.mT[:, cls.heads]
         wanted = POLICIES[cls.policy].queries
         query = self._grouped(self._queries[:, :, max(self._queries.shape[2] - wanted, 0) :], cls)
-        return Prompt(self.keys[:, cls.heads], query, self.pad, self._scaling, self._drawn.get(cls.start), score)
+        drawn, softmax = self._drawn.get(cls.start), self.softmax.of(cls.heads, query.shape[2])
+        return Prompt(self.keys[:, cls.heads], query, self.pad, self._scaling, drawn, score, softmax)
 
     def _grouped(self, query: torch.Tensor, cls: HeadClass) -> torch.Tensor:
         return query.unflatten(1, (self.layout.num_kv_heads, -1))[:, cls.heads]

@@ -1,4 +1,4 @@
-"""The masks that transformers makes for models with an attachment."""
+"""The masks that transformers makes for models with an attachment, and what they say."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from transformers.masking_utils import sdpa_mask
+
+from kvcompile.artifacts import CacheError
 
 _left_out: ContextVar[bool] = ContextVar("kvcompile_masks_left_out", default=False)
 
@@ -29,3 +31,16 @@ def left_out() -> Iterator[None]:
         yield
     finally:
         _left_out.reset(token)
+
+
+def real_tokens(mask: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """Which new tokens are no padding, bool [B, T], by their mask bool [1 or B, 1, T, T]; None: all of them.
+
+    Padding is seen by no query, so a token that does not see itself is padding.
+    """
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise CacheError("a ragged cache takes a boolean attention mask, or a 2D mask of ones and zeros")
+    real = mask.expand(batch, -1, -1, -1)[:, 0].diagonal(dim1=-2, dim2=-1)
+    return None if bool(real.all()) else real

@@ -9,7 +9,7 @@ sees what was stored before it, and its own keys and values are there until the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from kvcompile.artifacts import PREFILL_CHUNK, CacheError
 from kvcompile.artifacts import prefill_bytes as prefill_bytes
 from kvcompile.runtime import masks
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.linear import LinearLayer
 
 
 def chunk_length(asked: int | None) -> int:
@@ -131,14 +132,18 @@ def _in_chunks(model: Any, cache: RaggedCache, pad: torch.Tensor | None, chunk: 
 
 
 def _chunked(
-    forward: Callable[..., Any], stored: RaggedLayer, pad: torch.Tensor | None, chunk: int, last: bool
+    forward: Callable[..., Any], stored: RaggedLayer | LinearLayer, pad: torch.Tensor | None, chunk: int, last: bool
 ) -> Callable[..., torch.Tensor]:
     def read(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
         batch, columns, _ = hidden_states.shape
-        with stored.reading(batch, columns, pad):
+        reading = nullcontext() if isinstance(stored, LinearLayer) else stored.reading(batch, columns, pad)
+        with reading:
             for start in range(0, columns, chunk):
                 now = slice(start, start + chunk)
-                out = forward(hidden_states[:, now], **_part(arguments, now))
+                part = _part(arguments, now)
+                if isinstance(stored, LinearLayer) and pad is not None:
+                    part["attention_mask"] = torch.arange(columns, device=pad.device)[now] >= pad[:, None]
+                out = forward(hidden_states[:, now], **part)
                 hidden_states[:, now] = out[0] if isinstance(out, tuple) else out
         return hidden_states[:, -1:] if last else hidden_states
 

@@ -12,6 +12,7 @@ import torch
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
+from kvcompile.runtime.linear import attention_modules
 from kvcompile.runtime.sampling import Sampling
 
 
@@ -91,7 +92,8 @@ class Recording:
 def recordable(model: Any, cache: RaggedCache) -> bool:
     """Whether a step can be one CUDA graph: all on one GPU, and no policy that learns from every step's attention."""
     devices = {model.device, *(tensor.device for tensor in cache.tensors())}
-    return model.device.type == "cuda" and len(devices) == 1 and not cache.observes
+    alike = len(cache.ragged) == len(cache.layers)  # states of linear attention have not been tried
+    return model.device.type == "cuda" and len(devices) == 1 and alike and not cache.observes
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -100,7 +102,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _binding(model: Any) -> Any:
-    return getattr(model.get_decoder().layers[0].self_attn, BINDING, None)
+    return getattr(attention_modules(model)[0], BINDING, None)
 
 
 def _places(model: Any, cache: RaggedCache) -> list[Any]:
@@ -112,9 +114,9 @@ def _tensors(model: Any, cache: RaggedCache) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
     yield from cache.tensors()
-    yield from (layer.store.counts for layer in cache.layers if layer.store.counts is not None)
-    for layer in model.get_decoder().layers:
-        binding = getattr(layer.self_attn, BINDING, None)
+    yield from (layer.store.counts for layer in cache.ragged if layer.store.counts is not None)
+    for module in attention_modules(model):
+        binding = getattr(module, BINDING, None)
         if binding is not None and binding.scorer is not None:
             yield binding.scorer.weight
             yield binding.scorer.bias

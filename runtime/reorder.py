@@ -20,6 +20,34 @@ def split_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -
     yield attention.get_submodule("o_proj").weight, 1, q
 
 
+def normed_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with norms over the queries and the keys of all heads together, `q_norm` and `k_norm`: their sums run
+    over the heads in another order then."""
+    yield from split_projections(attention, q, kv)
+    for name, index in (("q_norm", q), ("k_norm", kv)):
+        yield attention.get_submodule(name).weight, 0, index
+
+
+def gated_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with a gate for every query head, whose rows in `q_proj` follow the head's own."""
+    output = attention.get_submodule("o_proj").weight
+    gated = attention.get_submodule("q_proj")
+    size = 2 * int(attention.head_dim)  # type: ignore[arg-type]
+    heads = q[:: size // 2] // (size // 2)
+    yield from _rows(gated, _elements(heads, size))
+    for name in ("k_proj", "v_proj"):
+        yield from _rows(attention.get_submodule(name), kv)
+    yield output, 1, q
+
+
+def projections_with_sinks(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """The same with `sinks`, a learned logit for every query head."""
+    yield from split_projections(attention, q, kv)
+    sinks: torch.Tensor = attention.get_parameter("sinks")
+    head_dim = len(q) // len(sinks)
+    yield sinks, 0, q[::head_dim] // head_dim
+
+
 def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
     """`qkv_proj`, whose rows are all queries, then all keys, then all values, and `o_proj`."""
     rows = torch.cat([q, kv + len(q), kv + len(q) + len(kv)])
@@ -34,14 +62,23 @@ def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
 
 
 ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
+    "gemma2": split_projections,
     "gemma3_text": split_projections,
+    "gpt_oss": projections_with_sinks,
+    "granite": split_projections,
     "llama": split_projections,
     "mistral": split_projections,
     "mixtral": split_projections,
+    "olmo2": normed_projections,
+    "olmo3": normed_projections,
     "phi3": fused_projection,
     "qwen2": split_projections,
     "qwen3": split_projections,
     "qwen3_moe": split_projections,
+    "qwen3_5_moe_text": gated_projections,
+    "qwen3_5_text": gated_projections,
+    "qwen3_next": gated_projections,
+    "smollm3": split_projections,
 }
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact, ragged_decode
+from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact
 from kvcompile.kernels.buffers import Make
+from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime import new_tokens
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.weighed import weighed
 
 
 class LayerStore:
@@ -45,6 +47,8 @@ class LayerStore:
         else:
             self.scores = make(batch, layout.scored_slots, 1, torch.float16).flatten(1)
         self._own = [POLICIES[cls.policy].new_state(batch, cls, device) for cls in layout.classes]
+        self.softmax = PLAIN
+        """How the layer's logits become weights; whoever attends says so before."""
         self.seen = [0] * batch
         self.counts: torch.Tensor | None = None
         """`seen` on a GPU, int32 [batch], where it stays: steps that were recorded read and write it there."""
@@ -82,7 +86,7 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score))
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax))
 
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
@@ -109,9 +113,9 @@ class LayerStore:
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.lengths())
         new_tokens.place(self, keys, values)
         self.count_step()
-        out = ragged_decode(query, self.keys, self.values, self.layout, self.lengths(), scaling=scaling)
+        out = weighed(self, query, self.lengths(), scaling)
         new_tokens.observe(self, query, scaling)
-        return out if self.transform is None else self.transform.outputs(out)
+        return out
 
     @torch.no_grad()
     def extend(
@@ -153,11 +157,8 @@ class LayerStore:
         pad: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The same of tokens that are transformed; see `ragged_decode` for `mask` and `pad`."""
-        out = ragged_decode(
-            query, self.keys, self.values, self.layout, self.seen,
-            scaling=scaling, new_keys=keys, new_values=values, new_mask=mask, new_pad=pad,
-        )  # fmt: skip
-        return out if self.transform is None else self.transform.outputs(out)
+        new = {"new_keys": keys, "new_values": values, "new_mask": mask, "new_pad": pad}
+        return weighed(self, query, self.seen, scaling, **new)
 
     def restart(self) -> None:
         """Forget what has been stored."""
@@ -231,8 +232,7 @@ class LayerStore:
         flat = None if score is None else score[:, 0]
         k, v = keys[:, :, 0], values[:, :, 0]
         append(self.keys, self.values, self.scores, self.layout, k, v, flat, seen, places)
-        out = ragged_decode(query, self.keys, self.values, self.layout, seen + 1, scaling=scaling, places=places)
-        return out if self.transform is None else self.transform.outputs(out)
+        return weighed(self, query, seen + 1, scaling, places=places)
 
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index` int64 [new batch]: for beam search, repeats and selections."""

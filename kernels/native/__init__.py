@@ -20,6 +20,7 @@ from kvcompile.kernels.codecs.base import EIGHTHS
 from kvcompile.kernels.dispatch import CHOICE, knows
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.native import build
+from kvcompile.kernels.ragged_decode.totals import Totals
 from kvcompile.kernels.regions import starts
 
 SOURCE = Path(__file__).with_name("ragged.c")
@@ -110,6 +111,7 @@ def one_token(
     seen: Sequence[int] | torch.Tensor,
     scaling: float,
     places: torch.Tensor | None = None,
+    totals: Totals | None = None,
 ) -> torch.Tensor:
     """Attention [B, num_heads, 1, D] of one stored token a sequence; see `ragged_decode.api`."""
     library, (batch, query_heads, _, head_dim), heads = _library(), query.shape, layout.num_kv_heads
@@ -122,11 +124,14 @@ def one_token(
     room = library.kvc_room(ctypes.c_int64(max(row.capacity for row in layout.rows)), group, head_dim)
     scratch = torch.empty(threads * room)
     numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
+    every = None if totals is None else asked.new_empty(batch, query_heads, 1, 2)
     library.kvc_decode(
         _at(asked), ctypes.byref(sides[0]), ctypes.byref(sides[1]), _at(_rows(layout)), heads, TYPES[keys.exact.dtype],
-        group, batch, *map(_at, numbers), ctypes.c_int64(layout.window), _at(out), _at(scratch), ctypes.c_int64(room),
-        threads, head_dim,
+        group, batch, *map(_at, numbers), ctypes.c_int64(layout.window), _at(out), _at(every), _at(scratch),
+        ctypes.c_int64(room), threads, head_dim,
     )  # fmt: skip
+    if totals is not None and every is not None:
+        totals.logarithm = every[..., 0] + every[..., 1].log()
     return out.to(query.dtype)
 
 

@@ -34,12 +34,14 @@ typedef struct {
 } Tensor;
 
 /* `pad` [batch] or NULL: columns before it are not seen. `kept` [heads, columns - length] or NULL: which of the columns
- * before the queries' own are still there. `window`: columns that a row sees, itself included; 0 for all. `scale`
+ * before the queries' own are still there. `sinks` [heads * group] or NULL: logits to base 2 that take a part of the
+ * weight and have no value. `window`: columns that a row sees, itself included; 0 for all. `scale`
  * is that of logits to base 2. */
 typedef struct {
     Tensor query, keys, values, out;
     const int64_t *pad;
     const uint8_t *kept;
+    const float *sinks;
     int64_t batch, heads, group, length, columns, dim, type, window, rows, room, threads;
     float scale;
 } Call;
@@ -198,6 +200,10 @@ static void begin(const Call *c, Strip *s, int64_t b, int64_t h, int64_t first, 
         if (froms[i] > s->most_first) s->most_first = froms[i];
     }
     for (int j = 0; j < s->wide; j++) s->largest[j] = every(BELOW), s->total[j] = every(0);
+    for (int i = 0; c->sinks && i < count; i++) { /* as if a token of this logit and no value had been met already */
+        const int64_t r = first + i < stop ? first + i : stop - 1;
+        ((float *)s->largest)[i] = c->sinks[h * c->group + r % c->group], ((float *)s->total)[i] = 1;
+    }
     memset(s->sums, 0, sizeof(vec) * dim * s->wide);
 }
 

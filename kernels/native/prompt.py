@@ -34,7 +34,7 @@ class _Tensor(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, _Tensor) for name in ("query", "keys", "values", "out")),
-        *((name, ctypes.c_void_p) for name in ("pad", "kept")),
+        *((name, ctypes.c_void_p) for name in ("pad", "kept", "sinks")),
         *(
             (name, ctypes.c_int64)
             for name in (
@@ -87,16 +87,18 @@ def prompt_attention(
     window: int,
     scaling: float,
     kept: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `prompt_attention.api`."""
+    """See `prompt_attention.api`; `sinks` f32 [num_heads]."""
     library, (batch, query_heads, length, head_dim), heads = _library(), query.shape, keys.shape[1]
     assert library is not None
     # In memory as the projection after attention reads it.
     out = query.new_empty(batch, length, query_heads, head_dim).transpose(1, 2)
     pad = None if pad is None else pad.to(torch.int64).contiguous()
     kept = None if kept is None else kept.contiguous()
+    sinks = None if sinks is None else (sinks.float() / math.log(2)).contiguous()
     call = _Call(
-        *map(_tensor, (query, keys, values, out)), *(None if t is None else t.data_ptr() for t in (pad, kept)),
+        *map(_tensor, (query, keys, values, out)), *(None if t is None else t.data_ptr() for t in (pad, kept, sinks)),
         batch, heads, query_heads // heads, length, keys.shape[2], head_dim, TYPES[query.dtype], window, 0, 0,
         torch.get_num_threads(), scaling / math.log(2),
     )  # fmt: skip

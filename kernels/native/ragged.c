@@ -26,8 +26,8 @@ ALWAYS float exp2_negative(float x) {
     return y * power;
 }
 
-/* Weights [count] of logits, not divided by their sum, which is returned. */
-static float softmax(float *restrict w, int64_t count) {
+/* Weights [count] of logits, not divided by their sum, which is returned; `largest` is that of the logits. */
+static float softmax(float *restrict w, int64_t count, float *largest) {
     float highest[8], most = -INFINITY, total = 0;
     for (int i = 0; i < 8; i++) highest[i] = -INFINITY;
     const int64_t whole = count / 8 * 8;
@@ -35,6 +35,7 @@ static float softmax(float *restrict w, int64_t count) {
         for (int i = 0; i < 8; i++) highest[i] = w[s + i] > highest[i] ? w[s + i] : highest[i];
     for (int64_t s = whole; s < count; s++) most = w[s] > most ? w[s] : most;
     for (int i = 0; i < 8; i++) most = highest[i] > most ? highest[i] : most;
+    *largest = most;
     for (int64_t s = 0; s < count; s++) {
         const float below = (w[s] - most) * 1.44269504089f, kept = below < -LEAST ? -LEAST : below;
         w[s] = below < -LEAST ? 0.0f : exp2_negative(kept);
@@ -51,10 +52,11 @@ int64_t kvc_room(int64_t capacity, int group, int dim) {
     return group * (1 + capacity + 3 * (int64_t)stride_of(dim) + 2 + 2 * MOST_GROUPS);
 }
 
-/* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]. */
+/* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]; `all` [group, 2]
+ * or NULL is filled with the largest logit of a query, and what the exponentials of all logits less that add up to. */
 static void decode_head(
     const float *query, const Stored *keys, const Stored *values, int64_t capacity, int type, int group, int64_t seen,
-    int64_t window, float *out, float *scratch, int threads, int dim
+    int64_t window, float *out, float *all, float *scratch, int threads, int dim
 ) {
     const int stride = stride_of(dim), size = group * stride;
     const int64_t filled = seen < capacity ? seen : capacity;
@@ -79,7 +81,11 @@ static void decode_head(
         const int64_t from = filled * part / of, to = filled * (part + 1) / of;
         by_keys(&asked, keys, capacity, type, group, seen, window, filled, from, to, weights, dim);
 #pragma omp barrier
-        for (int r = part; r < group; r += of) totals[r] = softmax(weights + r * filled, filled);
+        for (int r = part; r < group; r += of) {
+            float largest;
+            totals[r] = softmax(weights + r * filled, filled, &largest);
+            if (all) all[2 * r] = largest, all[2 * r + 1] = totals[r];
+        }
 #pragma omp barrier
         by_values(values, type, group, filled, from, to, weights, sums + (int64_t)part * size, stride, dim);
 #pragma omp single
@@ -93,14 +99,14 @@ static void decode_head(
     }
 }
 
-/* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, and `out` of the same
- * shape; `seen` and `places` [batch] say how much is stored and where. The heads of few sequences are read by all threads
+/* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, `out` of the same
+ * shape and `all` [batch, heads * group, 2] or NULL, see `decode_head`; `seen` and `places` [batch] say how much is stored and where. The heads of few sequences are read by all threads
  * together, those of many by one each; `scratch` has `room` numbers a thread, those of `kvc_room` for the largest
  * capacity. */
 void kvc_decode(
     const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
-    int batch, const int64_t *seen, const int64_t *places, int64_t window, float *out, float *scratch, int64_t room,
-    int threads, int dim
+    int batch, const int64_t *seen, const int64_t *places, int64_t window, float *out, float *all, float *scratch,
+    int64_t room, int threads, int dim
 ) {
     const int items = batch * heads, together = items < threads || batch == 1, size = group * dim;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (!together)
@@ -114,7 +120,7 @@ void kvc_decode(
         const Stored k = stored(keys, places[b], h, head + K_CODEC, type, dim);
         const Stored v = stored(values, places[b], h, head + V_CODEC, type, dim);
         decode_head(query + (int64_t)i * size, &k, &v, head[CAPACITY], type, group, seen[b], window,
-                    out + (int64_t)i * size, mine, together ? threads : 1, dim);
+                    out + (int64_t)i * size, all ? all + (int64_t)i * group * 2 : 0, mine, together ? threads : 1, dim);
     }
 }
 

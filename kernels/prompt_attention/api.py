@@ -6,6 +6,7 @@ import torch
 
 from kvcompile.kernels.native import prompt
 from kvcompile.kernels.prompt_attention import dense
+from kvcompile.kernels.softmax import PLAIN, Softmax
 
 
 def prompt_attention(
@@ -16,6 +17,7 @@ def prompt_attention(
     window: int,
     scaling: float,
     kept: torch.Tensor | None = None,
+    softmax: Softmax = PLAIN,
 ) -> torch.Tensor:
     """Attention of the last T of n columns: causal, within a sliding window, and without padding.
 
@@ -26,6 +28,7 @@ def prompt_attention(
         window: columns that a query sees, its own included; 0 for all of them.
         scaling: factor on the logits.
         kept: bool [num_kv_heads, n - T], which of the columns before the queries' own a KV head still has (None: all).
+        softmax: how logits become weights.
 
     Returns:
         [B, num_heads, T, D] in the query's dtype. What padding itself sees is left open, but finite.
@@ -45,6 +48,6 @@ def prompt_attention(
         )
     if kept is not None and (kept.shape != (heads, columns - length) or kept.dtype != torch.bool):
         raise ValueError(f"kept {kept.dtype} {tuple(kept.shape)}, expected bool {(heads, columns - length)}")
-    if prompt.usable(query, keys, values, scaling):
-        return prompt.prompt_attention(query, keys, values, pad, window, scaling, kept)
-    return dense.prompt_attention(query, keys, values, pad, window, scaling, kept)
+    if softmax.cap is None and prompt.usable(query, keys, values, scaling):
+        return prompt.prompt_attention(query, keys, values, pad, window, scaling, kept, softmax.sinks)
+    return dense.prompt_attention(query, keys, values, pad, window, scaling, kept, softmax)

@@ -8,6 +8,7 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvcompile.artifacts import MASK_ELEMENTS
+from kvcompile.kernels.softmax import PLAIN, Softmax, attended
 
 FLASH_HEAD_DIM = 256
 """Largest heads of torch's flash attention."""
@@ -21,17 +22,18 @@ def prompt_attention(
     window: int,
     scaling: float,
     kept: torch.Tensor | None = None,
+    softmax: Softmax = PLAIN,
 ) -> torch.Tensor:
     """See `api.prompt_attention`."""
     length, count = query.shape[2], keys.shape[2]
-    if pad is None and kept is None and not 0 < window < count:
+    if softmax.plain and pad is None and kept is None and not 0 < window < count:
         grouped = query.shape[1] != keys.shape[1]
         if length == count and (query.device.type == "cpu" or _flash(query)):
             return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scaling, enable_gqa=grouped)
         if _flash(query):
             mask = causal_lower_right(length, count)
             return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling, enable_gqa=grouped)
-    return _in_blocks(query, keys, values, pad, window, scaling, kept)
+    return _in_blocks(query, keys, values, pad, window, scaling, kept, softmax)
 
 
 def _flash(query: torch.Tensor) -> bool:
@@ -47,6 +49,7 @@ def _in_blocks(
     window: int,
     scaling: float,
     kept: torch.Tensor | None,
+    softmax: Softmax,
 ) -> torch.Tensor:
     """With masks: query heads of a group and their tokens are rows of one product, so K and V are not repeated."""
     batch, _, length, _ = query.shape
@@ -72,9 +75,12 @@ def _in_blocks(
         mask = mask[:, None]
         if kept is not None:  # the queries' own columns all are
             mask = mask & F.pad(kept, (0, length), value=True)[:, None, first:stop]
-        attended = scaled_dot_product_attention(
-            rows.flatten(2, 3), keys[:, :, first:stop], values[:, :, first:stop],
-            attn_mask=mask.repeat(1, 1, group, 1), scale=scaling,
-        )  # fmt: skip
-        out[:, :, :, t : t + block] = attended.unflatten(2, (group, -1))
+        k, v = keys[:, :, first:stop], values[:, :, first:stop]
+        if not softmax.plain:
+            found = attended(rows.flatten(1, 2), k, v, mask[:, :, None], scaling, softmax).unflatten(1, (heads, -1))
+        else:
+            repeated = mask.repeat(1, 1, group, 1)
+            found = scaled_dot_product_attention(rows.flatten(2, 3), k, v, attn_mask=repeated, scale=scaling)
+            found = found.unflatten(2, (group, -1))
+        out[:, :, :, t : t + block] = found
     return out.flatten(1, 2)

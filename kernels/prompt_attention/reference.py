@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from kvcompile.kernels.softmax import PLAIN, Softmax
+
 
 def prompt_attention(
     query: torch.Tensor,
@@ -13,6 +15,7 @@ def prompt_attention(
     window: int,
     scaling: float,
     kept: torch.Tensor | None = None,
+    softmax: Softmax = PLAIN,
 ) -> torch.Tensor:
     """See `api.prompt_attention`; float64 [B, num_heads, T, D]. Padding sees itself alone."""
     batch, num_heads, length, _ = query.shape
@@ -27,6 +30,8 @@ def prompt_attention(
                 oldest = max(first, own - window + 1 if window else 0)
                 there = [j for j in range(oldest, own) if kept is None or j >= before or bool(kept[h, j])]
                 see = [*there, own]
-                weights = (keys[b, h, see].double() @ query[b, q, t].double() * scaling).softmax(0)
-                out[b, q, t] = weights @ values[b, h, see].double()
+                logits = softmax.bent(keys[b, h, see].double() @ query[b, q, t].double() * scaling)
+                if softmax.sinks is not None:
+                    logits = torch.cat([logits, softmax.sinks[q : q + 1].double()])
+                out[b, q, t] = logits.softmax(0)[: len(see)] @ values[b, h, see].double()
     return out

@@ -12,6 +12,7 @@ from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.dispatch import takes_kernels
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.ragged_decode import dense
+from kvcompile.kernels.ragged_decode.totals import Totals
 
 MOST_ROWS = 1024
 """Queries of a group times new tokens that the GPU kernel takes, eight rows a program; for more of them, products of
@@ -31,6 +32,7 @@ def ragged_decode(
     new_mask: torch.Tensor | None = None,
     new_pad: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
+    totals: Totals | None = None,
 ) -> torch.Tensor:
     """Attend to every filled slot and, where given, causally to the new tokens themselves.
 
@@ -50,6 +52,8 @@ def ragged_decode(
         places: int32 [B] on the device, which of the store's sequences each of these is (None: the store has these and
             no others, in order). As `seen`, it is read by the kernels when they run, so that a recorded step follows
             it.
+        totals: where to say what the exponentials add up to, and how logits are bent before that (None: nowhere, and
+            not at all). It is for torch and C.
 
     Returns:
         [B, num_heads, T, D] in the query's dtype. On a layer with a sliding window, a query sees the stored tokens
@@ -76,16 +80,23 @@ def ragged_decode(
     rows = length * num_heads // layout.num_kv_heads
     # The kernel counts columns, in which padding would shift a sliding window.
     fits = new == length and (not layout.window or (new_mask is None and new_pad is None))
-    if takes_kernels(query, layout) and fits and rows <= MOST_ROWS and _whole_words(head_dim, layout):
+    if (
+        totals is None
+        and takes_kernels(query, layout)
+        and fits
+        and rows <= MOST_ROWS
+        and _whole_words(head_dim, layout)
+    ):
         from kvcompile.kernels.ragged_decode import triton
 
         new_mask = new_mask if new_pad is None else _mask(new_pad, length)
         return triton.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, places)
-    if new_keys is None and native.usable(query, head_dim, layout):
-        return native.one_token(query, keys, values, layout, seen, scaling, places)
+    if new_keys is None and (totals is None or totals.cap is None) and native.usable(query, head_dim, layout):
+        return native.one_token(query, keys, values, layout, seen, scaling, places, totals)
     if places is not None:
         keys, values = keys.at(places), values.at(places)
-    return dense.ragged_decode(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, new_pad)
+    others = (new_keys, new_values, new_mask, new_pad)
+    return dense.ragged_decode(query, keys, values, layout, seen, scaling, *others, totals)
 
 
 def _mask(pad: torch.Tensor, length: int) -> torch.Tensor:

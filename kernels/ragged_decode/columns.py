@@ -17,6 +17,7 @@ from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs import CODECS
 from kvcompile.kernels.codecs import api as codecs
 from kvcompile.kernels.layout import EXACT, HeadRow, LayerLayout
+from kvcompile.kernels.ragged_decode.totals import Totals
 
 INF = float("inf")
 
@@ -71,12 +72,18 @@ def _side(rows: Sequence[HeadRow], name: str, device: torch.device) -> Side:
 
 
 def one_token(
-    query: torch.Tensor, keys: Buffers, values: Buffers, layout: LayerLayout, seen: Sequence[int], scaling: float
+    query: torch.Tensor,
+    keys: Buffers,
+    values: Buffers,
+    layout: LayerLayout,
+    seen: Sequence[int],
+    scaling: float,
+    totals: Totals | None = None,
 ) -> torch.Tensor:
     """Attention [B, num_heads, D] of one stored token a sequence, `query` [B, num_heads, D]."""
     columns = _columns(layout, query.device)
     every = min(seen) >= max(columns.keys.capacity) and not layout.window
-    if columns.uniform and every:
+    if totals is None and columns.uniform and every:
         cls = layout.classes[0]
         k, v = keys.views(cls)[0], values.views(cls)[0]
         grouped = query.unflatten(1, (cls.count, -1))
@@ -85,17 +92,21 @@ def one_token(
     size = sum(columns.keys.capacity)
     penalty = columns.owner.repeat_interleave(columns.counts, 1, output_size=size)
     unseen = None if every else ~_visible(columns, layout, seen, query.device)[:, None]
-    if columns.keys.plain and columns.values.plain:
+    if totals is None and columns.keys.plain and columns.values.plain:
         mask = penalty if unseen is None else penalty.masked_fill(unseen, -INF)
         mask = mask.to(query.dtype).repeat_interleave(query.shape[1] // layout.num_kv_heads, -2)
         stored = (t[:, None].to(query.dtype) for t in (keys.exact, values.exact))
         mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
         return scaled_dot_product_attention(query[:, None], *stored, attn_mask=mask, scale=scaling)[:, 0]
     logits = _logits(query.float() * scaling, keys, columns.keys)
+    if totals is not None:
+        logits = totals.bent(logits.unflatten(1, (layout.num_kv_heads, -1))[:, :, :, None]).flatten(1, 3)
     by_head = logits.unflatten(1, (layout.num_kv_heads, -1))
     by_head += penalty[:, None]
     if unseen is not None:
         by_head.masked_fill_(unseen[:, :, None], -INF)
+    if totals is not None:
+        totals.logarithm = logits.logsumexp(-1)[..., None]
     weights = logits.softmax(-1)
     if columns.values.order != columns.keys.order:
         parts = dict(zip(columns.keys.order, weights.split(columns.keys.capacity, 2), strict=True))

@@ -16,6 +16,7 @@ from kvcompile.artifacts import MASK_ELEMENTS
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.ragged_decode.columns import one_token
+from kvcompile.kernels.ragged_decode.totals import Totals
 
 
 def ragged_decode(
@@ -29,12 +30,14 @@ def ragged_decode(
     new_values: torch.Tensor | None,
     new_mask: torch.Tensor | None,
     new_pad: torch.Tensor | None = None,
+    totals: Totals | None = None,
 ) -> torch.Tensor:
     """See `api.ragged_decode`."""
     seen = seen.tolist() if isinstance(seen, torch.Tensor) else seen
     if new_keys is not None and new_values is not None:
-        return _several_tokens(query, keys, values, layout, seen, scaling, new_keys, new_values, new_mask, new_pad)
-    return one_token(query.squeeze(2), keys, values, layout, seen, scaling).unsqueeze(2)
+        new = (new_keys, new_values, new_mask, new_pad)
+        return _several_tokens(query, keys, values, layout, seen, scaling, *new, totals)
+    return one_token(query.squeeze(2), keys, values, layout, seen, scaling, totals).unsqueeze(2)
 
 
 def _several_tokens(
@@ -48,17 +51,21 @@ def _several_tokens(
     new_values: torch.Tensor,
     new_mask: torch.Tensor | None,
     new_pad: torch.Tensor | None,
+    totals: Totals | None,
 ) -> torch.Tensor:
-    _, num_heads, length, _ = query.shape
+    batch, num_heads, length, _ = query.shape
     group, total = num_heads // layout.num_kv_heads, new_keys.shape[2]
     grouped = query.unflatten(1, (layout.num_kv_heads, group))
     out = torch.empty_like(grouped)
+    logarithm = torch.empty(*grouped.shape[:4], device=query.device)
     alike = new_mask is None and new_pad is None and min(seen) == max(seen)
     masked = seen[:1] if alike else seen  # sequences that have masks of their own
     for cls in layout.classes:
         filled = min(max(seen), cls.capacity)
         stored_k, stored_v = (side.read(cls, filled, query.dtype) for side in (keys, values))
-        block = max(1, MASK_ELEMENTS // (len(masked) * group * (filled + total)))
+        # Logits of every sequence and head where they are formed, else one mask for all heads.
+        formed = len(masked) if totals is None else batch * cls.count
+        block = max(1, MASK_ELEMENTS // (formed * group * (filled + total)))
         for t in range(0, length, block):
             rows = grouped[:, cls.heads, :, t : t + block]
             start = total - length + t
@@ -66,12 +73,33 @@ def _several_tokens(
             mask = torch.cat([_stored_rows(cls, filled, layout.window, masked, new), new.visible], dim=3)
             k = torch.cat([stored_k, new_keys[:, cls.heads, new.columns]], dim=2)
             v = torch.cat([stored_v, new_values[:, cls.heads, new.columns]], dim=2)
+            if totals is not None:
+                now = (slice(None), cls.heads, slice(None), slice(t, t + block))
+                out[now], logarithm[now] = _summed(rows, k, v, mask, scaling, totals, now)
+                continue
             # Query heads of a group and their tokens are rows of one product, so K and V are not repeated.
             attended = scaled_dot_product_attention(
                 rows.flatten(2, 3), k, v, attn_mask=mask.repeat(1, 1, group, 1), scale=scaling
             )
             out[:, cls.heads, :, t : t + block] = attended.unflatten(2, (group, -1))
+    if totals is not None:
+        totals.logarithm = logarithm.flatten(1, 2)
     return out.flatten(1, 2)
+
+
+def _summed(
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    totals: Totals,
+    where: tuple[slice, ...],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of `rows` [B, heads, group, T, D], those at `where` of all, and the logarithms of their sums."""
+    logits = totals.bent(rows.float() @ keys.float()[:, :, None].mT * scaling, where)
+    logits = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min)  # finite for padding too
+    return (logits.softmax(-1) @ values.float()[:, :, None]).to(rows.dtype), logits.logsumexp(-1)
 
 
 class _Rows(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.ragged_decode.totals import Totals
 
 
 def ragged_decode(
@@ -22,11 +23,13 @@ def ragged_decode(
     new_values: torch.Tensor | None = None,
     new_mask: torch.Tensor | None = None,
     new_pad: torch.Tensor | None = None,
+    totals: Totals | None = None,
 ) -> torch.Tensor:
     """See `api.ragged_decode`; float64 [B, num_heads, T, D]."""
     batch, num_heads, length, _ = query.shape
     group = num_heads // layout.num_kv_heads
     out = torch.zeros(query.shape, dtype=torch.float64)
+    logarithm = torch.zeros(query.shape[:3], dtype=torch.float64)
     heads = [(cls, i) for cls in layout.classes for i in range(cls.count)]
     for b in range(batch):
         total = length if new_keys is None else new_keys.shape[2]
@@ -47,8 +50,19 @@ def ragged_decode(
                     k = torch.cat([k, new_keys[b, h, own[asks]].double()])
                     v = torch.cat([v, new_values[b, h, own[asks]].double()])
                 for q in range(h * group, (h + 1) * group):
-                    weights = (k @ query[b, q, t].double() * scaling).softmax(0)
-                    out[b, q, t] = weights @ v
+                    logits = k @ query[b, q, t].double() * scaling
+                    if totals is not None:
+                        at = (
+                            slice(b, b + 1),
+                            slice(h, h + 1),
+                            slice(q - h * group, q - h * group + 1),
+                            slice(t, t + 1),
+                        )
+                        logits = totals.bent(logits.view(1, 1, 1, 1, -1), at).flatten()
+                    logarithm[b, q, t] = logits.logsumexp(0)
+                    out[b, q, t] = logits.softmax(0) @ v
+    if totals is not None:
+        totals.logarithm = logarithm
     return out
 
 

@@ -29,10 +29,9 @@ DEEP = ONE_PAIR | {128: Tuning(64, 2, num_stages=3)}
 SHALLOW = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
 SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in SHALLOW.items()}
 """By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones and
-those of 4 bits load `DEEP`er, those with values of 3 bits and those of 8 bits with others hold fewer slots in registers), and
-several. Those for 128
-were measured on an H200 with Triton 3.6 (benchmarks/measured). The others are not measured; no register is spilled in
-their loops.
+those of 4 bits load `DEEP`er; those with values of 3 bits, and those of 8 bits with others, hold fewer slots in
+registers), and several. Those for 128 were measured on an H200 with Triton 3.6 (benchmarks/measured), but for 8 bits
+with others. The others are not measured; no register is spilled in their loops.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into

@@ -21,6 +21,7 @@ from kvcompile.artifacts import (
     head_bytes,
     loaded_bytes,
     resident_bytes,
+    state_bytes,
     token_limits,
 )
 from kvcompile.assemble.placement import place
@@ -64,13 +65,14 @@ def assemble(
         head_order=storage_order(plan, rank),
     )  # fmt: skip
     quantiser = None if parts.quantiser is None else laid_out(parts.quantiser, plan.k_bits, plan.v_bits)
+    held = resident_bytes(budgets, model.head_dim, DTYPE_BITS[target.dtype])
     transient = 2 * target.context * model.num_kv_heads * model.head_dim * DTYPE_BITS[target.dtype] // 8
     report = {**solver, **plan.report, **({"placement": placement.report()} if placement else {})}
     return Artifact(
         model=model,
         target=target,
         bytes=ByteAccount(
-            resident=target.batch * resident_bytes(budgets, model.head_dim, DTYPE_BITS[target.dtype]),
+            resident=target.batch * (held + state_bytes(model, target.dtype)),
             scorer=loaded_bytes(parts.scorer, parts.quantiser),
             transient=target.batch * transient,
             full=target.batch * full_bytes(model, target.context, target.dtype),

@@ -87,6 +87,8 @@ def _filled_static(model: Any, token: torch.Tensor, position: torch.Tensor, cont
     cache = StaticCache(config=model.config, max_cache_len=context)
     model(token, position_ids=position, past_key_values=cache)
     for layer in cache.layers:
+        if not hasattr(layer, "keys"):
+            continue  # linear attention
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(int(position[0, 0]))
@@ -98,6 +100,8 @@ def _filled_dynamic(model: Any, shape: CacheShape) -> Any:
 
     cache: Any = DynamicCache(config=model.config)
     size = (shape.batch, shape.heads, shape.context, shape.head_dim)
-    for number in range(model.config.num_hidden_layers):
+    for number, layer in enumerate(model.get_decoder().layers):
+        if not hasattr(layer, "self_attn"):
+            continue  # linear attention
         cache.update(torch.randn(size, dtype=model.dtype), torch.randn(size, dtype=model.dtype), number)
     return cache

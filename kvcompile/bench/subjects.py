@@ -136,7 +136,7 @@ def _budgets(tokens: np.ndarray[Any, Any], context: int, bits: np.ndarray[Any, A
 
 def fill_randomly(cache: Any, tokens: int) -> None:
     """Make a ragged cache look as after `tokens` tokens a sequence, with random contents."""
-    for layer in cache.layers:
+    for layer in cache.ragged:
         for tensor in layer.store.tensors():
             if tensor.dtype == torch.uint8:
                 tensor.random_(0, 256)
@@ -145,3 +145,6 @@ def fill_randomly(cache: Any, tokens: int) -> None:
         for stored in (layer.store.keys, layer.store.values):
             stored.scales.fill_(0.01)
         layer.advance(tokens)
+    for layer in cache.layers:
+        if hasattr(layer, "has_previous_state"):  # of linear attention, whose state is as good as any other
+            layer.has_previous_state[0] = True

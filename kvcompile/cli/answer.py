@@ -94,8 +94,18 @@ def with_full_cache(loaded: Any, asked: Asked, cache_dtype: torch.dtype) -> Answ
         eos=ending_tokens(model, tokenizer), on_token=streamer.put,
     )  # fmt: skip
     streamer.end()
-    elements = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    return _answer(tokenizer, new[0].tolist(), streamer, elements * cache_dtype.itemsize)
+    return _answer(tokenizer, new[0].tolist(), streamer, _cache_bytes(cache, cache_dtype))
+
+
+def _cache_bytes(cache: Any, dtype: torch.dtype) -> int:
+    """Bytes of transformers' cache with elements of `dtype`; states of linear attention as an artifact counts them."""
+    total = 0
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):
+            total += (layer.keys.numel() + layer.values.numel()) * dtype.itemsize
+        else:
+            total += layer.conv_states[0].numel() * dtype.itemsize + layer.recurrent_states[0].numel() * 4
+    return total
 
 
 def _answer(tokenizer: Any, new: list[int], streamer: TimedStreamer, cache_bytes: int) -> Answer:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, token_limits
+from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, state_bytes, token_limits
 from kvcompile.calibration import FollowUp
 from kvcompile.evaluation.repeating import repeats
 from kvcompile.problem import parse_memory, resolve_target
@@ -49,7 +49,7 @@ class KVzip:
         read = read_context(model, ids)
         stored = getattr(torch, self.dtype)
         keys, values = ([t.to(stored).to(t.dtype) for t in side] for side in (read.keys, read.values))
-        read_back = Context([], keys, values)
+        read_back = Context([], keys, values, read.states)
         heads = sum(len(key) for key, sliding in zip(keys, self.sliding, strict=True) if not sliding)
         pairs = min(self.pairs, heads * len(ids))
         kept: list[Tensor | None] = [None] * len(keys)
@@ -75,7 +75,7 @@ class Masked:
     @torch.inference_mode()
     def ask(self, one: FollowUp) -> Tensor:
         packed = pack(len(self.context), [one])
-        trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+        trace = follow(self.model, self.context, packed, over_context(self.context, packed, self.kept))
         return logits(self.model, trace.final[one.first : -1]).float().log_softmax(-1)
 
     @torch.inference_mode()
@@ -85,7 +85,7 @@ class Masked:
         while len(said) < new_tokens and not (said and said[-1] in ends):
             ids = np.concatenate([question, np.array(said, np.int64)])
             packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
-            trace = follow(self.model, packed, over_context(self.context, packed, self.kept))
+            trace = follow(self.model, self.context, packed, over_context(self.context, packed, self.kept))
             said.append(int(logits(self.model, trace.final[-1:]).argmax(-1)))
         return torch.tensor(said)
 
@@ -101,9 +101,10 @@ def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:
     pair = slot_bytes("full", model.head_dim, DTYPE_BITS[dtype], DTYPE_BITS[dtype])
     limits = token_limits(model.windows, context)
     sliding = tuple(limit < context for limit in limits)
-    full = full_bytes(model, context, dtype) // pair
+    states = state_bytes(model, dtype)  # of linear attention, which are kept whatever the budget
+    full = (full_bytes(model, context, dtype) - states) // pair
     fixed = sum(limit for limit in limits if limit < context) * model.num_kv_heads
-    pairs = min(target.bytes // pair, full) - fixed
+    pairs = min((target.bytes - states) // pair, full) - fixed
     if pairs < (least := min(DEFAULT_SINK, context) * model.num_kv_heads * sliding.count(False)):
         raise TargetError(
             f"{method} cannot keep to {budget}: the first {DEFAULT_SINK} tokens of every head, and the windows of "
@@ -135,7 +136,7 @@ def _score(model: Any, context: Context, part: slice, repeat: FollowUp, found: l
             found[call.layer][:, part] = utilities(call, context, packed)[:, part]
         return attend(call)
 
-    follow(model, packed, watch)
+    follow(model, context, packed, watch)
 
 
 def most_useful(score: list[Tensor], sliding: tuple[bool, ...], pairs: int) -> list[Tensor | None]:

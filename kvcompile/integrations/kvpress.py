@@ -48,7 +48,7 @@ class KvcompilePress(BasePress):
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
-        CacheError: heads of a policy that learns from attention.
+        CacheError: heads of a policy that learns from attention, or a model with layers of linear attention.
     """
 
     artifact: str | Path | Artifact
@@ -56,6 +56,10 @@ class KvcompilePress(BasePress):
 
     def __post_init__(self) -> None:
         self._plan = self.artifact if isinstance(self.artifact, Artifact) else fetch(self.artifact)
+        if any(self._plan.model.states):
+            raise CacheError(
+                f"a press cannot number the layers of {self._plan.model.architecture} models, as some have no keys"
+            )
         for code in self._plan.budgets.policy.flat:
             if POLICIES[code] not in SUPPORTED:
                 raise CacheError(

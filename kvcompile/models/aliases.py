@@ -5,8 +5,15 @@ from __future__ import annotations
 from difflib import get_close_matches
 
 ALIASES = {
+    "gemma-2-2b": "google/gemma-2-2b-it",
+    "gemma-2-9b": "google/gemma-2-9b-it",
+    "gemma-2-27b": "google/gemma-2-27b-it",
     "gemma-3-270m": "google/gemma-3-270m-it",
     "gemma-3-1b": "google/gemma-3-1b-it",
+    "gpt-oss-20b": "openai/gpt-oss-20b",
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "granite-3.3-2b": "ibm-granite/granite-3.3-2b-instruct",
+    "granite-3.3-8b": "ibm-granite/granite-3.3-8b-instruct",
     "llama-2-7b": "meta-llama/Llama-2-7b-chat-hf",
     "llama-2-13b": "meta-llama/Llama-2-13b-chat-hf",
     "llama-3-8b": "meta-llama/Meta-Llama-3-8B-Instruct",
@@ -18,6 +25,12 @@ ALIASES = {
     "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
+    "olmo-2-1b": "allenai/OLMo-2-0425-1B-Instruct",
+    "olmo-2-7b": "allenai/OLMo-2-1124-7B-Instruct",
+    "olmo-2-13b": "allenai/OLMo-2-1124-13B-Instruct",
+    "olmo-2-32b": "allenai/OLMo-2-0325-32B-Instruct",
+    "olmo-3-7b": "allenai/Olmo-3-7B-Instruct",
+    "olmo-3.1-32b": "allenai/Olmo-3.1-32B-Instruct",
     "phi-3-mini": "microsoft/Phi-3-mini-4k-instruct",
     "phi-3-mini-128k": "microsoft/Phi-3-mini-128k-instruct",
     "phi-3.5-mini": "microsoft/Phi-3.5-mini-instruct",
@@ -37,9 +50,18 @@ ALIASES = {
     "qwen3-14b": "Qwen/Qwen3-14B",
     "qwen3-32b": "Qwen/Qwen3-32B",
     "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-next-80b-a3b": "Qwen/Qwen3-Next-80B-A3B-Instruct",
+    "qwen3.5-0.8b": "Qwen/Qwen3.5-0.8B",
+    "qwen3.5-2b": "Qwen/Qwen3.5-2B",
+    "qwen3.5-4b": "Qwen/Qwen3.5-4B",
+    "qwen3.5-9b": "Qwen/Qwen3.5-9B",
+    "qwen3.5-27b": "Qwen/Qwen3.5-27B",
+    "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B",
+    "qwen3.5-122b-a10b": "Qwen/Qwen3.5-122B-A10B",
     "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "smollm2-360m": "HuggingFaceTB/SmolLM2-360M-Instruct",
     "smollm2-1.7b": "HuggingFaceTB/SmolLM2-1.7B-Instruct",
+    "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
 }
 """Alias (lower case) -> hub id."""
 

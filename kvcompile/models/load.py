@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -21,6 +21,7 @@ from kvcompile.models.arithmetic import align
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.gguf import converted
 from kvcompile.models.hub import HubUnreachableError, fetch
+from kvcompile.models.implementation import attention_of
 from kvcompile.models.packaged import PACKAGES, packaged_gguf
 from kvcompile.models.resident import is_streamed
 from kvcompile.models.room import fits, weight_bytes
@@ -121,16 +122,22 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check(config, name)
         if wanted.memory is not None and not _fits(folder, config, name, wanted):
+            if _unpacked(config):
+                raise ModelError(
+                    f"{name} has weights packed in MXFP4, which cannot be unpacked part by part: expected "
+                    "--profile-memory in which all of the model fits"
+                )
             model = stream(folder, config, name, wanted.dtype, wanted.device)
             return Loaded(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=wanted.dtype or "auto",
-            attn_implementation="sdpa",
+            attn_implementation=attention_of(config.get_text_config()),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            **_unpacked(config),
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ModelError:
@@ -158,14 +165,24 @@ def _fits(folder: Path, config: Any, name: str, wanted: _Wanted) -> bool:
     return fits(weights, config.get_text_config(), itemsize, wanted.device, wanted.memory, wanted.tokens)
 
 
+def _unpacked(config: Any) -> dict[str, Any]:
+    """Options that load packed weights as 16-bit numbers: GPT-OSS comes with its experts in MXFP4 alone, and heads can
+    be reordered in weights that are not packed."""
+    packed = getattr(config, "quantization_config", None) or {}
+    method = packed.get("quant_method") if isinstance(packed, dict) else packed.quant_method
+    return {"quantization_config": Mxfp4Config(dequantize=True)} if method == "mxfp4" else {}
+
+
 def _check(config: Any, name: str) -> None:
     """Refuse before the weights are read what is no plain decoder of text."""
-    is_text_decoder = config.get_text_config() is config and not config.is_encoder_decoder
-    if not is_text_decoder or config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    decoder, text = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type), config.get_text_config()
+    # Of checkpoints that see too, as Qwen3.5's, transformers loads the decoder alone where it has a class for that.
+    alone = text is config or decoder == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)
+    if decoder is None or not alone or config.is_encoder_decoder:
         raise ModelError(
             f"{name} is a {config.model_type} model: expected a text-only decoder (a causal language model)"
         )
-    if getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "quantization_config", None) is not None and not _unpacked(config):
         raise ModelError(f"{name} has packed, quantised weights: take the model's 16-bit checkpoint or a GGUF file")
 
 

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.checkpoint import Checkpoint
+from kvcompile.models.implementation import attention_of
 from kvcompile.models.resident import register
 
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
@@ -48,7 +49,10 @@ def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, devi
     own = config.dtype or next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype or own, attn_implementation="sdpa", trust_remote_code=False
+            config,
+            dtype=dtype or own,
+            attn_implementation=attention_of(config.get_text_config()),
+            trust_remote_code=False,
         )
     model.eval().requires_grad_(False)
     loader = _Loader(model, checkpoint, device)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvcompile.allocators import check_policy, least_bytes
-from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, TargetError, full_bytes
+from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, TargetError, full_bytes, state_bytes
 from kvcompile.kernels.codecs import codec_of, names
 from kvcompile.problem.memory import Memory, parse_memory
 from kvcompile.problem.options import KV_DTYPES, Options
@@ -85,11 +85,13 @@ def check(
         raise TargetError("the artifact has no quantiser, as it is of format version 1: build anew with --model")
     parts = parts or Parts(unmeasured(identity, target.context), None, None)
     problem = pose_with(identity, parts, target, options)
-    least = target.batch * least_bytes(problem)
+    states = state_bytes(identity, target.dtype)
+    least = target.batch * (least_bytes(problem) + states)
     if target.bytes < least:
+        linear = ", and the states of linear attention" if states else ""
         raise TargetError(
             f"a target of {memory.text} ({target.bytes} bytes) is below the {least} bytes that the sinks and one "
-            "recent token of every head, and the windows of sliding layers, take together: ask for more memory"
+            f"recent token of every head, and the windows of sliding layers{linear}, take together: ask for more memory"
         )
     return target
 

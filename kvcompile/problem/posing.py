@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.allocators import default_policy
-from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, Target, token_limits
+from kvcompile.artifacts import DTYPE_BITS, ModelIdentity, Target, state_bytes, token_limits
 from kvcompile.kernels.codecs import CODECS, codec_of, names, profiled
 from kvcompile.problem.options import Options
 from kvcompile.quantiser import Positions, key_growth, layer_positions
@@ -78,7 +78,8 @@ def pose(
         dtype_bits=own,
         key_bits=k_bits,
         value_bits=v_bits,
-        target=target.bytes // target.batch,
+        # What is left for keys and values: the states of linear attention are there whatever the plan.
+        target=target.bytes // target.batch - state_bytes(model, target.dtype),
         context=target.context,
         key_growth=growth,
         policy=policy,

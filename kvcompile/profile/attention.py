@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
-from kvcompile.artifacts.errors import ModelError
-from kvcompile.kernels import prompt_attention
+from kvcompile.kernels import Softmax, prompt_attention
+from kvcompile.kernels import softmax as softmaxes
+from kvcompile.profile.structure import attention_layers
 
 BLOCK = 128
 """Queries handled at once wherever attention probabilities or masks are materialised."""
@@ -26,10 +27,12 @@ builds no [n, n] mask, and causality and sliding windows are ours to apply, bloc
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer's attention is asked for: one sequence, no cache, no padding.
+    """What one layer's attention is asked for: one sequence, no cache, no padding. `layer` is its number among the
+    layers of attention.
 
     `query` [Hq, n, D], `key` and `value` [H, n, D], rotary embedding applied; `scaling` multiplies the logits.
-    `window` is the size in tokens of the layer's sliding window, None where it has none.
+    `window` is the size in tokens of the layer's sliding window, None where it has none; `softmax` is how logits become
+    weights.
     """
 
     layer: int
@@ -38,6 +41,7 @@ class Attention:
     value: Tensor
     scaling: float
     window: int | None
+    softmax: Softmax = softmaxes.PLAIN
 
     @property
     def quick(self) -> bool:
@@ -55,6 +59,8 @@ Handler = Callable[[Attention], Tensor]
 """Gives the attention output, [Hq, n, D]."""
 
 _handler: ContextVar[Handler] = ContextVar("kvcompile_profile_handler")
+_places: ContextVar[dict[int, int]] = ContextVar("kvcompile_profile_places")
+"""The number of every layer among those of attention, by transformers' number of it."""
 
 
 @contextmanager
@@ -68,11 +74,14 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 def attended(model: Any) -> Iterator[None]:
     """Have the layers of `model` ask whichever handler there is (`handling`) for their attention."""
     previous = model.config._attn_implementation
+    modules: list[Any] = [layer.self_attn for layer in attention_layers(model)]
+    token = _places.set({int(module.layer_idx): place for place, module in enumerate(modules)})
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         model.set_attn_implementation(previous)
+        _places.reset(token)
 
 
 @contextmanager
@@ -89,11 +98,26 @@ def causal(call: Attention) -> Tensor:
     """Plain causal attention inside the layer's window, [Hq, n, D], differentiable."""
     if call.quick:
         query, key, value = call.query[None], call.key[None], call.value[None]
-        return prompt_attention(query, key, value, None, call.window or 0, call.scaling)[0]
+        return prompt_attention(query, key, value, None, call.window or 0, call.scaling, softmax=call.softmax)[0]
     if call.window is not None and call.sliding:
         return streaming(call, sink=0, recent=call.window)
+    if not call.softmax.plain:
+        places = torch.arange(call.key.shape[1], device=call.key.device)
+        return masked(call, call.query, call.key, call.value, visible(places, places, None))
     return F.scaled_dot_product_attention(
         call.query[None], call.key[None], call.value[None], is_causal=True, scale=call.scaling, enable_gqa=True
+    )[0]
+
+
+def masked(call: Attention, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+    """Attention [Hq, m, D] as the layer of `call` weighs it, of `query` [Hq, m, D] to `key` and `value` [H, n, D], of
+    which it sees `seen` bool [m, n] or [H, m, n]. Differentiable."""
+    if not call.softmax.plain:
+        by_head = seen if seen.dim() == 2 else seen[None, :, None]
+        return softmaxes.attended(query[None], key[None], value[None], by_head, call.scaling, call.softmax)[0]
+    mask = seen if seen.dim() == 2 else seen.repeat_interleave(len(query) // len(key), dim=0)[None]
+    return F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=mask, scale=call.scaling, enable_gqa=True
     )[0]
 
 
@@ -109,15 +133,7 @@ def streaming(call: Attention, sink: int, recent: int) -> Tensor:
         keys = torch.arange(min(sink, start) + stop - start, device=rows.device)
         keys[sink:] += max(0, start - sink)
         mask = visible(rows, keys, recent) | (keys < sink) & visible(rows, keys, None)
-        output = F.scaled_dot_product_attention(
-            call.query[None, :, rows],
-            call.key[None, :, keys],
-            call.value[None, :, keys],
-            attn_mask=mask,
-            scale=call.scaling,
-            enable_gqa=True,
-        )
-        outputs.append(output[0])
+        outputs.append(masked(call, call.query[:, rows], call.key[:, keys], call.value[:, keys], mask))
     return torch.cat(outputs, dim=1)
 
 
@@ -137,24 +153,22 @@ def _forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    if softcap is not None:
-        raise ModelError(
-            "the model caps its attention logits (attn_logit_softcapping), which profiling does not support"
-        )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2] or attention_mask is not None:
         raise ValueError("profiling attends over one whole sequence at a time, without a cache and without padding")
-    head_dim = query.shape[3]
+    head_dim, handler, places = query.shape[3], _handler.get(), _places.get()
     call = Attention(
-        layer=int(module.layer_idx),  # type: ignore[arg-type]
+        layer=places[int(module.layer_idx)],  # type: ignore[arg-type]
         query=query[0],
         key=key[0],
         value=value[0],
         scaling=head_dim**-0.5 if scaling is None else scaling,
         window=sliding_window,
+        softmax=Softmax(softcap, None if s_aux is None else s_aux.float()),
     )
-    return _handler.get()(call).transpose(0, 1).contiguous()[None], None
+    return handler(call).transpose(0, 1).contiguous()[None], None
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES
 from kvcompile.kernels.codecs import codec_of
+from kvcompile.profile.attention import Handler, causal
 from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import ring
@@ -20,12 +21,12 @@ from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Add, Item
 from kvcompile.profile.lanes import Reading
-from kvcompile.profile.layerwise import through
+from kvcompile.profile.layerwise import after, through
 from kvcompile.profile.result import profile_of
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens
 from kvcompile.profile.simulate import compared, cut_layer, kinds, rows_of
-from kvcompile.profile.structure import head, layers
+from kvcompile.profile.structure import attends, head, layers, place_of
 from kvcompile.stages import Plan, Profile
 
 CHECKS = 12
@@ -82,13 +83,16 @@ class Check:
     def _read(self, layer: int, number: int, reading: Reading, sums: Sums, held: Held) -> None:
         setting, asked = self.setting, reading.asked
         cache = held.get(reading.cache(layer))
-        plan = self._sample(sums, number).plan
-        _, quantiser = self.fit.of_layer(sums, layer)
-        cut = cut_layer(cache["key"], cache["value"], cache["score"], rows_of(plan, layer), quantiser, setting.window)
-        attend = over_context(Context([], [cut.key], [cut.value]), reading.packed, [cut.kept])
         before = held.one(_state(number, layer) if layer else asked.at(0))
         part, arguments = layers(setting.model)[layer], setting.calls.at(asked.positions)[layer]
-        held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
+        attend: Handler = causal
+        if attends(part):
+            rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, layer))
+            _, quantiser = self.fit.of_layer(sums, layer)
+            cut = cut_layer(cache["key"], cache["value"], cache["score"], rows, quantiser, setting.window)
+            attend = over_context(Context([], [cut.key], [cut.value]), reading.packed, [cut.kept])
+        with after(setting.model, part, reading.packed, cache):
+            held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
         if layer:
             held.drop(_state(number, layer))
 

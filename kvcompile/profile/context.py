@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.kernels import prompt_attention
-from kvcompile.profile.attention import Attention, Handler, attending, causal, visible
-from kvcompile.profile.structure import Tick, Trace, forward, layers
+from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
+from kvcompile.profile.linear import going_on, left_behind
+from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
 
 
 class FollowUp(Protocol):
@@ -31,12 +32,14 @@ class FollowUp(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What a context of n tokens leaves in each layer: `hidden` [n, d], the attention block's input; `keys` and
-    `values` [H, n, D], rotary embedding applied. Lists over layers."""
+    """What a context of n tokens leaves in each layer of attention: `hidden` [n, d], the attention block's input;
+    `keys` and `values` [H, n, D], rotary embedding applied. Lists over layers. `states` is what it leaves in layers of
+    linear attention, see `left_behind`."""
 
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
+    states: Any = None
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -59,6 +62,11 @@ class Packed:
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
     blocks: tuple[Block, ...]
+
+    @property
+    def parts(self) -> list[slice]:
+        """The rows of every follow-up."""
+        return [slice(block.start, block.stop) for block in self.blocks]
 
 
 def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
@@ -84,11 +92,12 @@ def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None
         return causal(call)
 
     with ExitStack() as hooks:
-        for layer in layers(model):
+        states = hooks.enter_context(left_behind(model, layers(model)))
+        for layer in attention_layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
         hooks.enter_context(attending(model, attend))
         forward(model, ids, tick)
-    return context
+    return replace(context, states=states)
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
@@ -108,8 +117,8 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             own_values = torch.cat([values, call.value[:, own]], dim=1)[None]
             if call.quick:
                 window = call.window or 0
-                output = prompt_attention(own_query, own_keys, own_values, None, window, call.scaling, alive)
-                outputs.append(output[0])
+                seen = None, window, call.scaling, alive, call.softmax
+                outputs.append(prompt_attention(own_query, own_keys, own_values, *seen)[0])
                 continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:
@@ -118,37 +127,37 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             if alive is not None:
                 # [H, m, n + m]: the follow-up's own tokens are never evicted.
                 mask = mask & F.pad(alive, (0, block.stop - block.start), value=True)[:, None]
-            group = len(call.query) // len(keys)
-            output = F.scaled_dot_product_attention(
-                own_query,
-                own_keys,
-                own_values,
-                attn_mask=mask[None] if alive is None else mask.repeat_interleave(group, dim=0)[None],
-                scale=call.scaling,
-                enable_gqa=True,
+            outputs.append(
+                masked(call, own_query[0], own_keys[0], own_values[0], mask if alive is not None else mask[0])
             )
-            outputs.append(output[0])
         return torch.cat(outputs, dim=1)
 
     return attend
 
 
+def after(model: Any, context: Context, packed: Packed) -> AbstractContextManager[None]:
+    """Within, layers of linear attention take every follow-up as going on from the context."""
+    return going_on(layers(model), context.states, packed.parts)
+
+
 @torch.no_grad()
-def follow(model: Any, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
-    """The forward pass of packed follow-ups."""
-    with attending(model, attend):
+def follow(model: Any, context: Context, packed: Packed, attend: Handler, tick: Tick = lambda _: None) -> Trace:
+    """The forward pass of follow-ups that are packed to go on from a context."""
+    with attending(model, attend), after(model, context, packed):
         return forward(model, packed.ids, tick, packed.positions)
 
 
 @dataclass(frozen=True)
 class Rows:
     """Attention of some judged rows of one follow-up, by KV head: `query` [H, G, T, D], scaled; `probability`
-    [H, G, T, n + m] over the context's n tokens and the follow-up's own m. float32."""
+    [H, G, T, n + m] over the context's n tokens and the follow-up's own m, `sink` [H, G, T, 1] what a learned sink
+    takes of it (None: there is none). float32."""
 
     kind: str
     places: Tensor
     query: Tensor
     probability: Tensor
+    sink: Tensor | None
 
 
 def judged_rows(
@@ -177,8 +186,13 @@ def judged_rows(
             hidden = ~visible(
                 places - block.start + length, torch.arange(first, own.shape[1], device=own.device), call.window
             )
-            weights[..., first:].masked_fill_(hidden, -torch.inf)
-            yield Rows(block.kind, places, query, weights.softmax(-1))
+            if call.softmax.plain:
+                weights[..., first:].masked_fill_(hidden, -torch.inf)
+                yield Rows(block.kind, places, query, weights.softmax(-1), None)
+            else:
+                yield Rows(
+                    block.kind, places, query, *call.softmax.parted(weights, F.pad(~hidden, (first, 0), value=True))
+                )
 
 
 def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:

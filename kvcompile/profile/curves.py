@@ -19,12 +19,13 @@ from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Add, Item
 from kvcompile.profile.lanes import readings
-from kvcompile.profile.layerwise import read_layer, through
+from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, ReadBack, losses
 from kvcompile.profile.quantised import matrices, quantised
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
-from kvcompile.profile.structure import head, heads, layers
+from kvcompile.profile.structure import attends, attention_layers, head, heads, layers, place_of
 from kvcompile.profile.utility import scores
 
 
@@ -42,7 +43,7 @@ class Curves:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        each = (len(self.setting.families), len(layers(self.setting.model)), num_kv_heads)
+        each = (len(self.setting.families), len(attention_layers(self.setting.model)), num_kv_heads)
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
@@ -71,13 +72,16 @@ class Curves:
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> None:
         model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
         part, before, asked = layers(model)[layer], reading.context, reading.asked
-        states, context = read_layer(part, held.one(before.at(layer)), calls.at(before.positions)[layer])
-        scorer, _ = self.fit.of_layer(sums, layer)
-        score = scores(scorer, 0, context.hidden[0])
-        held.put(reading.cache(layer), key=context.keys[0], value=context.values[0], score=score)
+        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        left = tensors_of(context.states, part)
+        if attends(part):
+            scorer, _ = self.fit.of_layer(sums, layer)
+            left = {"key": context.keys[0], "value": context.values[0], "score": scores(scorer, 0, context.hidden[0])}
+        held.put(reading.cache(layer), **left)
         attend = over_context(context, reading.packed)
-        after = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
-        held.put(asked.at(layer + 1), hidden=after)
+        with after(model, part, reading.packed, left):
+            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
+        held.put(asked.at(layer + 1), hidden=later)
         if layer < len(layers(model)) - 1:
             held.put(before.at(layer + 1), hidden=states)
         held.drop(before.at(layer))
@@ -95,24 +99,25 @@ class Curves:
     def _measure(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
         setting, sink, reading = self.setting, self.setting.sink, self.readings[number]
         part, asked, packed = layers(setting.model)[layer], reading.asked, reading.packed
-        cache = held.get(reading.cache(layer))
-        context = Context([], [cache["key"]], [cache["value"]])
-        _, quantiser = self.fit.of_layer(sums, layer)
+        cache, place = held.get(reading.cache(layer)), place_of(setting.model, layer)
+        context = Context([], [cache["key"]], [cache["value"]]) if attends(part) else Context([], [], [])
         # Budgets are shares of the window: a shorter context is cut in proportion.
-        budgets = setting.budgets * (len(context) / setting.window)
+        budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
         found: list[Losses] = []
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if call.window is not None and call.window < len(context):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
+            _, quantiser = self.fit.of_layer(sums, layer)
             kept = keep_table(cache["score"], budgets, sink)
             found.append(losses(call, upstream, context, packed, kept, _read_back(context, quantiser)))
 
-        gradient = backward(
-            part, held.one(asked.at(layer)), setting.calls.at(asked.positions)[layer],
-            held.one(reading.gradient(layer + 1)), visit, over_context(context, packed),
-        )  # fmt: skip
+        with after(setting.model, part, packed, cache):
+            gradient = backward(
+                part, held.one(asked.at(layer)), setting.calls.at(asked.positions)[layer],
+                held.one(reading.gradient(layer + 1)), visit, over_context(context, packed),
+            )  # fmt: skip
         held.put(reading.gradient(layer), gradient=gradient)
         held.drop(reading.gradient(layer + 1))
         if number not in self.kept:
@@ -124,8 +129,8 @@ class Curves:
         def add() -> None:
             for one in found:
                 for name, tables in (("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values)):
-                    sums[name][text, layer] += (tables["continuation"] + tables["quote"]) / 2
-                    sums[name][questions, layer] += tables["question"]
+                    sums[name][text, place] += (tables["continuation"] + tables["quote"]) / 2
+                    sums[name][questions, place] += tables["question"]
             if layer == 0:
                 sums["weight"][[text, questions]] += 1
 

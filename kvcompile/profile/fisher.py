@@ -11,6 +11,7 @@ graph.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,9 +71,7 @@ def backward(
 
     def watched(call: Attention) -> Tensor:
         output = attend(call)
-        detached = Attention(
-            call.layer, call.query.detach(), call.key.detach(), call.value.detach(), call.scaling, call.window
-        )
+        detached = replace(call, query=call.query.detach(), key=call.key.detach(), value=call.value.detach())
         # Autograd carries the gradient through W_O to the heads' outputs: `upstream` is u of `losses`, [Hq, n, D].
         output.register_hook(lambda upstream: visit(detached, upstream))  # type: ignore[no-untyped-call]
         return output

@@ -18,13 +18,14 @@ from kvcompile.profile.context import over_context
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Add, Item
 from kvcompile.profile.lanes import readings
-from kvcompile.profile.layerwise import read_layer, through
+from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.moments import MOMENTS, Moments, fit_quantiser, keys_of, moments
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.scores import watching
 from kvcompile.profile.setting import Setting, tokens_of
-from kvcompile.profile.structure import head_dim, heads, layers
+from kvcompile.profile.structure import attends, attention_layers, head_dim, heads, layers, place_of
 from kvcompile.profile.utility import fit_scorer, normal_sums, utilities
 from kvcompile.quantiser import Positions
 from kvcompile.stages import KeyMoments, Moment
@@ -58,7 +59,7 @@ class Fit:
 
     def fresh(self) -> Sums:
         model = self.setting.model
-        num_layers, (num_heads, num_kv_heads), size = len(layers(model)), heads(model), head_dim(model)
+        num_layers, (num_heads, num_kv_heads), size = len(attention_layers(model)), heads(model), head_dim(model)
         each, inputs = (num_layers, num_kv_heads), model.config.get_text_config().hidden_size
         fitted: Sums = {
             "scorer.weight": np.zeros((*each, inputs), np.float16),
@@ -79,20 +80,36 @@ class Fit:
     def at(self, layer: int) -> Iterator[Item]:
         """The items of one layer: an episode each, then what the layer's sums give."""
         part = layers(self.setting.model)[layer]
+        step = self._read if attends(part) else self._pass
         for number, reading in enumerate(self.readings):
-            yield Item(partial(self._read, layer, number), part, tokens_of(reading.episode))
-        yield Item(partial(self._fit, layer), part)
+            yield Item(partial(step, layer, number), part, tokens_of(reading.episode))
+        if attends(part):
+            yield Item(partial(self._fit, layer), part)
+
+    @torch.no_grad()
+    def _pass(self, layer: int, number: int, sums: Sums, held: Held) -> None:
+        """Through a layer without keys and values."""
+        model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
+        part, before, asked = layers(model)[layer], reading.context, reading.asked
+        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        with after(model, part, reading.packed, tensors_of(context.states, part)):
+            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], causal)
+        if layer < len(layers(model)) - 1:
+            held.put(before.at(layer + 1), hidden=states)
+            held.put(asked.at(layer + 1), hidden=later)
+        held.drop(before.at(layer), asked.at(layer))
 
     @torch.no_grad()
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
         model, setting, reading = self.setting.model, self.setting, self.readings[number]
         packed = reading.packed
         part, last = layers(model)[layer], layer == len(layers(model)) - 1
-        before, after = reading.context, reading.asked
+        before, later, place = reading.context, reading.asked, place_of(model, layer)
         with watching(part, heads(model)[0]) as cosines:
             states, context = read_layer(
-                part, held.one(before.at(layer)), setting.calls.at(before.positions)[layer], cosines.attending(causal)
-            )
+                model, part, held.one(before.at(layer)), setting.calls.at(before.positions)[layer],
+                cosines.attending(causal),
+            )  # fmt: skip
         attend = over_context(context, packed)
         found: dict[str, NDArray[Any]] = {}
 
@@ -102,10 +119,10 @@ class Fit:
                 context.hidden[0], utility, reading.episode.replayed, setting.sink
             )
             projection = part.get_parameter("self_attn.o_proj.weight")
-            found.update(vars(moments(call, context, packed, projection, of_layer(setting.rotary, layer))))
+            found.update(vars(moments(call, context, packed, projection, of_layer(setting.rotary, place))))
             return attend(call)
 
-        asked = through(part, held.one(after.at(layer)), setting.calls.at(after.positions)[layer], watch)
+        asked = through(part, held.one(later.at(layer)), setting.calls.at(later.positions)[layer], watch)
         if number > 0:
             earlier = held.get(_sums(layer, number - 1))
             # Into the new numbers' place: the old ones are to be found again if this item is.
@@ -114,22 +131,22 @@ class Fit:
         held.put(_sums(layer, number), **{name: torch.from_numpy(np.asarray(value)) for name, value in found.items()})
         if not last:
             held.put(before.at(layer + 1), hidden=states)
-            held.put(after.at(layer + 1), hidden=asked)
-        held.drop(before.at(layer), after.at(layer))
+            held.put(later.at(layer + 1), hidden=asked)
+        held.drop(before.at(layer), later.at(layer))
 
         def add() -> None:
-            sums["value_cosine"][layer] += cosines.value
-            sums["residual_cosine"][layer] += cosines.residual
+            sums["value_cosine"][place] += cosines.value
+            sums["residual_cosine"][place] += cosines.residual
 
         return add
 
     def _fit(self, layer: int, sums: Sums, held: Held) -> Add:
-        total = _sums(layer, len(self.readings) - 1)
+        total, place = _sums(layer, len(self.readings) - 1), place_of(self.setting.model, layer)
         found = {name: tensor.cpu().numpy() for name, tensor in held.get(total).items()}
         held.drop(total)
         scorer = fit_scorer(found["squares"][None], found["products"][None])
         of_one = [Moments(*(found[name] for name in MOMENTS))]
-        keys = keys_of(of_one, of_layer(self.setting.rotary, layer))
+        keys = keys_of(of_one, of_layer(self.setting.rotary, place))
         # Losses are measured on contexts of the window, so the keys' transform is first made for its positions.
         quantiser = fit_quantiser(of_one, keys, (Positions(0, self.setting.window),))
         tables = {
@@ -140,13 +157,14 @@ class Fit:
 
         def add() -> None:
             for name, table in tables.items():
-                sums[name][layer] = table[0]
+                sums[name][place] = table[0]
 
         return add
 
     def of_layer(self, sums: Sums, layer: int) -> tuple[Scorer, Quantiser]:
-        """The scorer and the quantiser of one layer, as tables of one layer."""
-        one = slice(layer, layer + 1)
+        """The scorer and the quantiser of one layer of attention, as tables of one layer."""
+        place = place_of(self.setting.model, layer)
+        one = slice(place, place + 1)
         return _scorer(sums, one), _quantiser(sums, one)
 
     def result(self, sums: Sums) -> Fitted:

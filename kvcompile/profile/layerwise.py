@@ -7,7 +7,7 @@ layer's weights are needed once a pass, however many sequences there are (`kvcom
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal, handling
-from kvcompile.profile.context import Context
-from kvcompile.profile.structure import device_of
+from kvcompile.profile.context import Context, Packed
+from kvcompile.profile.linear import going_on, left_behind, states_of
+from kvcompile.profile.structure import attends, device_of
 
 Arguments = list[dict[str, Any]]
 """What every layer is called with beside the hidden states, for sequences at the same positions."""
@@ -59,10 +60,13 @@ def through(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend:
 
 @torch.no_grad()
 def read_layer(
-    layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend: Handler = causal
+    model: Any, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend: Handler = causal
 ) -> tuple[Tensor, Context]:
-    """A context's residual stream after a layer, [1, n, d] like `hidden` before it, and what it leaves in that layer:
-    a `Context` of one layer."""
+    """A context's residual stream after a layer of the model, [1, n, d] like `hidden` before it, and what it leaves in
+    that layer: a `Context` of one layer."""
+    if not attends(layer):
+        with left_behind(model, [layer]) as states:
+            return through(layer, hidden, arguments, attend), Context([], [], [], states)
     context = Context([], [], [])
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -79,6 +83,14 @@ def read_layer(
         return through(layer, hidden, arguments, attending), context
     finally:
         hook.remove()
+
+
+@contextmanager
+def after(model: Any, layer: nn.Module, packed: Packed, left: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, follow-ups go through a layer of linear attention as going on from the context, which has `left` these
+    tensors there (`tensors_of`). A layer of attention is as it is."""
+    with going_on([layer], states_of(model, layer, left), packed.parts):
+        yield
 
 
 @torch.no_grad()

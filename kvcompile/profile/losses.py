@@ -7,6 +7,8 @@ with the softmax renormalised over them and the follow-up's own, changes the log
 
     err[t] = sum_K S[t] / sum_K P[t] - sum S[t],         summed over the query heads that share the KV head.
 
+A learned sink is a token of every set K whose u_t . v_j is 0.
+
 Stored with fewer bits, K and V change P and S themselves, and err is the difference of their sums. With labels sampled
 from the model, E[err^2] is the quadratic form of that change in the true Fisher matrix, which is the Hessian of the KL
 divergence. Taken block-diagonal over heads and over t, the predicted KL is
@@ -77,6 +79,8 @@ def losses(
         past, rest = slice(0, length), slice(length, None)
         # sum_K P and sum_K S for all X sets at once; the follow-up's own tokens are in every set.
         kept_mass = _times(p[..., past], tables) + p[..., rest].sum(-1, keepdim=True)
+        if rows.sink is not None:  # which is never evicted, and has no effect of its own
+            kept_mass = kept_mass + rows.sink
         kept_effect = _times(effect[..., past], tables) + effect[..., rest].sum(-1, keepdim=True)
         # The mass may underflow to 0 where a row looks at evicted tokens alone; the effect is then 0 too.
         error = (kept_effect / kept_mass.clamp_min(torch.finfo(torch.float32).tiny)).sum(1) - total[..., None]

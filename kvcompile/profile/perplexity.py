@@ -16,7 +16,7 @@ from torch import Tensor
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
 from kvcompile.profile.layerwise import Calls, embedded, through
-from kvcompile.profile.structure import embedding, frozen, head, head_blocks, layers, logits
+from kvcompile.profile.structure import embedding, frozen, head, head_blocks, layers, logits, place_of
 
 
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
@@ -35,7 +35,8 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
         for budget in np.unique(budgets[call.layer]):
             heads = np.flatnonzero(budgets[call.layer] == budget)
             queries = (heads[:, None] * group + np.arange(group)).ravel()
-            part = replace(call, query=call.query[queries], key=call.key[heads], value=call.value[heads])
+            softmax, query = call.softmax.of(heads, group), call.query[queries]
+            part = replace(call, query=query, key=call.key[heads], value=call.value[heads], softmax=softmax)
             output[queries] = causal(part) if budget >= length else streaming(part, sink, int(budget) - sink)
         return output
 
@@ -51,7 +52,7 @@ def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArra
         with resident(embedding(model)):
             states = [embedded(model, ids) for ids in windows]
         for layer, part in enumerate(in_turn(layers(model))):
-            attend = partial(_at, handler, layer)
+            attend = partial(_at, handler, place_of(model, layer))
             states = [through(part, one, calls.at(np.arange(one.shape[1]))[layer], attend) for one in states]
         with resident(head(model)):
             for ids, one in zip(windows, states, strict=True):

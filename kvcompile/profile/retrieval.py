@@ -18,7 +18,7 @@ from kvcompile.profile.lanes import Lane
 from kvcompile.profile.layerwise import through
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Probe, Setting
-from kvcompile.profile.structure import head, heads, layers, logits
+from kvcompile.profile.structure import attention_layers, head, heads, layers, logits, place_of
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
@@ -34,7 +34,7 @@ class Probes:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        table = (len(self.probes), len(layers(self.setting.model)), num_kv_heads)
+        table = (len(self.probes), len(attention_layers(self.setting.model)), num_kv_heads)
         return {"answered": np.zeros(len(self.probes), np.bool_), "infsc": np.zeros(table)}
 
     def at(self, layer: int) -> Iterator[Item]:
@@ -61,7 +61,8 @@ class Probes:
         held.drop(lane.at(layer))
 
         def add() -> None:
-            sums["infsc"][number, layer] = found[0]
+            if found:
+                sums["infsc"][number, place_of(model, layer)] = found[0]
 
         return add
 
@@ -110,8 +111,10 @@ def attention_rows(call: Attention, rows: Tensor) -> Tensor:
     key = call.key.float()
     query = call.query[:, rows].float().view(len(key), -1, key.shape[-1])
     hidden = ~visible(rows, torch.arange(key.shape[1], device=rows.device), call.window)
-    weights = (query @ key.mT * call.scaling).view(len(call.query), len(rows), -1)
-    return weights.masked_fill_(hidden, -torch.inf).softmax(-1)
+    weights = (query @ key.mT * call.scaling).view(len(key), -1, len(rows), key.shape[1])
+    if call.softmax.plain:
+        return weights.masked_fill_(hidden, -torch.inf).softmax(-1).flatten(0, 1)
+    return call.softmax.weights(weights, ~hidden).flatten(0, 1)
 
 
 def retrieval(attention: Tensor, needle: Tensor) -> Tensor:

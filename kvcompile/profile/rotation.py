@@ -15,7 +15,8 @@ from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, attended
 from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
-from kvcompile.profile.structure import embedding, frozen, layers
+from kvcompile.profile.linear import switched_off
+from kvcompile.profile.structure import attends, embedding, frozen, layers
 from kvcompile.stages import Rotary
 
 Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -119,7 +120,10 @@ def _go_through(number: int, layer: nn.Module, one: _Sequence) -> None:
         keys.append(call.key.float())
         return torch.zeros_like(call.query, dtype=call.value.dtype)
 
-    one.hidden = through(layer, one.hidden, one.arguments[number], attend)
+    with switched_off([layer]):
+        one.hidden = through(layer, one.hidden, one.arguments[number], attend)
+    if not attends(layer):
+        return
     (key,) = keys
     layouts = list(_layouts(one.tables[number], key.shape[-1]))
     still = key[:, :1].expand_as(key)  # as at position 0

@@ -49,16 +49,24 @@ def watching(layer: nn.Module, num_heads: int) -> Iterator[Cosines]:
         assert before is not None
         seen.residual = _mean_cosine(before, args[0]).item()
 
-    # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
-    norm = layer.get_submodule(
-        "pre_feedforward_layernorm" if hasattr(layer, "pre_feedforward_layernorm") else "post_attention_layernorm"
-    )
-    hooks = [layer.register_forward_pre_hook(enter), norm.register_forward_pre_hook(leave)]
+    hooks = [
+        layer.register_forward_pre_hook(enter),
+        _after_attention(layer).register_forward_pre_hook(leave),
+    ]
     try:
         yield seen
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _after_attention(layer: nn.Module) -> nn.Module:
+    """The module that is given the residual stream as it is after attention: usually the norm before the MLP."""
+    # Gemma-3 has norms on both sides of its blocks; there `post_attention_layernorm` is inside the residual.
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        return layer.get_submodule("pre_feedforward_layernorm")
+    # OLMo-2 has them behind its blocks alone, so that the MLP reads the stream itself.
+    return layer.get_submodule("post_attention_layernorm" if hasattr(layer, "input_layernorm") else "mlp")
 
 
 def baklava(value: NDArray[np.float64], residual: NDArray[np.float64], num_kv_heads: int) -> NDArray[np.float64]:

@@ -18,11 +18,12 @@ from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import attended
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.eviction import survivors
-from kvcompile.profile.layerwise import Calls, embedded, read_layer, through
+from kvcompile.profile.layerwise import Calls, after, embedded, read_layer, through
+from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift, matrices, quantised
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, embedding, frozen, head, layers, logits
+from kvcompile.profile.structure import Tick, attends, embedding, frozen, head, layers, logits, place_of
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.stages import Parts, Plan, Problem
@@ -65,7 +66,7 @@ class Reference:
 
 def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda _: None) -> Reference:
     """Run the follow-ups over the full cache."""
-    return Reference(context, packed, follow(model, packed, over_context(context, packed), tick).final)
+    return Reference(context, packed, follow(model, context, packed, over_context(context, packed), tick).final)
 
 
 def divergence(
@@ -81,7 +82,7 @@ def divergence(
     """Mean KL to the full cache by kind of follow-up, in nats a token, under a plan for contexts of `tokens` tokens,
     whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
     cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
-    final = follow(model, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
+    final = follow(model, known.context, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
     return kinds(model, [(kind, known.final[rows], final[rows]) for kind, rows in compared(known.packed)])
 
 
@@ -195,18 +196,24 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                 offset = round(room * (number + 0.5) / len(episodes))
                 runs.append(_Run(packed, offset, embedded(model, episode.context), asked, asked))
         for layer, part in enumerate(in_turn(layers(model))):
-            scorer = None if parts.scorer is None else Scorer(**_only(parts.scorer, layer))
-            of_one, rows = Quantiser(**_only(quantiser, layer)), rows_of(plan, layer)
+            place = place_of(model, layer)
             for run in runs:
                 places = calls.at(np.arange(run.context.shape[1]))[layer]
-                run.context, left = read_layer(part, run.context, places)
-                score = None if scorer is None else scores(scorer, 0, left.hidden[0])
-                shift = Shift(of_layer(keys.rotary, layer), run.offset)
-                cut = cut_layer(left.keys[0], left.values[0], score, rows, of_one, tokens, shift)
+                run.context, left = read_layer(model, part, run.context, places)
                 later = calls.at(run.packed.positions)[layer]
-                run.full = through(part, run.full, later, over_context(left, run.packed))
-                after = over_context(Context([], [cut.key], [cut.value]), run.packed, [cut.kept])
-                run.cut = through(part, run.cut, later, after)
+                whole = over_context(left, run.packed)
+                attend = whole
+                if attends(part):
+                    score = None
+                    if parts.scorer is not None:
+                        score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])
+                    shift = Shift(of_layer(keys.rotary, place), run.offset)
+                    of_one, rows = Quantiser(**_only(quantiser, place)), rows_of(plan, place)
+                    cut = cut_layer(left.keys[0], left.values[0], score, rows, of_one, tokens, shift)
+                    attend = over_context(Context([], [cut.key], [cut.value]), run.packed, [cut.kept])
+                with after(model, part, run.packed, tensors_of(left.states, part)):
+                    run.full = through(part, run.full, later, whole)
+                    run.cut = through(part, run.cut, later, attend)
         with resident(head(model)):
             found = [_mean(kinds(model, run.compared())) for run in runs]
     return float(np.mean(found))

@@ -34,6 +34,21 @@ def layers(model: Any) -> list[nn.Module]:
     return list(model.get_decoder().layers)
 
 
+def attention_layers(model: Any) -> list[nn.Module]:
+    """Those that have keys and values: a profile numbers these."""
+    return [layer for layer in layers(model) if attends(layer)]
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether a layer has keys and values; one of linear attention has a state instead."""
+    return hasattr(layer, "self_attn")
+
+
+def place_of(model: Any, layer: int) -> int:
+    """The number that a profile gives to a layer: how many layers of attention are before it."""
+    return sum(map(attends, layers(model)[:layer]))
+
+
 def embedding(model: Any) -> nn.Module:
     """What turns tokens into the first residual stream."""
     part: nn.Module = model.get_input_embeddings()
@@ -73,7 +88,9 @@ def head_blocks(model: Any, length: int) -> Iterator[slice]:
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
     scores: Tensor = model.get_output_embeddings()(model.get_decoder().norm(hidden[None]))[0]
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    config = model.config.get_text_config()
+    scores = scores / (getattr(config, "logits_scaling", None) or 1.0)  # Granite's
+    cap = getattr(config, "final_logit_softcapping", None)
     return scores if cap is None else torch.tanh(scores / cap) * cap
 
 

@@ -37,14 +37,17 @@ def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
             at = (places - block.start + length).repeat(query.shape[1] // len(places))
             # [H, G T, n] and [H, G T, seen]: logits on the context and on the follow-up itself, apart, because only the
             # first are of interest and both are in the softmax.
-            past = query @ keys.mT
-            rest = query @ own[:, :seen].mT
+            past = call.softmax.bent(query @ keys.mT)
+            rest = call.softmax.bent(query @ own[:, :seen].mT)
             every = torch.arange(length + seen, device=keys.device)
             if call.window is not None:
                 past.masked_fill_(~visible(at, every[:length], call.window), -torch.inf)
             rest.masked_fill_(~visible(at, every[length:], call.window), -torch.inf)
             # log P[t, j] = logit[t, j] - log sum exp; the largest logarithm is that of the largest probability.
             total = torch.logaddexp(past.logsumexp(-1), rest.logsumexp(-1))
+            if call.softmax.sinks is not None:
+                by_row = call.softmax.sinks.view(num_kv_heads, -1).repeat_interleave(len(places), 1)
+                total = torch.logaddexp(total, by_row)
             torch.maximum(most, past.sub_(total[..., None]).amax(1), out=most)
     return most.exp_()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcompile.kernels import HeadClass
+from kvcompile.kernels import HeadClass, Softmax
+from kvcompile.kernels.softmax import PLAIN
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class Prompt:
 
     `keys` [B, count, n, D]; `query` [B, count, group, w, D] of the last w = min(`Policy.queries`, n) columns; `drawn`
     f32 [B, count, n], what attention every column has drawn from all queries of its group, where `Policy.sums` asks for
-    it; `score` f32 [B, count, n] by the compiled scorer, where there is one. Of padding all are meaningless.
+    it; `score` f32 [B, count, n] by the compiled scorer, where there is one; `softmax` is the class's. Of padding all
+    are meaningless.
     """
 
     keys: torch.Tensor
@@ -59,6 +61,7 @@ class Prompt:
     scaling: float
     drawn: torch.Tensor | None
     score: torch.Tensor | None
+    softmax: Softmax = PLAIN
 
 
 class Policy:

@@ -20,6 +20,6 @@ class SnapKV(Policy):
     queries = WINDOW
 
     def score(self, prompt: Prompt) -> torch.Tensor:
-        drawn = attention_drawn(prompt.query, prompt.keys, prompt.pad, prompt.scaling)
+        drawn = attention_drawn(prompt.query, prompt.keys, prompt.pad, prompt.scaling, prompt.softmax)
         # Padding draws nothing, so it raises no neighbour.
         return max_pool1d(drawn / prompt.query.shape[2], KERNEL, stride=1, padding=KERNEL // 2)

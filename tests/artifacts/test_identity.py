@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcompile.artifacts import ModelError, check_identity, identify
+from kvcompile.artifacts.identity import shape_of
 
 SIZES = {
     "hidden_size": 32,
@@ -207,10 +208,43 @@ def test_weights_that_are_not_finite(models, value):
         identify(broken, "x")
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "sentence"),
+    [
+        (
+            "gemma4_text",
+            {"num_hidden_layers": 6},
+            r"gemma4_text model, which has layers with heads of different sizes \(8",
+        ),
+        (
+            "gemma3n_text",
+            {"num_kv_shared_layers": 1},
+            "gemma3n_text model, which has layers that share keys and values",
+        ),
+        (
+            "llama4_text",
+            {},
+            "a layer of type chunked_attention, expected full_attention, sliding_attention or linear_att",
+        ),
+    ],
+)
+def test_families_that_a_plan_by_head_cannot_describe(family, changes, sentence):
+    with pytest.raises(ModelError, match=sentence):
+        shape_of(AutoConfig.for_model(family, **(SIZES | {"head_dim": 8} | changes)), "x")
+
+
+def test_layers_of_linear_attention_have_no_number_but_a_state():
+    config = AutoConfig.for_model("qwen3_5_text", **(SIZES | {"num_hidden_layers": 8, "head_dim": 16}))
+    found = shape_of(config, "x")
+    assert (found["num_layers"], found["windows"]) == (2, (0, 0))
+    # Six layers: convolutions of 4 over 2 x 16 x 128 + 32 x 128 channels, and 32 matrices of 128 x 128.
+    assert found["states"] == (6 * 8192 * 4, 6 * 32 * 128 * 128)
+
+
 def test_models_of_another_kind(models):
     with pytest.raises(ModelError, match="float64"):
         identify(copy.deepcopy(models["llama"]).double(), "x")
     other = copy.deepcopy(models["llama"])
-    other.config.layer_types = ["linear_attention"] * 3
-    with pytest.raises(ModelError, match="linear_attention"):
+    other.config.layer_types = ["chunked_attention"] * 3
+    with pytest.raises(ModelError, match="a layer of type chunked_attention, expected full_attention"):
         identify(other, "x")

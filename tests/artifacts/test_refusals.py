@@ -103,7 +103,7 @@ def test_numbers_beyond_f64(data, unpack, pack, refusal):
     [
         ("format_version", FORMAT_VERSION + 1, f"reads up to version {FORMAT_VERSION}, upgrade"),
         ("format_version", 10**50, f"reads up to version {FORMAT_VERSION}, upgrade"),
-        ("format_version", 0, "expected an integer from 1 to 3"),
+        ("format_version", 0, "expected an integer from 1 to 4"),
         ("format_version", "1", "expected an integer"),
         ("model.num_layers", 0, "from 1 to 1024"),
         ("model.num_layers", 2**40, "from 1 to 1024"),

@@ -55,3 +55,10 @@ def test_nothing_is_loaded_synchronously_in_the_loop(kernels: list[dict[str, Any
     several = [one for one in kernels if one["kernel"] == "decode" and not one["shape"].startswith("64")]
     assert several
     assert [one for one in several if one["short_loads"]] == []
+
+
+def test_whoever_overlaps_waits_once(kernels: list[dict[str, Any]]) -> None:
+    """A launch that begins before the one before it ends must wait for what that one writes, in all of its programs."""
+    overlapping = {"decode", "new_token", "restore", "add_norm", "silu_mul"}
+    waits = {(one["kernel"], one["arch"]): one["waits"] for one in kernels}
+    assert waits == {(k, arch): int(arch == "sm_90" and k in overlapping) for k, arch in waits}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from kvcompile.kernels import prompt_attention
 from kvcompile.kernels.native import prompt
 from kvcompile.kernels.prompt_attention import dense, reference
+from kvcompile.kernels.softmax import Softmax
 
 CASES = [  # columns before the queries' own, window, padding, share of them that is kept
     (0, 0, False, None),
@@ -89,6 +90,28 @@ def test_the_reference_is_met(
     pad = args[3]
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     pair = real(found, pad, case[0]).double(), real(wanted, pad, case[0])
+    torch.testing.assert_close(*pair, atol=tolerance, rtol=tolerance)
+
+
+SOFTMAXES = {
+    "capped": Softmax(cap=0.7),
+    "sinks": Softmax(sinks=torch.tensor([2.0, -40.0, 0.0, 50.0, -1.0, 0.3])),
+    "capped, with sinks": Softmax(0.7, torch.tensor([2.0, -3.0, 0.0, 1.0, -1.0, 0.3])),
+}
+
+
+@pytest.mark.parametrize("softmax", SOFTMAXES.values(), ids=SOFTMAXES)
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_weights_than_a_softmax_of_logits(
+    implementation: str, case: tuple[int, int, bool, float | None], softmax: Softmax, dtype: torch.dtype
+) -> None:
+    args = inputs(case, 13, 3, 16, dtype)
+    found, wanted = (attend(*args, softmax=softmax) for attend in (prompt_attention, reference.prompt_attention))
+    plain = reference.prompt_attention(*args)
+    assert (real(wanted, args[3], case[0]) - real(plain, args[3], case[0])).abs().max() > 0.1
+    pair = real(found, args[3], case[0]).double(), real(wanted, args[3], case[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(*pair, atol=tolerance, rtol=tolerance)
 
 

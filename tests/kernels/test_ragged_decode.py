@@ -7,6 +7,7 @@ import torch
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, ragged_decode
 from kvcompile.kernels.ragged_decode import dense, reference
+from kvcompile.kernels.ragged_decode.totals import Totals
 
 SMALL = HeadSpec("recent", 5, 4, 1)
 LAYOUTS = {
@@ -70,6 +71,31 @@ def test_one_token(layout: LayerLayout, seen: list[int], group: int, dtype: torc
     for out in (ragged_decode(*args, scaling=0.3), dense.ragged_decode(*args, 0.3, None, None, None)):
         assert out.dtype == dtype
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("length", [None, 1, 6], ids=["stored", "one", "several"])
+@pytest.mark.parametrize("bent", [None, "capped", "capped and shifted"])
+@pytest.mark.parametrize("seen", [[40], [2], [50, 3, 11]], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_sums_and_capped_logits(layout: LayerLayout, seen: list[int], bent: str | None, length: int | None) -> None:
+    """In C where there is a compiler and no cap, and through torch; in blocks too."""
+    data = inputs(layout, len(seen), 5, length or 1, torch.float32)
+    args = (data.pop("query"), data.pop("keys"), data.pop("values"), layout, seen)
+    new = {} if length is None else data
+    offset = torch.randn(len(seen), layout.num_kv_heads, 5, length or 1) if bent == "capped and shifted" else None
+    expected, *ours = (Totals(None if bent is None else 1.5, offset) for _ in range(3))
+    out = reference.ragged_decode(*args, scaling=0.3, totals=expected, **new)
+    parts = [new.get(name) for name in ("new_keys", "new_values")]
+    for totals, found in zip(
+        ours,
+        (
+            ragged_decode(*args, scaling=0.3, totals=ours[0], **new),
+            dense.ragged_decode(*args, 0.3, *parts, None, None, ours[1]),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.double(), out, atol=3e-5, rtol=3e-5)
+        torch.testing.assert_close(totals.logarithm.double(), expected.logarithm, atol=3e-5, rtol=3e-5)
 
 
 @pytest.mark.parametrize("length", [1, 2, 6])

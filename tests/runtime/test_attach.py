@@ -10,7 +10,9 @@ import sys
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
+from tiny_models import CONFIGS, tiny_model
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from kvcompile.artifacts import CacheError, ModelError, write
@@ -84,6 +86,14 @@ def test_an_unsupported_architecture_is_refused(llama, make_artifact) -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=48, n_layer=3, n_head=3))
     with pytest.raises(ModelError, match="gpt2"):
         attach(gpt2, make_artifact(llama))
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_a_policy_that_cannot_follow_the_models_attention_is_refused(family: str) -> None:
+    model = tiny_model(CONFIGS[family])
+    kv = attach(model, tiny_models.make_artifact(model, 9, policy="h2o", recent=3))
+    with pytest.raises(CacheError, match=r"policy .* \(h2o\) cannot follow a model with learned sinks or capped"):
+        model(PROMPT, past_key_values=kv.new_cache())
 
 
 def test_a_second_attachment_is_refused(llama, make_artifact) -> None:

@@ -50,7 +50,7 @@ def test_padded_batches_equal_their_sequences_alone(llama, make_artifact, policy
     cache = kv.new_cache(4)
     decoder = Decoder(llama, cache, prefill_chunk=4, prefill_cut_every=every)
     texts = [decoder.prefill(ids, mask), *(decoder.step().clone() for _ in range(6))]
-    assert cache.layers[0].store.seen == [41 - pad + 6 for pad in pads]
+    assert cache.ragged[0].store.seen == [41 - pad + 6 for pad in pads]
     for b, pad in enumerate(pads):
         alone = Decoder(llama, kv.new_cache(), prefill_chunk=4)
         for first in range(0, 41, every):

@@ -41,7 +41,7 @@ def placed(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def at_once(model: PreTrainedModel, cache: RaggedCache, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """As transformers calls the model, with its masks."""
-    seen = torch.tensor(cache.layers[0].store.seen)[:, None]
+    seen = torch.tensor(cache.ragged[0].store.seen)[:, None]
     real = torch.ones_like(ids) if mask is None else mask
     positions = (real.cumsum(1) - 1).clamp(min=0) + seen
     whole = None if mask is None else torch.nn.functional.pad(mask, (cache.get_seq_length(), 0), value=1)
@@ -120,7 +120,7 @@ def test_one_column_that_is_padding_for_some(llama, make_artifact, policy: str) 
     decoder = Decoder(llama, cache)
     decoder.prefill(prompt(30, 1, 2))
     decoder.prefill(prompt(1, 2, 2), torch.tensor([[0], [1]]))
-    assert cache.layers[0].store.seen == [30, 31]
+    assert cache.ragged[0].store.seen == [30, 31]
 
 
 def test_generate_goes_on_from_a_filled_cache(llama, make_artifact) -> None:

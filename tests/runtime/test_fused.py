@@ -15,7 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvcompile.runtime import attach
 from kvcompile.runtime.fused import FusedStep, fusable
 
-KNOWN = [name for name in CONFIGS if name not in ("gemma3", "mixtral", "qwen3-moe")]
+OTHERS = (
+    "gemma3", "mixtral", "qwen3-moe", "granite", "gemma2", "gpt-oss", "olmo2", "olmo3", "qwen3-next", "qwen3.5",
+    "qwen3.5-moe",
+)  # fmt: skip
+KNOWN = [name for name in CONFIGS if name not in OTHERS]
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]
 
 
@@ -53,7 +57,7 @@ def test_logits_are_the_models(
         assert caches[0].counts() == caches[1].counts()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mixtral", "qwen3-moe"])
+@pytest.mark.parametrize("family", OTHERS)
 def test_other_families_go_through_the_model(family: str, make_artifact: Callable[..., Any]) -> None:
     model = tiny_model(CONFIGS[family])
     with attach(model, make_artifact(model, capacity=18, recent=3)) as kv:

@@ -7,12 +7,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tiny_models import CONFIGS, SHAPE, tiny_model
+from tiny_models import CONFIGS, HYBRID, SHAPE, YARN, tiny_model
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, Phi3Config
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen3_5TextConfig,
+)
 
 from kvcompile.artifacts import PREFILL_CHUNK, feed_forward_elements, prefill_bytes
-from kvcompile.artifacts.prefill import WORKSPACE
+from kvcompile.artifacts.prefill import FORMED, WORKSPACE
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.prompt_attention import dense
 from kvcompile.runtime import Decoder, attach
@@ -27,6 +35,14 @@ LARGER = {
     "gemma3": Gemma3TextConfig(
         **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma2": Gemma2Config(
+        **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gpt-oss": GptOssConfig(
+        **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2,
+        rope_parameters=YARN, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }  # fmt: skip
@@ -76,7 +92,8 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
         promised = prefill_bytes(plan, batch, tokens, chunk, inner=inner, padded=padded, **options)
         spare = 2 * WORKSPACE if options else 0  # which is much for a little prompt
         assert taken <= promised, (policy, batch, tokens, chunk, padded)
-        assert promised <= 1.5 * taken + spare or not os.environ[CHOICE], (policy, batch, tokens, chunk, padded)
+        loose = 1.75 if config.model_type in FORMED and options else 1.5  # blocks are of fewer heads than they may be
+        assert promised <= loose * taken + spare or not os.environ[CHOICE], (policy, batch, tokens, chunk, padded)
         # Without the model's configuration: more, and not less.
         assert prefill_bytes(plan, batch, tokens, chunk, padded=padded, **options) >= promised
 
@@ -85,6 +102,27 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
 @pytest.mark.parametrize("config", LARGER.values(), ids=LARGER)
 def test_the_promise_is_kept_and_close(make_artifact, config, dtype: torch.dtype) -> None:
     check(config, make_artifact, "recent", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("follow_up", [False, True])
+def test_layers_of_linear_attention_keep_to_it(make_artifact, dtype: torch.dtype, follow_up: bool) -> None:
+    """They compute in float32, which the promise takes for two elements of whatever the model has."""
+    linear = HYBRID | {"linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+    config = Qwen3_5TextConfig(**WIDE | linear, head_dim=16)
+    model = tiny_model(config, dtype)
+    plan = make_artifact(model, 40, recent=8, context=1024, dtype=str(dtype).removeprefix("torch."))
+    kv, inner = attach(model, plan), feed_forward_elements(config)
+    for batch, tokens, chunk, padded in SIZES:
+        decoder = Decoder(model, kv.new_cache(batch), None, chunk)
+        ids = torch.full((batch, tokens), 5)
+        mask = torch.ones_like(ids)
+        mask[1:, : 100 * padded] = 0
+        if follow_up:
+            decoder.prefill(ids)
+        taken = measured(lambda: decoder.prefill(ids, mask))  # noqa: B023
+        options = {"inner": inner, "padded": padded, "follow_up": follow_up}
+        assert taken <= prefill_bytes(plan, batch, tokens, chunk, **options)
 
 
 @pytest.mark.parametrize("policy", ["scored", "snapkv", "h2o"])

@@ -79,7 +79,7 @@ def test_the_first_token_of_a_decoded_sequence_is_kept_exactly(llama, make_artif
     kv = attach(llama, make_artifact(llama, bits=[(4, 4)], shuffle=False))
     cache = kv.new_cache()
     llama(prompt(1), past_key_values=cache)
-    store = cache.layers[0].store
+    store = cache.ragged[0].store
     first = store.keys.anchors.clone()
     assert first.abs().sum() > 0
     for t in range(5):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import CONFIGS, SHAPE, make_artifact, tiny_model
-from transformers import SmolLM3Config
+from transformers import StableLmConfig
 
 from kvcompile.artifacts import POLICIES, STATE_BYTES, ModelError, read, write
 from kvcompile.kernels.layout import KINDS
@@ -70,12 +70,12 @@ def test_a_name_is_taken_once() -> None:
 
 @torch.no_grad()
 def test_a_model_family() -> None:
-    """SmolLM3, some of whose layers have no rotary embedding, is not among ours."""
-    model = tiny_model(SmolLM3Config(**SHAPE, no_rope_layers=[1, 0, 1]))
+    """StableLM, which rotates a part of every head, is not among ours."""
+    model = tiny_model(StableLmConfig(**SHAPE))
     artifact = make_artifact(model, context=64)
-    with pytest.raises(ModelError, match="smollm3"):
+    with pytest.raises(ModelError, match="stablelm"):
         attach(model, artifact)
-    reorder.register("smollm3", reorder.split_projections)
+    reorder.register("stablelm", reorder.split_projections)
     try:
         ids = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(0))
         plain = model(ids).logits
@@ -85,4 +85,4 @@ def test_a_model_family() -> None:
             said = model(ids[:, 20:], past_key_values=cache).logits
         torch.testing.assert_close(said, plain[:, 20:], rtol=1e-4, atol=1e-4)
     finally:
-        del reorder.ARCHITECTURES["smollm3"]
+        del reorder.ARCHITECTURES["stablelm"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kvcompile.models.arithmetic import align
 from kvcompile.models.streamed import stream
 
 
@@ -18,7 +19,10 @@ def saved(model: Any, folder: Path, shard: str = "20KB") -> Path:
 
 
 def whole(folder: Path, dtype: Any = None) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    """Held whole, as `load` holds a model that is to be profiled."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto").eval()
+    align(model)
+    return model
 
 
 def streamed(folder: Path, dtype: Any = None) -> Any:

@@ -9,16 +9,25 @@ import numpy as np
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     Gemma3TextConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
+    SmolLM3Config,
 )
 
 from kvcompile.artifacts import (
@@ -34,6 +43,7 @@ from kvcompile.artifacts import (
     identify,
     loaded_bytes,
     resident_bytes,
+    state_bytes,
     token_limits,
 )
 
@@ -42,6 +52,18 @@ SHAPE = {
     "num_key_value_heads": 3, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": None,
     "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
+
+YARN = {
+    "rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 12, "linear_conv_kernel_dim": 4,
+    "initializer_range": 0.1,
+}  # fmt: skip
+"""Beside a layer of attention two of linear attention, with weights that do not make much of rounding."""
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str, PretrainedConfig]:
@@ -55,12 +77,35 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "phi3": Phi3Config(**shape, sliding_window=None),
         "gemma3": Gemma3TextConfig(
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim,
-            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            layer_types=ALTERNATING,
         ),
         "mixtral": MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
         "qwen3-moe": Qwen3MoeConfig(
             **shape, head_dim=head_dim, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=expert_size
         ),
+        "granite": GraniteConfig(
+            **shape, embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.5, logits_scaling=2.0
+        ),
+        "gemma2": Gemma2Config(
+            **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim, layer_types=ALTERNATING,
+            attn_logit_softcapping=0.8,
+        ),
+        "gpt-oss": GptOssConfig(
+            **shape, head_dim=head_dim, sliding_window=24, layer_types=ALTERNATING, num_local_experts=4,
+            num_experts_per_tok=2, rope_parameters=YARN,
+        ),
+        "olmo2": Olmo2Config(**shape),
+        "olmo3": Olmo3Config(**shape, sliding_window=24, layer_types=ALTERNATING),
+        "qwen3-next": Qwen3NextConfig(
+            **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=2,
+            moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
+        ),
+        "qwen3.5": Qwen3_5TextConfig(**shape | HYBRID, head_dim=head_dim),
+        "qwen3.5-moe": Qwen3_5MoeTextConfig(
+            **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=4,
+            moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
+        ),
+        "smollm3": SmolLM3Config(**shape, no_rope_layers=[1, 0, 1]),
     }  # fmt: skip
 
 
@@ -70,9 +115,21 @@ CONFIGS = configs(SHAPE, 16, 32) | {
 }
 
 
+WITHOUT_H2O = ("gemma2", "gpt_oss")
+"""Families whose attention heads of policy `h2o` cannot follow."""
+
+
 def tiny_model(config, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model with random weights, those among them that are usually made alike: biases and norms of attention."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # transformers 5.17 would take `sdpa` for Gemma-2, which leaves out the caps.
+    own = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=own).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1 and ".self_attn." in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def make_artifact(
@@ -125,7 +182,8 @@ def make_artifact(
         turn = (turn * rng.uniform(0.5, 2, turn.shape[-1])).astype(np.float16)
         mean = rng.standard_normal((2, *shape, identity.head_dim)).astype(np.float16)
         quantiser = Quantiser(turn[0], mean[0], turn[1], mean[1])
-    resident = batch * resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
+    held = resident_bytes(budgets, identity.head_dim, DTYPE_BITS[dtype])
+    resident = batch * (held + state_bytes(identity, dtype))
     transient = 2 * context * identity.num_kv_heads * identity.head_dim * DTYPE_BITS[dtype] // 8 * batch
     return Artifact(
         model=identity,

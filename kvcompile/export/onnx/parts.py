@@ -108,13 +108,13 @@ def decoder(model: Any, artifact: Artifact) -> Decoder:
     head = model.get_output_embeddings()
     return Decoder(
         embedding=body.embed_tokens.weight,
-        embedding_factor=float(getattr(body.embed_tokens, "embed_scale", 1.0)),
+        embedding_factor=float(getattr(body.embed_tokens, "embed_scale", getattr(config, "embedding_multiplier", 1.0))),
         layers=tuple(
             ARCHITECTURES[architecture](layer, _rotary(body.rotary_emb, config, i, artifact.target.context))
             for i, layer in enumerate(body.layers)
         ),
         norm=_norm(body.norm),
-        head=Linear(head.weight, head.bias),
+        head=_times(Linear(head.weight, head.bias), 1 / getattr(config, "logits_scaling", 1.0)),
         activation=ACTIVATIONS[name],
         softcap=getattr(config, "final_logit_softcapping", None),
     )
@@ -147,6 +147,21 @@ def _gemma3(layer: nn.Module, rotary: Rotary) -> Layer:
     )
 
 
+def _granite(layer: nn.Module, rotary: Rotary) -> Layer:
+    """Granite: a factor on what is added to the residual stream, which goes into the last projections."""
+    found, factor = _llama(layer, rotary), float(layer.residual_multiplier)  # type: ignore[arg-type]
+    assert isinstance(found.mlp, Mlp)
+    mlp = dataclasses.replace(found.mlp, down=_times(found.mlp.down, factor))
+    return dataclasses.replace(found, output=_times(found.output, factor), mlp=mlp)
+
+
+def _smollm3(layer: nn.Module, rotary: Rotary) -> Layer:
+    """SmolLM3: some layers have no rotary embedding, which is one that never turns."""
+    attention: Any = layer.self_attn
+    still = dataclasses.replace(rotary, frequencies=rotary.frequencies * 0, factor=1.0)
+    return _llama(layer, rotary if attention.use_rope else still)
+
+
 def _layer(layer: nn.Module, rotary: Rotary, projections: Sequence[Linear], mlp: Mlp | Experts) -> Layer:
     """A layer with norms before attention and MLP alone; `projections` are those of queries, keys and values."""
     attention: Any = layer.self_attn
@@ -170,6 +185,7 @@ def _layer(layer: nn.Module, rotary: Rotary, projections: Sequence[Linear], mlp:
 
 ARCHITECTURES: dict[str, Callable[[nn.Module, Rotary], Layer]] = {
     "gemma3_text": _gemma3,
+    "granite": _granite,
     "llama": _llama,
     "mistral": _llama,
     "mixtral": _llama,
@@ -177,11 +193,19 @@ ARCHITECTURES: dict[str, Callable[[nn.Module, Rotary], Layer]] = {
     "qwen2": _llama,
     "qwen3": _llama,
     "qwen3_moe": _llama,
+    "smollm3": _smollm3,
 }
 
 
 def _linear(module: Any) -> Linear:
     return Linear(module.weight, module.bias)
+
+
+def _times(linear: Linear, factor: float) -> Linear:
+    """The projection whose output is `factor` times as large."""
+    if factor == 1:
+        return linear
+    return Linear(linear.weight * factor, None if linear.bias is None else linear.bias * factor)
 
 
 def _norm(module: Any) -> Norm:

@@ -11,6 +11,7 @@ import torch
 from kvcompile.artifacts import DTYPE_BITS, Artifact, ModelError
 from kvcompile.artifacts.identity import shape_of
 from kvcompile.integrations.vllm.structure import empty_model
+from kvcompile.runtime.linear import attention_modules
 from kvcompile.runtime.reorder import ARCHITECTURES
 
 UNPLACED = "give an unquantised checkpoint of the artifact's model, or build the artifact without --tp"
@@ -81,10 +82,10 @@ def _cuts(orders: Sequence[Sequence[int]], config: Any) -> tuple[dict[str, Cut],
     names = {id(tensor): name for name, tensor in tensors.items()}
     group = shape["num_attention_heads"] // shape["num_kv_heads"]
     cuts: dict[str, Cut] = {}
-    for layer, order in zip(model.get_decoder().layers, orders, strict=True):
+    for module, order in zip(attention_modules(model), orders, strict=True):
         # The query heads of a group are neighbours, and move as one.
         q, kv = _elements(order, group * head_dim), _elements(order, head_dim)
-        for weight, dim, index in ARCHITECTURES[architecture](layer.self_attn, q, kv):
+        for weight, dim, index in ARCHITECTURES[architecture](module, q, kv):
             cuts[names[id(weight)]] = Cut(dim, index)
     return cuts, set(tensors)
 

@@ -7,6 +7,11 @@ from typing import Any
 from kvcompile.artifacts import POLICIES, Artifact, CacheError
 from kvcompile.runtime.policies import POLICIES as TOKEN_POLICIES
 
+UNTRIED = frozenset(
+    {"gemma2", "gpt_oss", "granite", "olmo2", "olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"}
+)
+"""Families of ours that the plugin has not been run with."""
+
 
 def refuse_settings(vllm_config: Any) -> None:
     """Raises CacheError: settings of vLLM that a compiled cache cannot work with."""
@@ -45,7 +50,13 @@ def refuse_settings(vllm_config: Any) -> None:
 
 
 def refuse_artifact(artifact: Artifact, most_tokens: int) -> None:
-    """Raises CacheError: an artifact that cannot serve sequences of `most_tokens` tokens, or not in vLLM."""
+    """Raises CacheError: an artifact that cannot serve sequences of `most_tokens` tokens, or not in vLLM, or for a
+    model of a family that has not been tried there."""
+    if artifact.model.architecture in UNTRIED:
+        raise CacheError(
+            f"{artifact.model.architecture} models have not been tried in vLLM with a compiled cache: use kvcompile "
+            "run, or kvcompile.runtime.attach"
+        )
     for code in sorted({int(code) for code in artifact.budgets.policy.flat}):
         policy = TOKEN_POLICIES.get(POLICIES[code]) if code < len(POLICIES) else None
         if policy is None or policy.observes:

@@ -105,6 +105,14 @@ def test_files_that_cannot_be_served(kvcompile, tmp_path) -> None:
     assert "the token policy h2o cannot be served" in err
 
 
+@pytest.mark.parametrize("family", ["granite", "gpt-oss"])
+def test_families_that_were_not_tried(kvcompile, tmp_path, family: str) -> None:
+    write(make_artifact(tiny_model(CONFIGS[family]), 9), tmp_path / "x.kvb")
+    status, _, err = kvcompile("serve", tmp_path / "x.kvb", "--model", "owner/name")
+    assert status == 2
+    assert f"{CONFIGS[family].model_type} models have not been tried in vLLM" in err
+
+
 def test_a_plugin_that_vllm_may_not_load(kvcompile, monkeypatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
     assert "vLLM would not load ours: add kvcompile to it" in kvcompile("serve", REFERENCE, "--print")[2]

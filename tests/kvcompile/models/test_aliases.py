@@ -10,7 +10,23 @@ from kvcompile.models.aliases import ALIASES, closest, hub_id
 
 
 @pytest.mark.parametrize(
-    "alias", ["qwen2.5-7b", "qwen2.5-0.5b", "qwen3-8b", "llama-3-8b", "llama-3.1-8b", "mistral-7b", "smollm2-135m"]
+    "alias",
+    [
+        "qwen2.5-7b",
+        "qwen2.5-0.5b",
+        "qwen3-8b",
+        "llama-3-8b",
+        "llama-3.1-8b",
+        "mistral-7b",
+        "smollm2-135m",
+        "gemma-2-9b",
+        "gpt-oss-20b",
+        "granite-3.3-8b",
+        "olmo-2-7b",
+        "qwen3-next-80b-a3b",
+        "qwen3.5-4b",
+        "smollm3-3b",
+    ],
 )
 def test_the_promised_aliases_are_there(alias: str) -> None:
     assert hub_id(alias) is not None

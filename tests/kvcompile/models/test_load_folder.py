@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GptOssConfig, GptOssForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import load
@@ -91,6 +92,59 @@ def test_packed_weights_are_refused(broken: Path) -> None:
     edit_config(broken, quantization_config={"quant_method": "awq", "bits": 4})
     with pytest.raises(ModelError, match="has packed, quantised weights"):
         load(str(broken))
+
+
+GPT_OSS = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "pad_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+def test_experts_in_mxfp4_are_unpacked(tiny_model: Path, tmp_path: Path) -> None:
+    """As GPT-OSS is published: two numbers of 4 bits a byte, the first in the low half, and an exponent for 32."""
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    GptOssForCausalLM(GptOssConfig(**GPT_OSS)).to(torch.bfloat16).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    draw, name = torch.Generator().manual_seed(0), "model.layers.0.mlp.experts.gate_up_proj"
+    for key in [key for key in tensors if key.endswith("_proj") and ".experts." in key]:
+        experts, inputs, outputs = tensors.pop(key).shape
+        rows = (experts, outputs, inputs // 32)
+        tensors[f"{key}_blocks"] = torch.randint(256, (*rows, 16), generator=draw, dtype=torch.uint8)
+        tensors[f"{key}_scales"] = torch.randint(120, 124, rows, generator=draw, dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    edit_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    model = load(str(tmp_path), device="cpu").model
+    assert model.config._attn_implementation == "eager"
+    numbers = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    numbers = torch.cat([numbers, -numbers])
+    codes, scales = (tensors[f"{name}_{part}"] for part in ("blocks", "scales"))
+    pairs = torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()
+    wanted = (numbers[pairs] * 2.0 ** (scales.float() - 127)[..., None]).flatten(-2).mT
+    torch.testing.assert_close(model.model.layers[0].mlp.experts.gate_up_proj.float(), wanted)
+
+
+QWEN = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "max_position_embeddings": 128,
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+
+
+def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=QWEN, vision_config=sight)).eval()
+    whole.save_pretrained(tmp_path)
+    model = load(str(tmp_path), device="cpu").model
+    assert model.config.get_text_config().model_type == "qwen3_5_text"
+    ids = torch.tensor([[3, 4, 3, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, whole(ids).logits)
+    assert not any("visual" in name for name, _ in model.named_parameters())
 
 
 def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:

@@ -26,6 +26,16 @@ SHAPE = {
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+HYBRID = {
+    "num_hidden_layers": 5,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -40,6 +50,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, **EXPERTS},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "attn_logit_softcapping": 0.8,
+        "final_logit_softcapping": 2.0,
+    },
+    "gpt_oss": {
+        "head_dim": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "qwen3_next": {
+        "head_dim": 16,
+        **HYBRID,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+    },
+    "qwen3_5_text": {"head_dim": 16, **HYBRID},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
 
 
@@ -64,6 +102,9 @@ def tiny() -> Callable[..., Any]:
         config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith(".sinks"):  # so that they take a part of the weight that shows
+                parameter.data += 3 + torch.randn_like(parameter)
         return model
 
     return make

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompile.profile.attention import Attention, attended, attending, causal
 from kvcompile.profile.fisher import backward, draw, head_gradient
-from kvcompile.profile.structure import forward, frozen, logits
+from kvcompile.profile.structure import forward, frozen, logits, place_of
 
 Tiny = Callable[..., Any]
 
@@ -48,7 +48,7 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
         trace = trace_of(model, ids)
         slope = head_gradient(model, trace.final, (7,))[None]
         for number, part in reversed(list(enumerate(model.model.layers))):
-            visit = partial(lambda number, _, upstream: seen.update({number: upstream}), number)
+            visit = partial(lambda place, _, upstream: seen.update({place: upstream}), place_of(model, number))
             with attended(model):
                 slope = backward(part, trace.inputs[number], trace.arguments[number], slope, visit)
     predicted = seen[layer][head, place].norm()

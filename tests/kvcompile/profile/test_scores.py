@@ -10,14 +10,14 @@ import torch.nn.functional as F
 
 from kvcompile.profile.attention import attending, causal
 from kvcompile.profile.scores import baklava, watching
-from kvcompile.profile.structure import forward
+from kvcompile.profile.structure import attention_layers, forward
 
 
 def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any], family: str) -> None:
     model, ids = tiny(family), np.random.default_rng(0).integers(3, 61, 50)
     seen = []
     with ExitStack() as stack:
-        for layer in model.model.layers:
+        for layer in attention_layers(model):
             seen.append(stack.enter_context(watching(layer, 4)))
         stack.enter_context(attending(model, lambda call: seen[call.layer].attending(causal)(call)))
         forward(model, ids)
@@ -25,23 +25,30 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
     model.set_attn_implementation("eager")
     values: list[torch.Tensor] = []
     outputs: list[torch.Tensor] = []
-    for layer in model.model.layers:
+    gates: list[torch.Tensor] = []
+    decoder = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer, "self_attn")]
+    for _, layer in decoder:
         attention = layer.self_attn
         projection = getattr(attention, "v_proj", None) or attention.qkv_proj
         projection.register_forward_hook(lambda _, args, out: values.append(out[0].detach()))
         attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0].detach()))
+        if family.startswith("qwen3_"):  # half of it are gates on the outputs
+            attention.q_proj.register_forward_hook(lambda _, args, out: gates.append(out[0].detach()))
     # The residual stream after the attention block, from the layer's parts.
     with torch.no_grad():
         result = model(torch.as_tensor(ids)[None], output_hidden_states=True)
-    for index, layer in enumerate(model.model.layers):
+    for index, (number, layer) in enumerate(decoder):
         head_dim = outputs[index].shape[-1] // 4
         value = values[index][:, -2 * head_dim :].view(50, 2, head_dim).repeat_interleave(2, 1)
-        expected = F.cosine_similarity(value, outputs[index].view(50, 4, head_dim), dim=-1).mean(0)
+        mixed = outputs[index].view(50, 4, head_dim)
+        if gates and gates[index].shape[-1] == 8 * head_dim:
+            mixed = mixed / gates[index].view(50, 4, 2 * head_dim)[..., head_dim:].sigmoid()
+        expected = F.cosine_similarity(value, mixed, dim=-1).mean(0)
         np.testing.assert_allclose(seen[index].value, expected.numpy(), atol=1e-5)
         with torch.no_grad():
-            before = result.hidden_states[index][0]
-            added = layer.self_attn.o_proj(outputs[index])
-            if family == "gemma3_text":
+            before = result.hidden_states[number][0]
+            added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
+            if family in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
         np.testing.assert_allclose(seen[index].residual, residual, atol=1e-5)

@@ -12,13 +12,15 @@ from tiny_models import CONFIGS, SHAPE, configs, make_artifact, tiny_model
 from transformers import AutoModelForCausalLM
 
 from kvcompile.artifacts import write
+from kvcompile.integrations.vllm import refusals
 
 pytest.importorskip("vllm")
 from vllm_engines import engine, greedy
 
 # Heads of 32 elements, the smallest that vLLM's own attention for CPUs is made for.
 WIDE = SHAPE | {"hidden_size": 192, "intermediate_size": 128, "vocab_size": 128}
-FAMILIES = configs(WIDE, 32, 64)
+UNTRIED = {name for name, config in configs(WIDE, 32, 64).items() if config.model_type in refusals.UNTRIED}
+FAMILIES = {name: config for name, config in configs(WIDE, 32, 64).items() if name not in UNTRIED}
 PLANS: dict[str, dict[str, Any]] = {
     "recent": {"capacity": 20},
     "scored": {"capacity": 20, "policy": "scored", "recent": 8},
@@ -34,7 +36,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_every_family_is_here() -> None:
-    kinds = {config.model_type for config in CONFIGS.values()}
+    kinds = {config.model_type for config in CONFIGS.values()} - refusals.UNTRIED
     assert {config.model_type for config in FAMILIES.values()} == kinds
 
 
