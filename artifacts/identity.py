@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,19 +30,24 @@ LINEAR = "linear_attention"
 """The type of layers that have a state of fixed size in place of keys and values."""
 
 
-def identify(model: Any, name: str) -> ModelIdentity:
-    """The identity of a transformers causal LM that was loaded by `name`.
+Sampler = Callable[[str, list[int]], NDArray[np.float32]]
+"""Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
+
+
+def identify(model: Any, name: str, sampler: Sampler | None = None) -> ModelIdentity:
+    """The identity of a transformers causal LM that was loaded by `name`. `sampler` looks into tensors that are on the
+    meta device.
 
     The fingerprint is 64 hex digits: the first 32 of a sha256 over the names and shapes of the state dict, then the
     first 32 of a sha256 over the samples, so that equal structure is still seen when weights were rounded.
-    Raises ModelError for a model without the usual shape, and for weights that are on the meta device, packed or not
-    finite.
+    Raises ModelError for a model without the usual shape, and for weights that are packed, not finite, or on the meta
+    device without a sampler.
     """
     shape = shape_of(model.config, name)
     dtype = _dtype_name(model)
     if dtype not in DTYPE_BITS:
         raise ModelError(f"{name} has weights of type {dtype}, expected one of {', '.join(DTYPE_BITS)}")
-    fingerprint, samples = _fingerprint(model, name)
+    fingerprint, samples = _fingerprint(model, name, sampler)
     return ModelIdentity(name=name, **shape, dtype=dtype, fingerprint=fingerprint, samples=samples)
 
 
@@ -160,17 +165,21 @@ def _dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _fingerprint(model: Any, name: str) -> tuple[str, NDArray[np.float32]]:
+def _fingerprint(model: Any, name: str, sampler: Sampler | None) -> tuple[str, NDArray[np.float32]]:
     """Fingerprint and samples: of every tensor of the state dict, in the order of their names, up to 16 elements,
     evenly spread from the first to the last, as f32."""
     tensors, samples = sorted(model.state_dict().items()), []
     for key, tensor in tensors:
-        if tensor.is_meta:
+        if tensor.is_meta and sampler is None:
             raise ModelError(f"{name} has no numbers in {key} (meta device), expected loaded weights")
         if _dtype_name(tensor) not in DTYPE_BITS:
             raise ModelError(f"{name} has {key} of type {_dtype_name(tensor)}, expected weights that are not packed")
-        # Indexed before it is converted: a whole tensor of a large model is never copied.
-        values = tensor.reshape(-1)[sample_places(tensor.numel())].float().cpu().numpy()
+        places = sample_places(tensor.numel())
+        if tensor.is_meta and sampler is not None:
+            values = sampler(key, places)
+        else:
+            # Indexed before it is converted: a whole tensor of a large model is never copied.
+            values = tensor.reshape(-1)[places].float().cpu().numpy()
         if not np.isfinite(values).all():
             raise ModelError(f"{name} has NaN or infinity in {key}, expected finite weights")
         samples.append(values)

@@ -36,6 +36,7 @@ def build(
     refine: int = 0,
     seed: int = 0,
     profile_tokens: int = PROFILE_TOKENS,
+    profile_memory: int | None = None,
     name: str | None = None,
     report: Report | None = None,
 ) -> Artifact:
@@ -48,6 +49,8 @@ def build(
         calib: a file or folder with text to calibrate on, beside what the package and the Python installation carry.
         refine: rounds in which the plan is measured and solved anew; a plan is kept only if it measures better.
         profile_tokens: the longest context that is profiled, in tokens; a longer `context` stretches its curves.
+        profile_memory: bytes that profiling may take, the model's weights included; what its episodes need between
+            passes is on disk beyond. Default: what is free.
         name: under which `kvcompile run` finds the model again; default: the model's own.
 
     An interrupted profile resumes where it stopped, and a finished one serves the next target too (`KVCOMPILE_CACHE`).
@@ -59,7 +62,7 @@ def build(
     wanted = {mem: None if out is None else Path(out)}
     return build_many(
         model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, profile_tokens=profile_tokens,
-        name=name, report=report,
+        profile_memory=profile_memory, name=name, report=report,
     )[0]  # fmt: skip
 
 
@@ -73,6 +76,7 @@ def build_many(
     refine: int = 0,
     seed: int = 0,
     profile_tokens: int = PROFILE_TOKENS,
+    profile_memory: int | None = None,
     name: str | None = None,
     report: Report | None = None,
 ) -> list[Artifact]:
@@ -80,10 +84,10 @@ def build_many(
     check_sequences(options, wanted)
     # Here and not above: `resolve` needs neither torch nor transformers.
     from kvcompile.calibration import calibrate
-    from kvcompile.models import fast_arithmetic
+    from kvcompile.models import fast_arithmetic, sampler
     from kvcompile.profile import measuring, profile
 
-    identity = identify(model, name or str(model.config.name_or_path or model.config.model_type))
+    identity = identify(model, name or str(model.config.name_or_path or model.config.model_type), sampler(model))
     longest = int(model.config.get_text_config().max_position_embeddings)
     options = options.with_defaults(longest, 1)
     context = options.context or longest
@@ -91,7 +95,7 @@ def build_many(
     report = report or _silent
     with fast_arithmetic(model):
         text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
-        profiled = profile(model, text, identity, context=context, report=report)
+        profiled = profile(model, text, identity, context=context, report=report, memory=profile_memory)
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)
         return [
             finish(identity, profiled.parts, target, options, calibration, out, tools, refine, report)

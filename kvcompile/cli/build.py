@@ -14,7 +14,7 @@ from kvcompile.artifacts import Artifact, TargetError, fetch
 from kvcompile.cli import output, progress, tables
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
-from kvcompile.problem.memory import parse_memory
+from kvcompile.problem.memory import parse_bytes, parse_memory
 from kvcompile.report.summary import summary
 from kvcompile.stages import PROFILE_TOKENS
 
@@ -80,14 +80,19 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
     "--profile-tokens", type=click.IntRange(64), metavar="N",
     help=f"Longest context to profile, in tokens.  [default: {PROFILE_TOKENS}]",
 )  # fmt: skip
+@click.option(
+    "--profile-memory", metavar="SIZE",
+    help="Bytes that profiling may take (8GB). A model that does not fit is read from its checkpoint layer by layer, "
+    "a few times, and what profiling keeps between layers is on disk beyond.  [default: what is free]",
+)  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the calibration text.")
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
     model: str | None, old: str | None, mem: str, context: int | None, batch: int | None,
     sequences: int | None, allocator: str, policy: str | None, kv_dtype: str, classes_per_layer: int | None,
-    tp: int | None, refine: int, calib: str | None, profile_tokens: int | None, seed: int, out: str | None,
-    as_json: bool,
+    tp: int | None, refine: int, calib: str | None, profile_tokens: int | None, profile_memory: str | None, seed: int,
+    out: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Profile a model, solve for per-head budgets under a memory target, and write an artifact.
 
@@ -101,6 +106,11 @@ def command(
         raise click.UsageError(
             "--profile-tokens is about profiling the model: give --model NAME instead of --from FILE"
         )
+    if old is not None and profile_memory is not None:
+        raise click.UsageError(
+            "--profile-memory is about profiling the model: give --model NAME instead of --from FILE"
+        )
+    memory = None if profile_memory is None else parse_bytes(profile_memory)
     if refine and allocator != "optimal":
         raise click.UsageError("--refine works with --allocator optimal only")
     source = Path(model or old or "")
@@ -118,7 +128,7 @@ def command(
         built = [compiler.resolve(artifact, mem=text, out=file, **vars(options)) for text, file in wanted.items()]
     else:
         tokens = profile_tokens or PROFILE_TOKENS
-        built = _from_model(str(model), wanted, options, calib, refine, seed, tokens)
+        built = _from_model(str(model), wanted, options, calib, refine, seed, tokens, memory)
     seconds = time.perf_counter() - start
     if as_json:
         reports = [
@@ -150,17 +160,26 @@ def outputs(mem: str, path: Path) -> dict[str, Path]:
 
 
 def _from_model(
-    name: str, wanted: dict[str, Path], options: Options, calib: str | None, refine: int, seed: int, tokens: int
+    name: str,
+    wanted: dict[str, Path],
+    options: Options,
+    calib: str | None,
+    refine: int,
+    seed: int,
+    tokens: int,
+    memory: int | None,
 ) -> list[Artifact]:
-    from kvcompile.models import load
+    import torch
+
+    from kvcompile.models import free_bytes, load
 
     with output.quiet_transformers():
         with progress.waiting(f"loading {name}"):
-            loaded = load(name)
+            loaded = load(name, memory=memory or free_bytes(torch.device("cpu")), tokens=tokens)
         with progress.stages() as report:
             return compiler.build_many(
                 loaded.model, loaded.tokenizer, dict(wanted), options, calib=calib, refine=refine, seed=seed,
-                profile_tokens=tokens, name=loaded.name, report=report,
+                profile_tokens=tokens, profile_memory=memory, name=loaded.name, report=report,
             )  # fmt: skip
 
 

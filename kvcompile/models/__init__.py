@@ -2,5 +2,17 @@
 
 from kvcompile.models.arithmetic import fast_arithmetic, fast_dtype
 from kvcompile.models.load import Loaded, ending_tokens, load
+from kvcompile.models.room import Room, free_bytes, room
+from kvcompile.models.streamed import sampler
 
-__all__ = ["Loaded", "ending_tokens", "fast_arithmetic", "fast_dtype", "load"]
+__all__ = [
+    "Loaded",
+    "Room",
+    "ending_tokens",
+    "fast_arithmetic",
+    "fast_dtype",
+    "free_bytes",
+    "load",
+    "room",
+    "sampler",
+]

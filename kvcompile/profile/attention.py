@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from kvcompile.kernels import Softmax, prompt_attention
-from kvcompile.kernels.softmax import PLAIN, attended
+from kvcompile.kernels import softmax as softmaxes
 from kvcompile.profile.structure import attention_layers
 
 BLOCK = 128
@@ -41,7 +41,7 @@ class Attention:
     value: Tensor
     scaling: float
     window: int | None
-    softmax: Softmax = PLAIN
+    softmax: Softmax = softmaxes.PLAIN
 
     @property
     def quick(self) -> bool:
@@ -58,21 +58,39 @@ class Attention:
 Handler = Callable[[Attention], Tensor]
 """Gives the attention output, [Hq, n, D]."""
 
-_handler: ContextVar[tuple[Handler, dict[int, int]]] = ContextVar("kvcompile_profile_handler")
-"""Who does the attention, and the number of every layer among those of attention by transformers' number of it."""
+_handler: ContextVar[Handler] = ContextVar("kvcompile_profile_handler")
+_places: ContextVar[dict[int, int]] = ContextVar("kvcompile_profile_places")
+"""The number of every layer among those of attention, by transformers' number of it."""
 
 
 @contextmanager
 def attending(model: Any, handler: Handler) -> Iterator[None]:
     """Let `handler` do the attention of every layer of `model`; afterwards the model's own implementation is back."""
+    with attended(model), handling(handler):
+        yield
+
+
+@contextmanager
+def attended(model: Any) -> Iterator[None]:
+    """Have the layers of `model` ask whichever handler there is (`handling`) for their attention."""
     previous = model.config._attn_implementation
     modules: list[Any] = [layer.self_attn for layer in attention_layers(model)]
-    token = _handler.set((handler, {int(module.layer_idx): place for place, module in enumerate(modules)}))
+    token = _places.set({int(module.layer_idx): place for place, module in enumerate(modules)})
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         model.set_attn_implementation(previous)
+        _places.reset(token)
+
+
+@contextmanager
+def handling(handler: Handler) -> Iterator[None]:
+    """Let `handler` do what the layers of an `attended` model ask for."""
+    token = _handler.set(handler)
+    try:
+        yield
+    finally:
         _handler.reset(token)
 
 
@@ -96,7 +114,7 @@ def masked(call: Attention, query: Tensor, key: Tensor, value: Tensor, seen: Ten
     which it sees `seen` bool [m, n] or [H, m, n]. Differentiable."""
     if not call.softmax.plain:
         by_head = seen if seen.dim() == 2 else seen[None, :, None]
-        return attended(query[None], key[None], value[None], by_head, call.scaling, call.softmax)[0]
+        return softmaxes.attended(query[None], key[None], value[None], by_head, call.scaling, call.softmax)[0]
     mask = seen if seen.dim() == 2 else seen.repeat_interleave(len(query) // len(key), dim=0)[None]
     return F.scaled_dot_product_attention(
         query[None], key[None], value[None], attn_mask=mask, scale=call.scaling, enable_gqa=True
@@ -140,7 +158,7 @@ def _forward(
 ) -> tuple[Tensor, None]:
     if query.shape[0] != 1 or query.shape[2] != key.shape[2] or attention_mask is not None:
         raise ValueError("profiling attends over one whole sequence at a time, without a cache and without padding")
-    head_dim, (handler, places) = query.shape[3], _handler.get()
+    head_dim, handler, places = query.shape[3], _handler.get(), _places.get()
     call = Attention(
         layer=places[int(module.layer_idx)],  # type: ignore[arg-type]
         query=query[0],

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.stats
+import torch
 from numpy.typing import NDArray
 
 from kvcompile.artifacts import POLICIES
 from kvcompile.kernels.codecs import codec_of
-from kvcompile.profile.context import pack, read_context
+from kvcompile.profile.attention import Handler, causal
+from kvcompile.profile.context import Context, over_context
+from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import ring
 from kvcompile.profile.fit import Fit
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Add, Item
+from kvcompile.profile.lanes import Reading
+from kvcompile.profile.layerwise import after, through
 from kvcompile.profile.result import profile_of
 from kvcompile.profile.resume import Sums
-from kvcompile.profile.setting import Episode, Setting, asked_tokens, tokens_of
-from kvcompile.profile.simulate import divergence, reference
-from kvcompile.profile.structure import Tick
+from kvcompile.profile.setting import Setting, asked_tokens
+from kvcompile.profile.simulate import compared, cut_layer, kinds, rows_of
+from kvcompile.profile.structure import attends, head, layers, place_of
 from kvcompile.stages import Plan, Profile
 
 CHECKS = 12
@@ -36,37 +45,81 @@ CACHE_BITS = 16
 
 class Check:
     """`checks` [CHECKS, 2]: the predicted and the measured KL of every plan, both the mean of an episode's text and its
-    questions."""
+    questions.
 
-    def __init__(self, setting: Setting, fit: Fit) -> None:
-        self.setting, self.fit = setting, fit
-        episodes = _one_each(setting)
-        # An episode of each family, read once, and the numbers of the plans that are run on it.
-        self.items = [(episode, range(i, CHECKS, len(episodes))) for i, episode in enumerate(episodes)]
-        self.work = [setting.work(tokens_of(e) + len(plans) * asked_tokens(e)) for e, plans in self.items]
+    Plans are run on the first episode of every family, over what `Curves` has left of it.
+    """
+
+    def __init__(self, setting: Setting, fit: Fit, curves: Curves) -> None:
+        self.setting, self.fit, self.curves = setting, fit, curves
+        self.episodes = first_episodes(setting)
+        self._samples: dict[int, Sample] = {}
 
     def fresh(self) -> Sums:
         return {"checks": np.zeros((CHECKS, 2))}
 
-    def add(self, sums: Sums, number: int, tick: Tick) -> None:
-        setting, model, (episode, plans) = self.setting, self.setting.model, self.items[number]
-        fitted = self.fit.result(sums)
-        profile = profile_of(sums, setting)
-        families = list(setting.rows(episode))
-        context = read_context(model, episode.context, tick)
-        known = reference(model, context, pack(len(context), episode.follow_ups), tick)
-        for i in plans:
-            sample = sample_plan(profile, i, setting.seed, setting.sink)
-            found = divergence(model, known, sample.plan, fitted.scorer, fitted.quantiser, profile.window, tick)
-            text = (found["continuation"] + found["quote"]) / 2
-            sums["checks"][i] = sample.losses[families].mean(), (text + found["question"]) / 2
+    def at(self, layer: int) -> Iterator[Item]:
+        """The items of one layer, a plan each."""
+        part = layers(self.setting.model)[layer]
+        for plan, reading in self._runs():
+            yield Item(partial(self._read, layer, plan, reading), part, asked_tokens(reading.episode))
+
+    def verdicts(self) -> Iterator[Item]:
+        """Items that compare with the full cache, once the plans are through all layers."""
+        part = head(self.setting.model)
+        return (Item(partial(self._compare, plan, reading), part) for plan, reading in self._runs())
+
+    def _runs(self) -> Iterator[tuple[int, Reading]]:
+        """Every plan's number, and what it is run on: the episodes in turn."""
+        return ((plan, self.curves.readings[self.episodes[plan % len(self.episodes)]]) for plan in range(CHECKS))
+
+    def _sample(self, sums: Sums, number: int) -> Sample:
+        if number not in self._samples:
+            profile = profile_of(sums, self.setting)
+            self._samples[number] = sample_plan(profile, number, self.setting.seed, self.setting.sink)
+        return self._samples[number]
+
+    @torch.no_grad()
+    def _read(self, layer: int, number: int, reading: Reading, sums: Sums, held: Held) -> None:
+        setting, asked = self.setting, reading.asked
+        cache = held.get(reading.cache(layer))
+        before = held.one(_state(number, layer) if layer else asked.at(0))
+        part, arguments = layers(setting.model)[layer], setting.calls.at(asked.positions)[layer]
+        attend: Handler = causal
+        if attends(part):
+            rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, layer))
+            _, quantiser = self.fit.of_layer(sums, layer)
+            cut = cut_layer(cache["key"], cache["value"], cache["score"], rows, quantiser, setting.window)
+            attend = over_context(Context([], [cut.key], [cut.value]), reading.packed, [cut.kept])
+        with after(setting.model, part, reading.packed, cache):
+            held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
+        if layer:
+            held.drop(_state(number, layer))
+
+    @torch.no_grad()
+    def _compare(self, number: int, reading: Reading, sums: Sums, held: Held) -> Add:
+        model, top = self.setting.model, len(layers(self.setting.model))
+        full, cut = held.one(reading.asked.at(top))[0], held.one(_state(number, top))[0]
+        found = kinds(model, [(kind, full[rows], cut[rows]) for kind, rows in compared(reading.packed)])
+        text = (found["continuation"] + found["quote"]) / 2
+        predicted = self._sample(sums, number).losses[list(self.setting.rows(reading.episode))].mean()
+
+        def add() -> None:
+            sums["checks"][number] = predicted, (text + found["question"]) / 2
+
+        return add
 
 
-def _one_each(setting: Setting) -> list[Episode]:
-    """The first episode of every family."""
-    first: dict[str, Episode] = {}
-    for episode in setting.material.measure:
-        first.setdefault(episode.family, episode)
+def _state(number: int, layer: int) -> str:
+    """The name of a plan's residual stream before a layer."""
+    return f"plan{number}@{layer}"
+
+
+def first_episodes(setting: Setting) -> list[int]:
+    """The number of every family's first episode."""
+    first: dict[str, int] = {}
+    for number, episode in enumerate(setting.material.measure):
+        first.setdefault(episode.family, number)
     return list(first.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,7 @@ from torch import Tensor, nn
 from kvcompile.kernels import prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
 from kvcompile.profile.linear import going_on, left_behind
-from kvcompile.profile.scores import Cosines, watching
-from kvcompile.profile.structure import Tick, Trace, attention_layers, forward
-
-Watched = TypeVar("Watched")
+from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
 
 
 class FollowUp(Protocol):
@@ -66,6 +63,11 @@ class Packed:
     positions: NDArray[np.int64]
     blocks: tuple[Block, ...]
 
+    @property
+    def parts(self) -> list[slice]:
+        """The rows of every follow-up."""
+        return [slice(block.start, block.stop) for block in self.blocks]
+
 
 def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
     """Put follow-ups to a context of `length` tokens into one pass; each starts at position `length`."""
@@ -79,17 +81,6 @@ def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
 
 def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Context:
     """Read a context [n] once."""
-    return _read(model, ids, tick, attending)[0]
-
-
-def read_and_compare(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> tuple[Context, Cosines]:
-    """Read a context [n] once; also the cosines of BaKlaVa and SqueezeAttention over it."""
-    return _read(model, ids, tick, watching)
-
-
-def _read(
-    model: Any, ids: NDArray[np.int64], tick: Tick, within: Callable[[Any, Handler], AbstractContextManager[Watched]]
-) -> tuple[Context, Watched]:
     context = Context([], [], [])
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,12 +92,12 @@ def _read(
         return causal(call)
 
     with ExitStack() as hooks:
-        states = hooks.enter_context(left_behind(model))
+        states = hooks.enter_context(left_behind(model, layers(model)))
         for layer in attention_layers(model):
             hooks.callback(layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True).remove)
-        watched = hooks.enter_context(within(model, attend))
+        hooks.enter_context(attending(model, attend))
         forward(model, ids, tick)
-    return replace(context, states=states), watched
+    return replace(context, states=states)
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
@@ -146,7 +137,7 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
 
 def after(model: Any, context: Context, packed: Packed) -> AbstractContextManager[None]:
     """Within, layers of linear attention take every follow-up as going on from the context."""
-    return going_on(model, context.states, [slice(block.start, block.stop) for block in packed.blocks])
+    return going_on(layers(model), context.states, packed.parts)
 
 
 @torch.no_grad()

@@ -2,29 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import numpy as np
+import torch
 from torch import Tensor
 
+from kvcompile.artifacts import Quantiser
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, after, follow, over_context, pack, read_context
+from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.eviction import SHARES, keep_table
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
-from kvcompile.profile.fit import Fit, Fitted
-from kvcompile.profile.losses import ReadBack, losses
+from kvcompile.profile.fit import Fit
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Add, Item
+from kvcompile.profile.lanes import readings
+from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.linear import tensors_of
+from kvcompile.profile.losses import Losses, ReadBack, losses
 from kvcompile.profile.quantised import matrices, quantised
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
-from kvcompile.profile.structure import Tick, attention_layers, heads
+from kvcompile.profile.structure import attends, attention_layers, head, heads, layers, place_of
 from kvcompile.profile.utility import scores
 
 
 class Curves:
-    """Sums over the episodes to measure on: losses by family, and in `weight` [F] how many episodes each sums over."""
+    """Sums over the episodes to measure on: losses by family, and in `weight` [F] how many episodes each sums over.
 
-    def __init__(self, setting: Setting, fit: Fit) -> None:
-        self.setting, self.fit = setting, fit
-        self.work = [setting.work(tokens_of(e) + BACKWARD_TICKS * asked_tokens(e)) for e in setting.material.measure]
+    On the way up every layer's keys, values and scores are held for the way down, and the states of what is asked.
+    Episodes in `kept` leave there what running plans on them takes: keys, values and scores, and the first and last
+    states.
+    """
+
+    def __init__(self, setting: Setting, fit: Fit, kept: frozenset[int] = frozenset()) -> None:
+        self.setting, self.fit, self.kept = setting, fit, kept
+        self.readings = readings("text", setting.material.measure)
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
@@ -36,39 +51,95 @@ class Curves:
             "value_loss": np.zeros((*each, len(profiled("v")))),
         }
 
-    def add(self, sums: Sums, number: int, tick: Tick) -> None:
-        model, sink, episode = self.setting.model, self.setting.sink, self.setting.material.measure[number]
-        fitted = self.fit.result(sums)
-        context = read_context(model, episode.context, tick)
-        packed = pack(len(context), episode.follow_ups)
-        attend = over_context(context, packed)
-        trace = follow(model, context, packed, attend, tick)
-        gradient = head_gradient(model, trace.final, (self.setting.seed, number))
-        for block in packed.blocks:
+    def at(self, layer: int) -> Iterator[Item]:
+        """The items of one layer on the way up, an episode each."""
+        part = layers(self.setting.model)[layer]
+        for number, reading in enumerate(self.readings):
+            yield Item(partial(self._read, layer, number), part, tokens_of(reading.episode))
+
+    def gradients(self) -> Iterator[Item]:
+        """Items that turn around at the head."""
+        return (Item(partial(self._turn, i), head(self.setting.model)) for i in range(len(self.readings)))
+
+    def back(self, layer: int) -> Iterator[Item]:
+        """The items of one layer on the way down."""
+        part = layers(self.setting.model)[layer]
+        for number, reading in enumerate(self.readings):
+            work = BACKWARD_TICKS * asked_tokens(reading.episode)
+            yield Item(partial(self._measure, layer, number), part, work)
+
+    @torch.no_grad()
+    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> None:
+        model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
+        part, before, asked = layers(model)[layer], reading.context, reading.asked
+        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        left = tensors_of(context.states, part)
+        if attends(part):
+            scorer, _ = self.fit.of_layer(sums, layer)
+            left = {"key": context.keys[0], "value": context.values[0], "score": scores(scorer, 0, context.hidden[0])}
+        held.put(reading.cache(layer), **left)
+        attend = over_context(context, reading.packed)
+        with after(model, part, reading.packed, left):
+            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
+        held.put(asked.at(layer + 1), hidden=later)
+        if layer < len(layers(model)) - 1:
+            held.put(before.at(layer + 1), hidden=states)
+        held.drop(before.at(layer))
+
+    def _turn(self, number: int, _: Sums, held: Held) -> None:
+        model, reading, top = self.setting.model, self.readings[number], len(layers(self.setting.model))
+        gradient = head_gradient(model, held.one(reading.asked.at(top))[0], (self.setting.seed, number))
+        for block in reading.packed.blocks:
             # What the model says inside a question is not judged; how its rows serve the answer's still is.
             gradient[block.start : block.judged] = 0
-        text, questions = self.setting.rows(episode)
+        held.put(reading.gradient(top), gradient=gradient[None])
+        if number not in self.kept:
+            held.drop(reading.asked.at(top))
+
+    def _measure(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+        setting, sink, reading = self.setting, self.setting.sink, self.readings[number]
+        part, asked, packed = layers(setting.model)[layer], reading.asked, reading.packed
+        cache, place = held.get(reading.cache(layer)), place_of(setting.model, layer)
+        context = Context([], [cache["key"]], [cache["value"]]) if attends(part) else Context([], [], [])
         # Budgets are shares of the window: a shorter context is cut in proportion.
-        budgets = self.setting.budgets * (len(context) / self.setting.window)
+        budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
+        found: list[Losses] = []
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if call.window is not None and call.window < len(context):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
-            kept = keep_table(scores(fitted.scorer, call.layer, context.hidden[call.layer]), budgets, sink)
-            found = losses(call, upstream, context, packed, kept, _read_back(context, fitted, call.layer))
-            for name, tables in (("loss", found.evicted), ("key_loss", found.keys), ("value_loss", found.values)):
-                sums[name][text, call.layer] += (tables["continuation"] + tables["quote"]) / 2
-                sums[name][questions, call.layer] += tables["question"]
+            _, quantiser = self.fit.of_layer(sums, layer)
+            kept = keep_table(cache["score"], budgets, sink)
+            found.append(losses(call, upstream, context, packed, kept, _read_back(context, quantiser)))
 
-        with after(model, context, packed):
-            backward(model, trace, gradient, visit, tick, attend)
-        sums["weight"][[text, questions]] += 1
+        with after(setting.model, part, packed, cache):
+            gradient = backward(
+                part, held.one(asked.at(layer)), setting.calls.at(asked.positions)[layer],
+                held.one(reading.gradient(layer + 1)), visit, over_context(context, packed),
+            )  # fmt: skip
+        held.put(reading.gradient(layer), gradient=gradient)
+        held.drop(reading.gradient(layer + 1))
+        if number not in self.kept:
+            held.drop(reading.cache(layer))
+        if number not in self.kept or layer > 0:
+            held.drop(asked.at(layer))
+        text, questions = setting.rows(reading.episode)
+
+        def add() -> None:
+            for one in found:
+                for name, tables in (("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values)):
+                    sums[name][text, place] += (tables["continuation"] + tables["quote"]) / 2
+                    sums[name][questions, place] += tables["question"]
+            if layer == 0:
+                sums["weight"][[text, questions]] += 1
+
+        return add
 
 
-def _read_back(context: Context, fitted: Fitted, layer: int) -> ReadBack:
+def _read_back(context: Context, quantiser: Quantiser) -> ReadBack:
     def each(kind: str, stored: Tensor) -> tuple[Tensor, ...]:
-        transform, mean = matrices(fitted.quantiser, layer, kind, stored.device)
+        transform, mean = matrices(quantiser, 0, kind, stored.device)
         return tuple(quantised(stored, transform, mean, bits) for bits in profiled(kind[0]))
 
-    return ReadBack(each("key", context.keys[layer]), each("value", context.values[layer]))
+    return ReadBack(each("key", context.keys[0]), each("value", context.values[0]))

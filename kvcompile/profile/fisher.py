@@ -4,7 +4,8 @@ With y ~ p(. | context) and g the gradient of log p(y), the Fisher matrix E[g g'
 from the model's own distribution. A change d of an output then costs KL of about 1/2 d' E[g g'] d = 1/2 E[(g . d)^2]: a
 mean of squares over rows, each with one label drawn, estimates it without ever forming the matrix.
 
-Layers are recomputed one by one, last to first, so that the memory is the layers' inputs and one layer's graph.
+Layers are gone through one by one, last to first, each recomputed from its input: there is never more than one layer's
+graph.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from kvcompile.profile.attention import Attention, Handler, attending, causal
-from kvcompile.profile.structure import Tick, Trace, head_blocks, layers, logits
+from kvcompile.profile.attention import Attention, Handler, causal
+from kvcompile.profile.layerwise import through
+from kvcompile.profile.structure import head_blocks, logits
 
 BACKWARD_TICKS = 3
 """Work of the backward pass through a layer, recomputation and curves included, in forward passes."""
@@ -57,15 +59,15 @@ def draw(probability: Tensor, uniform: Tensor) -> Tensor:
 
 
 def backward(
-    model: Any,
-    trace: Trace,
-    gradient: Tensor,
+    layer: nn.Module,
+    below: Tensor,
+    arguments: dict[str, Any],
+    upstream: Tensor,
     visit: Visit,
-    tick: Tick = lambda _: None,
     attend: Handler = causal,
-) -> None:
-    """Carry `gradient` [n, d] from the last layer's output down to the embeddings, and let `visit` see every layer.
-    `attend` is the attention of the forward pass that left `trace`."""
+) -> Tensor:
+    """Carry the gradient `upstream` [1, n, d] at a layer's output back to its input `below` [1, n, d], and let `visit`
+    see the attention in between. `attend` is the attention of the forward pass."""
 
     def watched(call: Attention) -> Tensor:
         output = attend(call)
@@ -74,12 +76,9 @@ def backward(
         output.register_hook(lambda upstream: visit(detached, upstream))  # type: ignore[no-untyped-call]
         return output
 
-    upstream = gradient[None]
-    with attending(model, watched):
-        for layer, inputs, arguments in reversed(list(zip(layers(model), trace.inputs, trace.arguments, strict=True))):
-            # The forward pass kept no graph: this layer's is made anew from its inputs, and freed after use.
-            below = inputs.detach().requires_grad_()
-            with torch.enable_grad():
-                output = layer(below, **arguments)
-            (upstream,) = torch.autograd.grad(output, below, upstream)
-            tick(BACKWARD_TICKS * inputs.shape[1])
+    # The forward pass kept no graph: this layer's is made anew from its input, and freed after use.
+    inputs = below.detach().requires_grad_()
+    with torch.enable_grad():
+        output = through(layer, inputs, arguments, watched)
+    (gradient,) = torch.autograd.grad(output, inputs, upstream)
+    return gradient

@@ -1,22 +1,37 @@
-"""The first stage: episodes with a replay give what the scorer and the quantiser are made from."""
+"""The first stage: episodes with a replay give what the scorer and the quantiser are made from, layer by layer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser, Scorer
-from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import follow, over_context, pack, read_and_compare
-from kvcompile.profile.moments import MOMENTS, Moments, fit_quantiser, keys_of, moment_shapes, moments
+from kvcompile.profile.attention import Attention, causal
+from kvcompile.profile.context import over_context
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Add, Item
+from kvcompile.profile.lanes import readings
+from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.linear import tensors_of
+from kvcompile.profile.moments import MOMENTS, Moments, fit_quantiser, keys_of, moments
 from kvcompile.profile.resume import Sums
+from kvcompile.profile.rotation import of_layer
+from kvcompile.profile.scores import watching
 from kvcompile.profile.setting import Setting, tokens_of
-from kvcompile.profile.structure import Tick, attention_layers, head_dim, heads
+from kvcompile.profile.structure import attends, attention_layers, head_dim, heads, layers, place_of
 from kvcompile.profile.utility import fit_scorer, normal_sums, utilities
 from kvcompile.quantiser import Positions
-from kvcompile.stages import KeyMoments
+from kvcompile.stages import KeyMoments, Moment
+
+KEY_MOMENTS = ("plain", "attended", "query")
+"""The moments of `KeyMoments`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,57 +45,146 @@ class Fitted:
 
 
 class Fit:
-    """Sums over the episodes to fit on: the scorer's normal equations, moments of keys and values, and the cosines of
-    BaKlaVa and SqueezeAttention."""
+    """The scorer and the quantiser, one layer's made as soon as all episodes to fit on have come through it; and sums
+    of the cosines of BaKlaVa and SqueezeAttention.
+
+    A layer's normal equations and moments are held while its episodes add to them, and no longer: over all layers they
+    would take more memory than a large model's layer.
+    """
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.work = [setting.work(tokens_of(episode)) for episode in setting.material.fit]
+        self.readings = readings("fit", setting.material.fit)
         self._fitted: Fitted | None = None
 
     def fresh(self) -> Sums:
         model = self.setting.model
-        num_layers = len(attention_layers(model))
-        num_heads, num_kv_heads = heads(model)
-        inputs = model.config.get_text_config().hidden_size + 1  # the last one is the constant 1 of the bias
-        shapes = moment_shapes(num_kv_heads, head_dim(model))
+        num_layers, (num_heads, num_kv_heads), size = len(attention_layers(model)), heads(model), head_dim(model)
+        each, inputs = (num_layers, num_kv_heads), model.config.get_text_config().hidden_size
+        fitted: Sums = {
+            "scorer.weight": np.zeros((*each, inputs), np.float16),
+            "scorer.bias": np.zeros(each, np.float32),
+        }
+        for kind in ("key", "value"):
+            fitted[f"quantiser.{kind}_transform"] = np.zeros((*each, size, size), np.float16)
+            fitted[f"quantiser.{kind}_mean"] = np.zeros((*each, size), np.float16)
+        for kind in KEY_MOMENTS:
+            fitted[f"{kind}.mean"] = np.zeros((*each, size), np.float32)
+            fitted[f"{kind}.factor"] = np.zeros((*each, size * (size + 1) // 2), np.float16)
         return {
-            # [L, d + 1, d + 1] is most of what is kept between items: float32, to halve it.
-            "squares": np.zeros((num_layers, inputs, inputs), np.float32),
-            "products": np.zeros((num_layers, inputs, num_kv_heads), np.float32),
-            **{name: np.zeros((num_layers, *shape)) for name, shape in shapes.items()},
+            **fitted,
             "value_cosine": np.zeros((num_layers, num_heads)),
             "residual_cosine": np.zeros(num_layers),
         }
 
-    def add(self, sums: Sums, number: int, tick: Tick) -> None:
-        model, episode = self.setting.model, self.setting.material.fit[number]
-        context, cosines = read_and_compare(model, episode.context, tick)
-        sums["value_cosine"] += cosines.value
-        sums["residual_cosine"] += cosines.residual
-        packed = pack(len(context), episode.follow_ups)
+    def at(self, layer: int) -> Iterator[Item]:
+        """The items of one layer: an episode each, then what the layer's sums give."""
+        part = layers(self.setting.model)[layer]
+        step = self._read if attends(part) else self._pass
+        for number, reading in enumerate(self.readings):
+            yield Item(partial(step, layer, number), part, tokens_of(reading.episode))
+        if attends(part):
+            yield Item(partial(self._fit, layer), part)
+
+    @torch.no_grad()
+    def _pass(self, layer: int, number: int, sums: Sums, held: Held) -> None:
+        """Through a layer without keys and values."""
+        model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
+        part, before, asked = layers(model)[layer], reading.context, reading.asked
+        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        with after(model, part, reading.packed, tensors_of(context.states, part)):
+            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], causal)
+        if layer < len(layers(model)) - 1:
+            held.put(before.at(layer + 1), hidden=states)
+            held.put(asked.at(layer + 1), hidden=later)
+        held.drop(before.at(layer), asked.at(layer))
+
+    @torch.no_grad()
+    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+        model, setting, reading = self.setting.model, self.setting, self.readings[number]
+        packed = reading.packed
+        part, last = layers(model)[layer], layer == len(layers(model)) - 1
+        before, later, place = reading.context, reading.asked, place_of(model, layer)
+        with watching(part, heads(model)[0]) as cosines:
+            states, context = read_layer(
+                model, part, held.one(before.at(layer)), setting.calls.at(before.positions)[layer],
+                cosines.attending(causal),
+            )  # fmt: skip
         attend = over_context(context, packed)
+        found: dict[str, NDArray[Any]] = {}
 
         def watch(call: Attention) -> Tensor:
-            layer = call.layer
             utility = utilities(call, context, packed)
-            square, product = normal_sums(context.hidden[layer], utility, episode.replayed, self.setting.sink)
-            sums["squares"][layer] += square
-            sums["products"][layer] += product
-            projection = attention_layers(model)[layer].get_parameter("self_attn.o_proj.weight")
-            for name, value in vars(moments(call, context, packed, projection, self.setting.rotary)).items():
-                sums[name][layer] += value
+            found["squares"], found["products"] = normal_sums(
+                context.hidden[0], utility, reading.episode.replayed, setting.sink
+            )
+            projection = part.get_parameter("self_attn.o_proj.weight")
+            found.update(vars(moments(call, context, packed, projection, of_layer(setting.rotary, place))))
             return attend(call)
 
-        follow(model, context, packed, watch, tick)
+        asked = through(part, held.one(later.at(layer)), setting.calls.at(later.positions)[layer], watch)
+        if number > 0:
+            earlier = held.get(_sums(layer, number - 1))
+            # Into the new numbers' place: the old ones are to be found again if this item is.
+            found = {name: np.add(earlier[name].cpu().numpy(), value, out=value) for name, value in found.items()}
+            held.drop(_sums(layer, number - 1))
+        held.put(_sums(layer, number), **{name: torch.from_numpy(np.asarray(value)) for name, value in found.items()})
+        if not last:
+            held.put(before.at(layer + 1), hidden=states)
+            held.put(later.at(layer + 1), hidden=asked)
+        held.drop(before.at(layer), later.at(layer))
+
+        def add() -> None:
+            sums["value_cosine"][place] += cosines.value
+            sums["residual_cosine"][place] += cosines.residual
+
+        return add
+
+    def _fit(self, layer: int, sums: Sums, held: Held) -> Add:
+        total, place = _sums(layer, len(self.readings) - 1), place_of(self.setting.model, layer)
+        found = {name: tensor.cpu().numpy() for name, tensor in held.get(total).items()}
+        held.drop(total)
+        scorer = fit_scorer(found["squares"][None], found["products"][None])
+        of_one = [Moments(*(found[name] for name in MOMENTS))]
+        keys = keys_of(of_one, of_layer(self.setting.rotary, place))
+        # Losses are measured on contexts of the window, so the keys' transform is first made for its positions.
+        quantiser = fit_quantiser(of_one, keys, (Positions(0, self.setting.window),))
+        tables = {
+            **{f"scorer.{name}": value for name, value in vars(scorer).items()},
+            **{f"quantiser.{name}": value for name, value in vars(quantiser).items()},
+            **{f"{kind}.{name}": value for kind in KEY_MOMENTS for name, value in vars(getattr(keys, kind)).items()},
+        }
+
+        def add() -> None:
+            for name, table in tables.items():
+                sums[name][place] = table[0]
+
+        return add
+
+    def of_layer(self, sums: Sums, layer: int) -> tuple[Scorer, Quantiser]:
+        """The scorer and the quantiser of one layer of attention, as tables of one layer."""
+        place = place_of(self.setting.model, layer)
+        one = slice(place, place + 1)
+        return _scorer(sums, one), _quantiser(sums, one)
 
     def result(self, sums: Sums) -> Fitted:
-        """What the sums give once all episodes are in them. Made once: the stages after this one ask for every item."""
+        """Those of all layers, once all are in the sums."""
         if self._fitted is None:
-            by_layer = [Moments(*(sums[name][layer] for name in MOMENTS)) for layer in range(len(sums["squares"]))]
-            keys = keys_of(by_layer, self.setting.rotary)
-            # Losses are measured on contexts of the window, so the keys' transform is first made for its positions.
-            window = (Positions(0, self.setting.window),) * len(by_layer)
-            scorer = fit_scorer(sums["squares"], sums["products"])
-            self._fitted = Fitted(scorer, fit_quantiser(by_layer, keys, window), keys)
+            every = slice(None)
+            kinds = {k: Moment(sums[f"{k}.mean"], sums[f"{k}.factor"]) for k in KEY_MOMENTS}
+            keys = KeyMoments(**kinds, rotary=self.setting.rotary)
+            self._fitted = Fitted(_scorer(sums, every), _quantiser(sums, every), keys)
         return self._fitted
+
+
+def _sums(layer: int, number: int) -> str:
+    return f"fit@{layer}.{number}"
+
+
+def _scorer(sums: Sums, which: slice) -> Scorer:
+    return Scorer(sums["scorer.weight"][which], sums["scorer.bias"][which])
+
+
+def _quantiser(sums: Sums, which: slice) -> Quantiser:
+    names = [f"{kind}_{part}" for kind in ("key", "value") for part in ("transform", "mean")]
+    return Quantiser(**{name: sums[f"quantiser.{name}"][which] for name in names})

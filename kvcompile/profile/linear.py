@@ -7,7 +7,7 @@ run through all of them. So every follow-up goes through such a layer by itself,
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -15,18 +15,19 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from kvcompile.profile.structure import layers
+SOME = 8
+"""Tokens with which a layer is run so that its state gets its shape, which does not depend on their number."""
 
 
-def _modules(model: Any) -> list[Any]:
-    return [layer.linear_attn for layer in layers(model) if hasattr(layer, "linear_attn")]
+def _modules(layers: Sequence[nn.Module]) -> list[Any]:
+    return [layer.linear_attn for layer in layers if hasattr(layer, "linear_attn")]
 
 
 @contextmanager
-def left_behind(model: Any) -> Iterator[Any]:
-    """Gives the cache (transformers') in which the pass inside the block leaves the state of every such layer, None for
-    a model without any."""
-    modules = _modules(model)
+def left_behind(model: Any, layers: Sequence[nn.Module]) -> Iterator[Any]:
+    """Gives the cache (transformers') in which the pass inside the block leaves the state of every such layer among
+    `layers` of a model, None where there is none."""
+    modules = _modules(layers)
     if not modules:
         yield None
         return
@@ -41,25 +42,54 @@ def left_behind(model: Any) -> Iterator[Any]:
         yield cache
 
 
+def tensors_of(states: Any, layer: nn.Module) -> dict[str, Tensor]:
+    """What `left_behind` gave of one layer, as tensors by name; none for a layer of attention."""
+    return {name: slot[key] for module in _modules([layer]) for name, slot, key in _slots(states, module)}
+
+
+def states_of(model: Any, layer: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
+    """The cache of which `tensors_of` has given the tensors; None for a layer of attention."""
+    if not _modules([layer]):
+        return None
+    (module,) = _modules([layer])
+    width = model.config.get_text_config().hidden_size
+    with torch.no_grad(), left_behind(model, [layer]) as states:
+        module(hidden_states=next(iter(tensors.values())).new_zeros(1, SOME, width, dtype=model.dtype))
+    for name, slot, key in _slots(states, module):
+        slot[key] = tensors[name]
+    return states
+
+
+def _slots(states: Any, module: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where the tensors of a layer's state are: a name, a dictionary, and the key there."""
+    own = vars(states.layers[module.layer_idx])
+    for name, value in own.items():
+        if isinstance(value, Tensor):
+            yield name, own, name
+        elif isinstance(value, dict):
+            yield from ((f"{name}.{key}", value, key) for key in value if isinstance(value[key], Tensor))
+
+
 @contextmanager
-def going_on(model: Any, states: Any, parts: Sequence[slice]) -> Iterator[None]:
-    """Within, such layers take each of the `parts` of a sequence as going on from `states`, what `left_behind` gave."""
+def going_on(layers: Sequence[nn.Module], states: Any, parts: Sequence[slice]) -> Iterator[None]:
+    """Within, such layers among `layers` take each of the `parts` of a sequence as going on from `states`, what
+    `left_behind` gave."""
     if states is None:
         yield
         return
-    with _instead(model, lambda module: _apart(module.forward, states, module.layer_idx, parts)):
+    with _instead(layers, lambda module: _apart(module.forward, states, module.layer_idx, parts)):
         yield
 
 
-def switched_off(model: Any) -> AbstractContextManager[None]:
+def switched_off(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
     """Within, such layers add nothing to the residual stream."""
-    return _instead(model, lambda module: lambda hidden_states, **_: torch.zeros_like(hidden_states))
+    return _instead(layers, lambda module: lambda hidden_states, **_: torch.zeros_like(hidden_states))
 
 
 @contextmanager
-def _instead(model: Any, other: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
+def _instead(layers: Sequence[nn.Module], other: Callable[[Any], Callable[..., Tensor]]) -> Iterator[None]:
     with ExitStack() as undo:
-        for module in _modules(model):
+        for module in _modules(layers):
             undo.callback(_restore, module, vars(module).get("forward"))
             module.forward = other(module)
         yield

@@ -1,13 +1,16 @@
-"""The whole profile of a model, stage by stage.
+"""The whole profile of a model: three times through its layers.
 
-1. Fit: episodes with a replay give utilities, for the scorer, and moments, for the quantiser.
-2. Probes give SurfaceLogicKV's score.
-3. Curves: other episodes, with quotes, give losses under the fitted scorer and quantiser.
-4. Check: whole plans are run for real, and what they cost is compared with what the curves said.
+1. Up, layer by layer. Episodes with a replay give utilities, for the scorer, and moments, for the quantiser (`Fit`);
+   probes give SurfaceLogicKV's score (`Probes`); other episodes, with quotes, leave their keys and values (`Curves`).
+2. Down, last layer first: the gradients of those episodes give losses under the fitted scorer and quantiser.
+3. Up again: whole plans are run for real, and what they cost is compared with what the curves said (`Check`).
+
+All sequences go through one layer before the next is looked at, so that a layer's weights are needed three times.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,27 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError
-from kvcompile.profile.check import Check, agreement
+from kvcompile.models.room import Room
+from kvcompile.profile.attention import attended
+from kvcompile.profile.check import Check, agreement, first_episodes
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import budget_grid
 from kvcompile.profile.fit import Fit, Fitted
-from kvcompile.profile.job import Progress, run
+from kvcompile.profile.held import UNLIMITED, Held
+from kvcompile.profile.job import Item, Progress, run
+from kvcompile.profile.lanes import opening
+from kvcompile.profile.layerwise import Calls
 from kvcompile.profile.moments import require_finite
 from kvcompile.profile.result import profile_of
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import Probes
 from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.setting import Material, Setting
-from kvcompile.profile.structure import frozen
+from kvcompile.profile.structure import device_of, frozen, layers
 from kvcompile.stages import DEFAULT_SINK, Parts, Profile, Rotary
+
+STATES = "states"
+"""The folder, in a profile's own, of what is held between its passes."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +79,18 @@ def measure(
     sink: int = DEFAULT_SINK,
     progress: Progress | None = None,
     store: Path | None = None,
+    rotary: Rotary | None = None,
+    room: Room = UNLIMITED,
 ) -> Profiled:
     """Profile a transformers causal LM.
 
     With `store`, a folder for this profile alone (`profile_key` names it), finished items are kept there: a second call
-    skips them and ends with the same bits. Raises CalibrationError where the contexts are too short, ModelError where
-    the model's numbers are not finite.
+    skips them and ends with the same bits. What is held between the passes takes `room` at most, and is on disk beyond.
+    `rotary` is the model's rotary embedding in contexts of the longest length, where it is known already.
+
+    Raises:
+        CalibrationError: the contexts are too short.
+        ModelError: the model's numbers are not finite, or a disk is full.
     """
     window = max((len(episode.context) for episode in material.measure), default=0)
     least = 2 * (sink + 1)
@@ -82,11 +99,33 @@ def measure(
             f"the longest calibration context has {window} tokens, and a profile with {sink} sinks needs at "
             f"least {least}: give it more text"
         )
-    setting = Setting(model, material, seed, sink, budget_grid(window, sink), read_rotary(model, window))
-    fit = Fit(setting)
-    with frozen(model):
-        sums = run((fit, Probes(setting), Curves(setting, fit), Check(setting, fit)), progress, store)
+    rotary = rotary or read_rotary(model, window)
+    setting = Setting(model, material, seed, sink, budget_grid(window, sink), rotary, Calls(model))
+    fit, probes = Fit(setting), Probes(setting)
+    curves = Curves(setting, fit, kept=frozenset(first_episodes(setting)))
+    check = Check(setting, fit, curves)
+    fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
+    held = Held(None if store is None else store / STATES, room, device_of(model))
+    with frozen(model), attended(model):
+        sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store)
     return _profiled(sums, setting, fit.result(sums))
+
+
+def _items(setting: Setting, fit: Fit, probes: Probes, curves: Curves, check: Check) -> Iterator[Item]:
+    """Everything there is to do, in order."""
+    top = len(layers(setting.model))
+    episodes = [lane for reading in (*fit.readings, *curves.readings) for lane in reading.lanes]
+    yield from opening(setting, [*episodes, *probes.lanes])
+    for layer in range(top):
+        for stage in (fit, probes, curves):
+            yield from stage.at(layer)
+    yield from probes.answers()
+    yield from curves.gradients()
+    for layer in reversed(range(top)):
+        yield from curves.back(layer)
+    for layer in range(top):
+        yield from check.at(layer)
+    yield from check.verdicts()
 
 
 def _profiled(sums: Sums, setting: Setting, fitted: Fitted) -> Profiled:
@@ -103,5 +142,5 @@ def _profiled(sums: Sums, setting: Setting, fitted: Fitted) -> Profiled:
     measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]
     require_finite([*measured, *vars(fitted.scorer).values(), *vars(fitted.quantiser).values()])
     checks = tuple((float(predicted), float(real)) for predicted, real in sums["checks"])
-    probes, answered = len(setting.material.probes), int(sums["answered"])
+    probes, answered = len(setting.material.probes), int(sums["answered"].sum())
     return Profiled(profile, fitted.scorer, fitted.quantiser, probes, answered, checks)

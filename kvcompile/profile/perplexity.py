@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.profile.attention import Attention, Handler, attending, causal, streaming
-from kvcompile.profile.structure import forward, frozen, head_blocks, logits
+from kvcompile.models.resident import in_turn, resident
+from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
+from kvcompile.profile.layerwise import Calls, embedded, through
+from kvcompile.profile.structure import embedding, frozen, head, head_blocks, layers, logits, place_of
 
 
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
@@ -43,17 +46,26 @@ def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
 def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArray[np.int32], sink: int) -> float:
     """exp of the mean negative log-likelihood over all tokens of `windows` (i64 [n] each) but their first, when every
     KV head attends only to what a `recent` budget (i32 [L, H] tokens, sinks included) would have kept."""
-    total, count = 0.0, 0
-    with frozen(model), attending(model, recent_handler(budgets, sink)):
-        for ids in windows:
-            total += _negative_log_likelihood(model, ids)
-            count += len(ids) - 1
-    return math.exp(total / count)
+    handler = recent_handler(budgets, sink)
+    calls, total = Calls(model), 0.0
+    with torch.no_grad(), frozen(model), attended(model):
+        with resident(embedding(model)):
+            states = [embedded(model, ids) for ids in windows]
+        for layer, part in enumerate(in_turn(layers(model))):
+            attend = partial(_at, handler, place_of(model, layer))
+            states = [through(part, one, calls.at(np.arange(one.shape[1]))[layer], attend) for one in states]
+        with resident(head(model)):
+            for ids, one in zip(windows, states, strict=True):
+                total += _negative_log_likelihood(model, ids, one[0, :-1])
+    return math.exp(total / sum(len(ids) - 1 for ids in windows))
 
 
-@torch.no_grad()
-def _negative_log_likelihood(model: Any, ids: NDArray[np.int64]) -> float:
-    hidden = forward(model, ids).final[:-1]
+def _at(handler: Handler, layer: int, call: Attention) -> Tensor:
+    return handler(replace(call, layer=layer))
+
+
+def _negative_log_likelihood(model: Any, ids: NDArray[np.int64], hidden: Tensor) -> float:
+    """Summed over all tokens of `ids` [n] but the first, from the final states [n - 1, d] of those before them."""
     labels = torch.as_tensor(ids[1:], device=hidden.device)
     total = 0.0
     for block in head_blocks(model, len(hidden)):

@@ -7,7 +7,7 @@ import numpy as np
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.eviction import SHARES
 from kvcompile.profile.resume import Sums
-from kvcompile.profile.retrieval import scaled
+from kvcompile.profile.retrieval import infsc, scaled
 from kvcompile.profile.scores import baklava
 from kvcompile.profile.setting import Setting
 from kvcompile.profile.structure import heads
@@ -34,7 +34,6 @@ def profile_of(sums: Sums, setting: Setting) -> Profile:
         correlation=float("nan"),
         baklava=baklava(value, residual, num_kv_heads).astype(np.float32),
         squeeze=residual.astype(np.float32),
-        # Sums serve as well as means: the scores are stretched to [0, 1]. Where the model answers no probe, what its
-        # heads attend to while they read the answer is the best there is.
-        surfacelogic=scaled(sums["infsc_answered" if int(sums["answered"]) else "infsc"]).astype(np.float32),
+        # Sums serve as well as means: the scores are stretched to [0, 1].
+        surfacelogic=scaled(infsc(sums)).astype(np.float32),
     )

@@ -31,26 +31,26 @@ def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, si
     return digest.hexdigest()
 
 
-def load(folder: Path, fresh: Sums) -> Sums:
+def load(folder: Path, fresh: Sums, name: str = FILE) -> Sums:
     """The sums kept in `folder`, or `fresh` where none of the same names, shapes and dtypes can be read."""
     try:
-        with np.load(folder / FILE, allow_pickle=False) as file:
+        with np.load(folder / name, allow_pickle=False) as file:
             kept = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return fresh
     return kept if _layout(kept) == _layout(fresh) else fresh
 
 
-def save(folder: Path, sums: Sums) -> None:
+def save(folder: Path, sums: Sums, name: str = FILE) -> None:
     """Replace the sums in `folder`, so that a crash leaves either the old or the new ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{FILE}.{os.getpid()}"
+    partial = folder / f"{name}.{os.getpid()}"
     try:
         with partial.open("wb") as file:
             np.savez(file, allow_pickle=False, **sums)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(folder / FILE)
+        partial.replace(folder / name)
     finally:
         partial.unlink(missing_ok=True)
 

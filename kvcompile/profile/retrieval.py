@@ -3,73 +3,107 @@ answers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.profile.attention import BLOCK, Attention, attending, causal, visible
+from kvcompile.profile.attention import BLOCK, Attention, causal, visible
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Add, Item
+from kvcompile.profile.lanes import Lane
+from kvcompile.profile.layerwise import through
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Probe, Setting
-from kvcompile.profile.structure import Tick, attention_layers, forward, heads, logits
+from kvcompile.profile.structure import attention_layers, head, heads, layers, logits, place_of
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
 
 
-@dataclass(frozen=True)
-class ProbeScore:
-    """`infsc` float64 [L, H] in [0, 1], mean over the answer's tokens and a group's query heads; `answered`: whether
-    the model, fed the right answer token by token, predicts every one of them."""
-
-    infsc: NDArray[np.float64]
-    answered: bool
-
-
 class Probes:
-    """Sums of the score, `infsc` [L, H] over all probes and `infsc_answered` over those that the model answers
-    rightly, which `answered` counts."""
+    """The score of every probe, `infsc` [N, L, H], and which of them the model answers rightly, `answered` [N]: those
+    whose every token it predicts when it is fed the right answer token by token."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting = setting
-        self.work = [setting.work(len(p.prompt_ids) + len(p.answer_ids) - 1) for p in setting.material.probes]
+        self.setting, self.probes = setting, setting.material.probes
+        self.lanes = [_lane(number, probe) for number, probe in enumerate(self.probes)]
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        table = (len(attention_layers(self.setting.model)), num_kv_heads)
-        return {"answered": np.zeros((), np.int64), "infsc": np.zeros(table), "infsc_answered": np.zeros(table)}
+        table = (len(self.probes), len(attention_layers(self.setting.model)), num_kv_heads)
+        return {"answered": np.zeros(len(self.probes), np.bool_), "infsc": np.zeros(table)}
 
-    def add(self, sums: Sums, number: int, tick: Tick) -> None:
-        result = score(self.setting.model, self.setting.material.probes[number], tick)
-        sums["infsc"] += result.infsc
-        if result.answered:
-            sums["infsc_answered"] += result.infsc
-            sums["answered"] += 1
+    def at(self, layer: int) -> Iterator[Item]:
+        """The items of one layer, a probe each."""
+        part = layers(self.setting.model)[layer]
+        return (Item(partial(self._read, layer, i), part, len(lane.ids)) for i, lane in enumerate(self.lanes))
+
+    def answers(self) -> Iterator[Item]:
+        """Items that see whether the probes are answered, once they are through all layers."""
+        return (Item(partial(self._answer, i), head(self.setting.model)) for i in range(len(self.lanes)))
+
+    @torch.no_grad()
+    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+        model, lane, probe = self.setting.model, self.lanes[number], self.probes[number]
+        before = held.one(lane.at(layer))
+        found: list[NDArray[np.float64]] = []
+
+        def attend(call: Attention) -> Tensor:
+            found.append(layer_score(call, probe))
+            return causal(call)
+
+        after = through(layers(model)[layer], before, self.setting.calls.at(lane.positions)[layer], attend)
+        held.put(lane.at(layer + 1), hidden=after)
+        held.drop(lane.at(layer))
+
+        def add() -> None:
+            if found:
+                sums["infsc"][number, place_of(model, layer)] = found[0]
+
+        return add
+
+    @torch.no_grad()
+    def _answer(self, number: int, sums: Sums, held: Held) -> Add:
+        lane, probe = self.lanes[number], self.probes[number]
+        final = held.one(lane.at(len(layers(self.setting.model))))[0]
+        predicted = logits(self.setting.model, final[len(probe.prompt_ids) - 1 :]).argmax(-1)
+        right = np.array_equal(predicted.cpu().numpy(), probe.answer_ids)
+        held.drop(lane.at(len(layers(self.setting.model))))
+
+        def add() -> None:
+            sums["answered"][number] = right
+
+        return add
 
 
-def score(model: Any, probe: Probe, tick: Tick = lambda _: None) -> ProbeScore:
-    """One forward pass over prompt and answer; the rows looked at are those that predict a token of the answer."""
-    prompt, answer = probe.prompt_ids, probe.answer_ids
-    _, num_kv_heads = heads(model)
-    infsc = np.zeros((len(attention_layers(model)), num_kv_heads))
-    rows = torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1, device=model.device)
-    needle = torch.zeros(len(prompt) + len(answer) - 1, dtype=torch.bool, device=model.device)
+def _lane(number: int, probe: Probe) -> Lane:
+    """Prompt and answer but for its last token: the rows looked at are those that predict a token of the answer."""
+    ids = np.concatenate([probe.prompt_ids, probe.answer_ids[:-1]])
+    return Lane(f"probe{number}", ids, np.arange(len(ids)))
+
+
+def layer_score(call: Attention, probe: Probe) -> NDArray[np.float64]:
+    """The score of a layer's KV heads, float64 [H] in [0, 1]: mean over the answer's tokens and a group's heads."""
+    prompt, length = len(probe.prompt_ids), call.key.shape[1]
+    needle = torch.zeros(length, dtype=torch.bool, device=call.key.device)
     for first, stop in probe.needles:
         needle[first:stop] = True
+    rows = torch.arange(prompt - 1, length, device=call.key.device)
+    steps = torch.cat([retrieval(attention_rows(call, block), needle) for block in torch.split(rows, BLOCK)], dim=1)
+    table: NDArray[np.float64] = steps.double().mean(1).view(len(call.key), -1).mean(1).cpu().numpy()
+    return table
 
-    def attend(call: Attention) -> Tensor:
-        steps = torch.cat([retrieval(attention_rows(call, block), needle) for block in torch.split(rows, BLOCK)], dim=1)
-        infsc[call.layer] = steps.double().mean(1).view(num_kv_heads, -1).mean(1).cpu().numpy()
-        return causal(call)
 
-    with attending(model, attend):
-        trace = forward(model, np.concatenate([prompt, answer[:-1]]), tick)
-    with torch.no_grad():
-        predicted = logits(model, trace.final[rows]).argmax(-1)
-    return ProbeScore(infsc, np.array_equal(predicted.cpu().numpy(), answer))
+def infsc(sums: Sums) -> NDArray[np.float64]:
+    """Sums of the scores, float64 [L, H], over the probes that the model answers; where it answers none, over all, as
+    what its heads attend to while they read the answer is then the best there is."""
+    chosen = sums["answered"] if sums["answered"].any() else np.ones_like(sums["answered"])
+    total: NDArray[np.float64] = sums["infsc"][chosen].sum(0)
+    return total
 
 
 def attention_rows(call: Attention, rows: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.artifacts.errors import ModelError
-from kvcompile.profile.attention import Attention, attending
+from kvcompile.models.resident import in_turn, resident
+from kvcompile.profile.attention import Attention, attended
+from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
 from kvcompile.profile.linear import switched_off
-from kvcompile.profile.structure import attention_layers, forward, frozen
+from kvcompile.profile.structure import attends, embedding, frozen, layers
 from kvcompile.stages import Rotary
 
 Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -26,19 +27,31 @@ TOLERANCE = 0.05
 
 
 def read_rotary(model: Any, context: int) -> Rotary:
-    """The rotary embedding that a model applies in sequences of `context` tokens.
+    """The rotary embedding that a model applies in sequences of `context` tokens; see `read_rotaries`."""
+    return read_rotaries(model, (context,))[0]
+
+
+def read_rotaries(model: Any, contexts: Sequence[int]) -> list[Rotary]:
+    """The rotary embedding that a model applies in sequences of so many tokens, for every one of `contexts`.
 
     The same token is read at a few positions with attention switched off, so that keys differ by their rotation alone;
-    the angles are those of the tables that the layers are given, and the layout is the one that explains the keys.
+    the angles are those of the tables that the layers are given, and the layout is the one that explains the keys. All
+    lengths go through a layer before the next one is looked at.
 
     Raises:
         ModelError: keys that depend on positions in no way known.
     """
-    here = _read(model, context)
     longest = int(model.config.get_text_config().max_position_embeddings)
-    others = [_read(model, length) for length in {2, longest, 2 * max(context, longest)} - {context}]
-    same = all(np.allclose(here.frequency, other.frequency, rtol=1e-5, atol=1e-9) for other in others)
-    return Rotary(here.frequency, here.partner, 0 if same else context)
+    others = {context: {2, longest, 2 * max(context, longest)} - {context} for context in contexts}
+    found = _read(model, sorted({*contexts, *(length for several in others.values() for length in several)}))
+    rotaries = []
+    for context in contexts:
+        here = found[context]
+        same = all(
+            np.allclose(here.frequency, found[other].frequency, rtol=1e-5, atol=1e-9) for other in others[context]
+        )
+        rotaries.append(Rotary(here.frequency, here.partner, 0 if same else context))
+    return rotaries
 
 
 def unrotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Tensor:
@@ -55,35 +68,79 @@ def rotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Te
     return angle.cos() * x - angle.sin() * x[..., partner]
 
 
-def _read(model: Any, context: int) -> Rotary:
+def of_layer(rotary: Rotary, layer: int) -> Rotary:
+    """The rotary embedding of one layer, as a table of one layer."""
+    return replace(rotary, frequency=rotary.frequency[layer : layer + 1])
+
+
+@dataclass
+class _Sequence:
+    """A token at some `positions` [n], and what is found of it: its residual stream [1, n, d] as far as it has come,
+    the layers' arguments, the angles a token [w] of each layer's tables, and each layer's layout."""
+
+    positions: Tensor
+    hidden: Tensor
+    arguments: Arguments
+    tables: list[Tensor | None]
+    layouts: list[Layout]
+
+
+@torch.no_grad()
+def _read(model: Any, lengths: Sequence[int]) -> dict[int, Rotary]:
+    with frozen(model), attended(model):
+        with resident(embedding(model)):
+            sequences = [_sequence(model, length) for length in lengths]
+        for number, layer in enumerate(in_turn(layers(model))):
+            for one in sequences:
+                _go_through(number, layer, one)
+    return {length: _rotary(one.layouts) for length, one in zip(lengths, sequences, strict=True)}
+
+
+def _sequence(model: Any, length: int) -> _Sequence:
     # Near positions tell fast components apart, far ones the slow ones.
-    positions = np.unique([0, 1, *(int(context * part) for part in (0.1, 0.3, 0.7)), context - 1])
+    positions = np.unique([0, 1, *(int(length * part) for part in (0.1, 0.3, 0.7)), length - 1])
+    hidden = embedded(model, np.full(len(positions), _some_token(model)))
+    arguments, tables = [], list[Tensor | None]()
+    for one in Calls(model, exact=True).at(positions):
+        pair = one.get("position_embeddings")
+        if pair is not None:
+            cos, sin = (part[0] for part in pair)
+            tables.append(torch.atan2(sin[1], cos[1]))  # the second position is 1
+            one = one | {"position_embeddings": tuple(part.to(hidden.dtype) for part in pair)}
+        else:
+            tables.append(None)
+        arguments.append(one)
+    return _Sequence(torch.from_numpy(positions).to(hidden.device), hidden, arguments, tables, [])
+
+
+def _go_through(number: int, layer: nn.Module, one: _Sequence) -> None:
     keys: list[Tensor] = []
 
     def attend(call: Attention) -> Tensor:
         keys.append(call.key.float())
         return torch.zeros_like(call.query, dtype=call.value.dtype)
 
-    ids = np.full(len(positions), _some_token(model))
-    with frozen(model), _tables(model) as tables, attending(model, attend), switched_off(model):
-        forward(model, ids, positions=positions)
-    where = torch.from_numpy(positions).to(keys[0].device)
-    head_dim = keys[0].shape[-1]
-    found: list[Layout] = []
-    for layer, (key, table) in enumerate(zip(keys, tables, strict=True)):
-        layouts = list(_layouts(table, head_dim))
-        still = key[:, :1].expand_as(key)  # as at position 0
-        apart = [float((rotated(still, where, Rotary(f[None], p), 0) - key).norm()) for f, p in layouts]
-        best = int(np.argmin(apart))
-        if apart[best] > TOLERANCE * float(key.norm()):
-            raise ModelError(
-                f"layer {layer} rotates its keys in an unknown way: profiling supports rotary embedding that pairs "
-                "neighbouring or opposite components"
-            )
-        found.append(layouts[best])
+    with switched_off([layer]):
+        one.hidden = through(layer, one.hidden, one.arguments[number], attend)
+    if not attends(layer):
+        return
+    (key,) = keys
+    layouts = list(_layouts(one.tables[number], key.shape[-1]))
+    still = key[:, :1].expand_as(key)  # as at position 0
+    apart = [float((rotated(still, one.positions, Rotary(f[None], p), 0) - key).norm()) for f, p in layouts]
+    best = int(np.argmin(apart))
+    if apart[best] > TOLERANCE * float(key.norm()):
+        raise ModelError(
+            f"layer {number} rotates its keys in an unknown way: profiling supports rotary embedding that pairs "
+            "neighbouring or opposite components"
+        )
+    one.layouts.append(layouts[best])
+
+
+def _rotary(found: Sequence[Layout]) -> Rotary:
     # Layers without a rotation have no partners to compare.
     partners = [partner for frequency, partner in found if frequency.any()]
-    partner = partners[0] if partners else np.arange(head_dim, dtype=np.int32)
+    partner = partners[0] if partners else found[0][1]
     if any((other != partner).any() for other in partners):
         raise ModelError("the layers pair different components in their rotary embedding: expected the same in all")
     return Rotary(np.stack([frequency for frequency, _ in found]), partner)
@@ -108,36 +165,6 @@ def _layouts(table: Tensor | None, head_dim: int) -> Iterator[Layout]:
                 partner[first], partner[second] = second, first
                 yield frequency, partner
     yield np.zeros(head_dim, np.float32), np.arange(head_dim, dtype=np.int32)
-
-
-@contextmanager
-def _tables(model: Any) -> Iterator[list[Tensor | None]]:
-    """Fill in, by layer, the angle a token [w] of the tables that it is given in the block, in float32 whatever the
-    model's dtype. The model's own rotary module is left alone: some change with the length they see."""
-    decoder = model.get_decoder()
-    seen: list[Tensor | None] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        pair = kwargs.get("position_embeddings")
-        if pair is None:
-            seen.append(None)
-            return args, kwargs
-        cos, sin = (one[0] for one in pair)
-        seen.append(torch.atan2(sin[1], cos[1]))  # the second position is 1
-        return args, kwargs | {"position_embeddings": tuple(one.to(args[0].dtype) for one in pair)}
-
-    def in_float(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return (args[0].float(), *args[1:]), kwargs
-
-    own = getattr(decoder, "rotary_emb", None)
-    with ExitStack() as undo:
-        if own is not None:
-            undo.callback(setattr, decoder, "rotary_emb", own)
-            decoder.rotary_emb = copy.deepcopy(own)
-            decoder.rotary_emb.register_forward_pre_hook(in_float, with_kwargs=True)
-        for layer in attention_layers(model):
-            undo.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
-        yield seen
 
 
 def _some_token(model: Any) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,48 +12,52 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvcompile.profile.attention import Attention, Handler, attending, causal
-from kvcompile.profile.structure import attention_layers, heads
+from kvcompile.profile.attention import Attention, Handler
 
 
-@dataclass(frozen=True)
+@dataclass
 class Cosines:
-    """Means over one window's tokens. `value` float64 [L, Hq]: cos(a head's value row, its attention output).
-    `residual` float64 [L]: cos(residual stream before the attention block, and after it, before the MLP)."""
+    """Means over one window's tokens in one layer. `value` float64 [Hq]: cos(a head's value row, its attention output).
+    `residual`: cos(residual stream before the attention block, and after it, before the MLP)."""
 
     value: NDArray[np.float64]
-    residual: NDArray[np.float64]
+    residual: float = float("nan")
+
+    def attending(self, handler: Handler) -> Handler:
+        """The handler, watched: it fills `value` in."""
+
+        def attend(call: Attention) -> Tensor:
+            output = handler(call)
+            values = call.value.repeat_interleave(len(output) // len(call.value), dim=0)
+            self.value[:] = _mean_cosine(values, output).cpu().numpy()
+            return output
+
+        return attend
 
 
 @contextmanager
-def watching(model: Any, handler: Handler = causal) -> Iterator[Cosines]:
-    """Fill the cosines in from whatever forward pass runs inside the block, with `handler` as its attention."""
-    decoder = attention_layers(model)
-    num_heads, _ = heads(model)
-    seen = Cosines(np.zeros((len(decoder), num_heads)), np.zeros(len(decoder)))
+def watching(layer: nn.Module, num_heads: int) -> Iterator[Cosines]:
+    """Fill `residual` in from whatever forward pass goes through `layer` inside the block."""
+    seen = Cosines(np.zeros(num_heads))
     before: Tensor | None = None
-
-    def attend(call: Attention) -> Tensor:
-        output = handler(call)
-        values = call.value.repeat_interleave(len(output) // len(call.value), dim=0)
-        seen.value[call.layer] = _mean_cosine(values, output).cpu().numpy()
-        return output
 
     def enter(_: nn.Module, args: tuple[Tensor]) -> None:
         nonlocal before
         before = args[0]
 
-    with ExitStack() as stack:
-        for index, layer in enumerate(decoder):
+    def leave(_: nn.Module, args: tuple[Tensor]) -> None:
+        assert before is not None
+        seen.residual = _mean_cosine(before, args[0]).item()
 
-            def leave(_: nn.Module, args: tuple[Tensor], index: int = index) -> None:
-                assert before is not None
-                seen.residual[index] = _mean_cosine(before, args[0]).item()
-
-            stack.callback(layer.register_forward_pre_hook(enter).remove)
-            stack.callback(_after_attention(layer).register_forward_pre_hook(leave).remove)
-        stack.enter_context(attending(model, attend))
+    hooks = [
+        layer.register_forward_pre_hook(enter),
+        _after_attention(layer).register_forward_pre_hook(leave),
+    ]
+    try:
         yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _after_attention(layer: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.profile.context import FollowUp
-from kvcompile.profile.structure import layers
+from kvcompile.profile.layerwise import Calls
 from kvcompile.stages import Rotary
 
 RETRIEVAL = "retrieval"
@@ -54,7 +54,7 @@ class Material:
 class Setting:
     """A model and what it is profiled on. `budgets` i32 [C]: the tokens whose losses are measured, ascending to the
     longest context; `rotary`: the rotary embedding in contexts of that length; `sink`: first tokens that are always
-    kept."""
+    kept; `calls`: what the model's layers are called with."""
 
     model: Any
     material: Material
@@ -62,6 +62,7 @@ class Setting:
     sink: int
     budgets: NDArray[np.int32]
     rotary: Rotary
+    calls: Calls
 
     @property
     def window(self) -> int:
@@ -76,10 +77,6 @@ class Setting:
     def rows(self, episode: Episode) -> tuple[int, int]:
         """Where in `families` an episode's text counts, and its questions."""
         return self.families.index(episode.family), len(self.families) - 1
-
-    def work(self, tokens: int) -> int:
-        """Work of reading so many tokens, in tokens x layers."""
-        return tokens * len(layers(self.model))
 
 
 def tokens_of(episode: Episode) -> int:

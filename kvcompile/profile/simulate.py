@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import POLICIES, Quantiser, Scorer
 from kvcompile.kernels.codecs import CODECS
-from kvcompile.profile.context import Context, Packed, follow, over_context, pack, read_context
+from kvcompile.models.resident import in_turn, resident
+from kvcompile.profile.attention import attended
+from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.eviction import survivors
+from kvcompile.profile.layerwise import Calls, after, embedded, read_layer, through
+from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift, matrices, quantised
+from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, frozen, logits
+from kvcompile.profile.structure import Tick, attends, embedding, frozen, head, layers, logits, place_of
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.stages import Parts, Plan, Problem
@@ -26,25 +32,41 @@ ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""
 
 
+Rows = list[tuple[str, Tensor]]
+"""By follow-up: its kind, and the packed rows at which distributions are compared."""
+
+
+def compared(packed: Packed) -> Rows:
+    """Evenly spread judged rows of every follow-up."""
+    return [
+        (b.kind, torch.from_numpy(np.linspace(b.judged, b.stop - 1, min(ROWS, b.stop - b.judged)).round().astype(int)))
+        for b in packed.blocks
+    ]
+
+
+def kinds(model: Any, states: Sequence[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
+    """Mean KL by kind of follow-up, in nats a token, from (kind, final states [T, d] with the full cache, and with
+    another one). Log-probabilities are made anew each time, as they would take more memory than everything else."""
+    found: dict[str, list[float]] = {}
+    for kind, full, other in states:
+        before, after = _log_probabilities(model, full), _log_probabilities(model, other)
+        # KL(full || other) = sum_y p (log p - log q), mean over rows
+        found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
+    return {kind: float(np.mean(values)) for kind, values in found.items()}
+
+
 @dataclass(frozen=True)
 class Reference:
-    """A context, its follow-ups, and the model's final states with its full cache at the rows compared: a list over
-    follow-ups of (kind, rows, [T, hidden_size]). Log-probabilities are made anew for every plan, as they would take
-    more memory than everything else."""
+    """A context, its follow-ups, and the model's final states [m, d] with its full cache."""
 
     context: Context
     packed: Packed
-    final: list[tuple[str, Tensor, Tensor]]
+    final: Tensor
 
 
 def reference(model: Any, context: Context, packed: Packed, tick: Tick = lambda _: None) -> Reference:
     """Run the follow-ups over the full cache."""
-    places = [
-        (b.kind, torch.from_numpy(np.linspace(b.judged, b.stop - 1, min(ROWS, b.stop - b.judged)).round().astype(int)))
-        for b in packed.blocks
-    ]
-    final = follow(model, context, packed, over_context(context, packed), tick).final
-    return Reference(context, packed, [(kind, rows, final[rows]) for kind, rows in places])
+    return Reference(context, packed, follow(model, context, packed, over_context(context, packed), tick).final)
 
 
 def divergence(
@@ -61,12 +83,7 @@ def divergence(
     whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
     cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
     final = follow(model, known.context, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
-    found: dict[str, list[float]] = {}
-    for kind, rows, states in known.final:
-        before, after = _log_probabilities(model, states), _log_probabilities(model, final[rows])
-        # KL(full || cut) = sum_y p (log p - log q), mean over rows
-        found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
-    return {kind: float(np.mean(values)) for kind, values in found.items()}
+    return kinds(model, [(kind, known.final[rows], final[rows]) for kind, rows in compared(known.packed)])
 
 
 @dataclass(frozen=True)
@@ -86,35 +103,67 @@ def apply_plan(
     shift: Shift | None = None,
 ) -> Cut:
     """What a plan leaves of a context; token policies are `full`, `recent` and `scored`."""
-    length, scale = len(context), len(context) / tokens
-    keys, values, kept = list(context.keys), list(context.values), list[Tensor | None]()
-    for layer in range(len(keys)):
-        keys[layer] = _read_back(keys[layer], plan.k_bits[layer], quantiser, layer, "key", shift)
-        values[layer] = _read_back(values[layer], plan.v_bits[layer], quantiser, layer, "value")
-        alive: list[Tensor] = []
-        by_score = scores(scorer, layer, context.hidden[layer]) if scorer is not None else None
-        for head in range(keys[layer].shape[0]):
-            policy = POLICIES[plan.policy[layer, head]]
-            sink = int(plan.sink[layer, head])
-            budget = min(max(round(int(plan.capacity[layer, head]) * scale), sink + 1), length)
-            recent = budget - sink
-            if policy == "scored":
-                recent = min(max(round(int(plan.recent[layer, head]) * scale), 1), budget - sink)
-            # Without a scorer no head is `scored`, and all scores are equal.
-            row = torch.zeros(1, length) if by_score is None else by_score[head : head + 1]
-            alive.append(survivors(row.to(keys[layer].device), budget, recent, sink)[0])
-        kept.append(torch.stack(alive))
-    return Cut(replace(context, keys=keys, values=values), kept)
+    cuts = []
+    for layer, (key, value) in enumerate(zip(context.keys, context.values, strict=True)):
+        score = None if scorer is None else scores(scorer, layer, context.hidden[layer])
+        of_one = None if quantiser is None else Quantiser(**_only(quantiser, layer))
+        moved = None if shift is None else Shift(of_layer(shift.rotary, layer), shift.offset)
+        cuts.append(cut_layer(key, value, score, rows_of(plan, layer), of_one, tokens, moved))
+    keys, values = [one.key for one in cuts], [one.value for one in cuts]
+    return Cut(replace(context, keys=keys, values=values), [one.kept for one in cuts])
 
 
-def _read_back(
-    stored: Tensor, bits: Any, quantiser: Quantiser | None, layer: int, kind: str, shift: Shift | None = None
-) -> Tensor:
+@dataclass(frozen=True)
+class LayerCut:
+    """A layer's keys and values [H, n, D] as they are read back, and the tokens that are kept, bool [H, n]."""
+
+    key: Tensor
+    value: Tensor
+    kept: Tensor
+
+
+def rows_of(plan: Plan, layer: int) -> dict[str, NDArray[Any]]:
+    """What a plan says of one layer's heads, [H] each."""
+    tables = ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")
+    return {name: getattr(plan, name)[layer] for name in tables}
+
+
+def cut_layer(
+    key: Tensor,
+    value: Tensor,
+    score: Tensor | None,
+    rows: Mapping[str, NDArray[Any]],
+    quantiser: Quantiser | None,
+    tokens: int,
+    shift: Shift | None = None,
+) -> LayerCut:
+    """What a plan for contexts of `tokens` tokens leaves of one layer: `score` [H, n] are the scorer's, `rows` the
+    plan's for this layer, quantiser and shift tables of one layer."""
+    length, scale = key.shape[1], key.shape[1] / tokens
+    alive: list[Tensor] = []
+    for number in range(key.shape[0]):
+        policy = POLICIES[rows["policy"][number]]
+        sink = int(rows["sink"][number])
+        budget = min(max(round(int(rows["capacity"][number]) * scale), sink + 1), length)
+        recent = budget - sink
+        if policy == "scored":
+            recent = min(max(round(int(rows["recent"][number]) * scale), 1), budget - sink)
+        # Without a scorer no head is `scored`, and all scores are equal.
+        row = torch.zeros(1, length) if score is None else score[number : number + 1]
+        alive.append(survivors(row.to(key.device), budget, recent, sink)[0])
+    return LayerCut(
+        _read_back(key, rows["k_bits"], quantiser, "key", shift),
+        _read_back(value, rows["v_bits"], quantiser, "value"),
+        torch.stack(alive),
+    )
+
+
+def _read_back(stored: Tensor, bits: Any, quantiser: Quantiser | None, kind: str, shift: Shift | None = None) -> Tensor:
     chosen = np.isin(bits, list(CODECS))
     if quantiser is None or not chosen.any():
         return stored
-    transform, mean = matrices(quantiser, layer, kind, stored.device)
-    read = quantised if shift is None else partial(shift.quantised, layer=layer)
+    transform, mean = matrices(quantiser, 0, kind, stored.device)
+    read = quantised if shift is None else partial(shift.quantised, layer=0)
     heads = [
         read(stored[h], transform=transform[h], mean=mean[h], bits=int(bits[h])).to(stored.dtype)
         if chosen[h]
@@ -132,17 +181,64 @@ def _log_probabilities(model: Any, hidden: Tensor) -> Tensor:
 def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: Parts, problem: Problem) -> float:
     """Mean measured KL of a plan for the problem's context over episodes, text and questions alike, in nats a token;
     `parts` are a profile with moments of keys, the scorer and the quantiser. Episodes are shorter than the context may
-    be: they are taken to stand at places spread evenly over it."""
-    found, tokens, keys = [], problem.context, parts.profile.keys
+    be: they are taken to stand at places spread evenly over it. All go through a layer before the next is looked at."""
+    tokens, keys = problem.context, parts.profile.keys
     assert keys is not None
     assert parts.quantiser is not None
     quantiser = for_context(parts.quantiser, keys, problem.limit.tolist(), tokens)
-    with frozen(model):
-        for number, episode in enumerate(episodes):
-            context = read_context(model, episode.context)
-            known = reference(model, context, pack(len(context), episode.follow_ups))
-            room = max(tokens - len(context), 0)
-            shift = Shift(keys.rotary, round(room * (number + 0.5) / len(episodes)))
-            kinds = divergence(model, known, plan, parts.scorer, quantiser, tokens, shift=shift)
-            found.append(((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2)
+    calls, runs = Calls(model), []
+    with torch.no_grad(), frozen(model), attended(model):
+        with resident(embedding(model)):
+            for number, episode in enumerate(episodes):
+                packed = pack(len(episode.context), episode.follow_ups)
+                asked = embedded(model, packed.ids)
+                room = max(tokens - len(episode.context), 0)
+                offset = round(room * (number + 0.5) / len(episodes))
+                runs.append(_Run(packed, offset, embedded(model, episode.context), asked, asked))
+        for layer, part in enumerate(in_turn(layers(model))):
+            place = place_of(model, layer)
+            for run in runs:
+                places = calls.at(np.arange(run.context.shape[1]))[layer]
+                run.context, left = read_layer(model, part, run.context, places)
+                later = calls.at(run.packed.positions)[layer]
+                whole = over_context(left, run.packed)
+                attend = whole
+                if attends(part):
+                    score = None
+                    if parts.scorer is not None:
+                        score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])
+                    shift = Shift(of_layer(keys.rotary, place), run.offset)
+                    of_one, rows = Quantiser(**_only(quantiser, place)), rows_of(plan, place)
+                    cut = cut_layer(left.keys[0], left.values[0], score, rows, of_one, tokens, shift)
+                    attend = over_context(Context([], [cut.key], [cut.value]), run.packed, [cut.kept])
+                with after(model, part, run.packed, tensors_of(left.states, part)):
+                    run.full = through(part, run.full, later, whole)
+                    run.cut = through(part, run.cut, later, attend)
+        with resident(head(model)):
+            found = [_mean(kinds(model, run.compared())) for run in runs]
     return float(np.mean(found))
+
+
+@dataclass
+class _Run:
+    """An episode on its way through the layers: residual streams [1, n, d] of its context and [1, m, d] of what is
+    asked, with the full cache and with the cut one."""
+
+    packed: Packed
+    offset: int
+    context: Tensor
+    full: Tensor
+    cut: Tensor
+
+    def compared(self) -> list[tuple[str, Tensor, Tensor]]:
+        return [(kind, self.full[0, rows], self.cut[0, rows]) for kind, rows in compared(self.packed)]
+
+
+def _only(tables: Scorer | Quantiser, layer: int) -> dict[str, NDArray[Any]]:
+    """A scorer's or a quantiser's tables of one layer, [1, ...] each."""
+    return {name: table[layer, None] for name, table in vars(tables).items()}
+
+
+def _mean(kinds: dict[str, float]) -> float:
+    """Text and questions alike."""
+    return ((kinds["continuation"] + kinds["quote"]) / 2 + kinds["question"]) / 2

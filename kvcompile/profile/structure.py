@@ -36,7 +36,35 @@ def layers(model: Any) -> list[nn.Module]:
 
 def attention_layers(model: Any) -> list[nn.Module]:
     """Those that have keys and values: a profile numbers these."""
-    return [layer for layer in layers(model) if hasattr(layer, "self_attn")]
+    return [layer for layer in layers(model) if attends(layer)]
+
+
+def attends(layer: nn.Module) -> bool:
+    """Whether a layer has keys and values; one of linear attention has a state instead."""
+    return hasattr(layer, "self_attn")
+
+
+def place_of(model: Any, layer: int) -> int:
+    """The number that a profile gives to a layer: how many layers of attention are before it."""
+    return sum(map(attends, layers(model)[:layer]))
+
+
+def embedding(model: Any) -> nn.Module:
+    """What turns tokens into the first residual stream."""
+    part: nn.Module = model.get_input_embeddings()
+    return part
+
+
+def head(model: Any) -> nn.Module:
+    """What turns the last residual stream into logits."""
+    part: nn.Module = model.get_output_embeddings()
+    return part
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model computes: where its last norm is, as other weights may not be there yet."""
+    device: torch.device = next(model.get_decoder().norm.parameters()).device
+    return device
 
 
 def heads(model: Any) -> tuple[int, int]:
@@ -88,8 +116,8 @@ def forward(
         for layer in layers(model):
             hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
         hooks.callback(decoder.norm.register_forward_pre_hook(keep_final).remove)
-        places = None if positions is None else torch.as_tensor(positions, device=model.device)[None]
-        decoder(input_ids=torch.as_tensor(ids, device=model.device)[None], position_ids=places, use_cache=False)
+        places = None if positions is None else torch.as_tensor(positions, device=device_of(model))[None]
+        decoder(input_ids=torch.as_tensor(ids, device=device_of(model))[None], position_ids=places, use_cache=False)
     return Trace(inputs, arguments, final[0])
 
 

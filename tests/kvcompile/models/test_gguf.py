@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -112,10 +113,18 @@ def test_real_tensors_and_tokens_come_out(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer("hello", add_special_tokens=False).input_ids) == "hello"
 
 
-def test_the_copy_is_bit_for_bit_the_converted_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", [1, 8000, 1 << 30])
+def test_the_copy_is_bit_for_bit_what_transformers_reads(
+    tmp_path: Path, shard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvcompile.models.gguf_weights.SHARD", shard)
+    monkeypatch.setattr("kvcompile.models.gguf_weights.ROWS", 100 * WIDTH)
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    model, tokenizer = subject._read(file, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file=file.name)
     loaded = load(str(file), dtype=torch.float32, device="cpu")
     converted, weights = model.state_dict(), loaded.model.state_dict()
     assert converted.keys() == weights.keys()

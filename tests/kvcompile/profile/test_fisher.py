@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvcompile.profile.attention import Attention, attending, causal
+from kvcompile.profile.attention import Attention, attended, attending, causal
 from kvcompile.profile.fisher import backward, draw, head_gradient
-from kvcompile.profile.structure import forward, frozen, logits
+from kvcompile.profile.structure import forward, frozen, logits, place_of
 
 Tiny = Callable[..., Any]
 
@@ -45,8 +46,11 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
     seen: dict[int, Tensor] = {}
     with frozen(model):
         trace = trace_of(model, ids)
-        slope = head_gradient(model, trace.final, (7,))
-        backward(model, trace, slope, lambda call, gradient: seen.update({call.layer: gradient}))
+        slope = head_gradient(model, trace.final, (7,))[None]
+        for number, part in reversed(list(enumerate(model.model.layers))):
+            visit = partial(lambda place, _, upstream: seen.update({place: upstream}), place_of(model, number))
+            with attended(model):
+                slope = backward(part, trace.inputs[number], trace.arguments[number], slope, visit)
     predicted = seen[layer][head, place].norm()
     direction = seen[layer][head, place] / predicted
     uniform = torch.from_numpy(np.random.default_rng((7,)).random(24, dtype=np.float32))

@@ -1,65 +1,124 @@
-"""The job apart from what it sums: stages in order, progress, and what an interruption leaves."""
+"""The job apart from what it measures: items in order, progress, weights, and what an interruption leaves."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from kvcompile.profile.job import Stage, run
+from kvcompile.artifacts.errors import ModelError
+from kvcompile.models.resident import register
+from kvcompile.models.room import Room
+from kvcompile.profile import job
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Item, run
 from kvcompile.profile.resume import Sums
-from kvcompile.profile.structure import Tick
+
+FRESH = {"total": np.zeros(()), "last": np.zeros(())}
+Run = Callable[[Sums, Held], Any]
 
 
-class Counting:
-    """A stage whose items add their number to a sum of its own, and note what the sums held when they came."""
+def adding(number: int) -> Item:
+    """Adds its number to a total, and hands it to the next item, which must find it."""
 
-    def __init__(self, name: str, work: list[int], needs: str | None = None, fails_at: int | None = None) -> None:
-        self.name, self.work, self.needs, self.fails_at = name, work, needs, fails_at
-        self.seen: list[float] = []
+    def item(sums: Sums, held: Held) -> Any:
+        if number > 1:
+            assert held.one(f"state{number - 1}").item() == number - 1
+            held.drop(f"state{number - 1}")
+        held.put(f"state{number}", number=torch.tensor(number))
 
-    def fresh(self) -> Sums:
-        return {self.name: np.zeros(())}
+        def add() -> None:
+            sums["total"] += number
 
-    def add(self, sums: Sums, number: int, tick: Tick) -> None:
-        tick(self.work[number])
-        sums[self.name] += number + 1
-        if number == self.fails_at:
-            raise RuntimeError("stopped")
-        if self.needs is not None:
-            self.seen.append(float(sums[self.needs]))
+        return add
+
+    return Item(item, work=number)
 
 
-def stages(fails_at: int | None = None) -> tuple[Stage, Counting]:
-    return Counting("first", [2, 3]), Counting("second", [5, 7, 1], needs="first", fails_at=fails_at)
+def failing(_: Sums, held: Held) -> None:
+    held.drop("state3")
+    raise RuntimeError("stopped")
 
 
-def test_a_stage_sees_the_whole_sums_of_those_before_it() -> None:
-    first, second = stages()
-    sums = run((first, second))
-    assert {name: float(value) for name, value in sums.items()} == {"items": 5, "first": 3, "second": 6}
-    assert second.seen == [3, 3, 3]
+def numbers(count: int) -> list[Item]:
+    return [adding(number) for number in range(1, count + 1)]
+
+
+def fresh() -> Sums:
+    return {name: table.copy() for name, table in FRESH.items()}
+
+
+def test_items_add_up_and_hand_on_what_they_hold() -> None:
+    sums = run(numbers(5), fresh(), Held())
+    assert (float(sums["total"]), int(sums["items"])) == (15, 5)
 
 
 def test_progress_is_the_work_of_all_items() -> None:
     told: list[tuple[int, int]] = []
-    run(stages(), progress=lambda done, total: told.append((done, total)))
-    assert told == [(2, 18), (5, 18), (10, 18), (17, 18), (18, 18)]
+    run(numbers(4), fresh(), Held(), progress=lambda done, total: told.append((done, total)))
+    assert told == [(1, 10), (3, 10), (6, 10), (10, 10)]
 
 
-def test_an_interrupted_item_is_repeated_and_finished_ones_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [0.0, 1e9])
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_an_interrupted_item_is_repeated_and_finished_ones_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: float, memory: int
+) -> None:
+    monkeypatch.setattr(job, "SAVE_EVERY", every)
+    states = tmp_path / "states"
     with pytest.raises(RuntimeError, match="stopped"):
-        run(stages(fails_at=1), store=tmp_path)
+        run([*numbers(3), Item(failing), *numbers(0)], fresh(), Held(states, Room(0, memory)), store=tmp_path)
     told: list[tuple[int, int]] = []
-    first, second = stages()
-    sums = run((first, second), progress=lambda done, total: told.append((done, total)), store=tmp_path)
-    assert float(sums["second"]) == 6, "what the failed item had added was kept"
-    assert second.seen == [3, 3]
-    assert told == [(17, 18), (18, 18)]
+    items = [*numbers(3), adding(4)]
+    sums = run(items, fresh(), Held(states, Room(0, memory)), progress=lambda *at: told.append(at), store=tmp_path)
+    assert (float(sums["total"]), told) == (10, [(10, 10)])
+    assert not states.exists(), "what was held is no longer needed"
+    assert float(run(items, fresh(), Held(states), store=tmp_path)["total"]) == 10
 
 
-def test_sums_of_other_stages_are_not_taken_up(tmp_path: Path) -> None:
-    run(stages(), store=tmp_path)
-    other = Counting("other", [1])
-    assert float(run((other,), store=tmp_path)["other"]) == 1
+def test_sums_of_other_jobs_are_not_taken_up(tmp_path: Path) -> None:
+    run(numbers(3), fresh(), Held(), store=tmp_path)
+    assert int(run(numbers(1), {**fresh(), "other": np.zeros(1)}, Held(), store=tmp_path)["items"]) == 1
+
+
+class Counting:
+    def __init__(self, log: list[str], name: str) -> None:
+        self.log, self.name = log, name
+
+    def bring(self) -> None:
+        self.log.append(f"+{self.name}")
+
+    def release(self) -> None:
+        self.log.append(f"-{self.name}")
+
+    def ahead(self) -> None:
+        self.log.append(f"?{self.name}")
+
+
+def test_weights_stay_for_items_side_by_side_and_the_next_are_read_ahead() -> None:
+    log: list[str] = []
+    parts = [nn.Identity() for _ in "abc"]
+    for part, name in zip(parts, "abc", strict=True):
+        register(part, Counting(log, name))
+
+    def item(number: int) -> Item:
+        def use(*_: Any) -> None:
+            parts[number](torch.zeros(1))
+            log.append("use")
+
+        return Item(use, parts[number])
+
+    run([item(0), item(0), Item(lambda *_: None), item(1), item(2)], fresh(), Held())
+    assert log == ["+a", "?b", "use", "use", "-a", "?b", "+b", "?c", "use", "-b", "+c", "use", "-c"]
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ModelError, match=r"cannot be written to .*No space left.*: make room"):
+        run(numbers(2), fresh(), Held(tmp_path / "states"), store=tmp_path)

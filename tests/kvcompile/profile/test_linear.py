@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kvcompile.profile.attention import Attention, attending
+from kvcompile.profile.attention import Attention, attended, attending
 from kvcompile.profile.context import after, follow, over_context, pack, read_context
 from kvcompile.profile.fisher import backward
-from kvcompile.profile.structure import forward, frozen
+from kvcompile.profile.layerwise import after as after_layer
+from kvcompile.profile.linear import tensors_of
+from kvcompile.profile.structure import forward, frozen, layers, place_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,18 @@ def test_gradients_are_those_of_the_whole_pass(tiny: Callable[..., Any], family_
         attend = over_context(context, packed)
         trace = follow(model, context, packed, attend)
         gradient = torch.randn(trace.final.shape, generator=torch.Generator().manual_seed(1))
-        with after(model, context, packed):
-            backward(model, trace, gradient, lambda call, upstream: found.append(upstream), attend=attend)
+        slope, decoder_layers = gradient[None], list(enumerate(layers(model)))
+        for number, part in reversed(decoder_layers):
+            inputs, arguments = trace.inputs[number], trace.arguments[number]
+            one = replace(context, keys=context.keys[place_of(model, number) :][:1],
+                          values=context.values[place_of(model, number) :][:1])  # fmt: skip
+            # As a profile has it from its disk: tensors, of which a state is made anew.
+            left = {name: tensor.clone() for name, tensor in tensors_of(context.states, part).items()}
+            with attended(model), after_layer(model, part, packed, left):
+                slope = backward(
+                    part, inputs, arguments, slope, lambda call, upstream: found.append(upstream),
+                    over_context(one, packed),
+                )  # fmt: skip
 
         def watched(call: Attention) -> torch.Tensor:
             output = attend(call).detach().requires_grad_() if not wanted else attend(call)

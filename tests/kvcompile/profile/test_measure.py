@@ -1,70 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
+from profiles import TABLES, Question, assert_same, material
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompile.artifacts.errors import CalibrationError, ModelError
-from kvcompile.profile import Material, Profiled, measure
+from kvcompile.models.room import Room
+from kvcompile.profile import Material, measure
 from kvcompile.profile.attention import BLOCK
+from kvcompile.profile.held import UNLIMITED
 
 Tiny = Callable[..., Any]
-TABLES = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
-
-
-@dataclass(frozen=True)
-class Question:
-    prompt_ids: NDArray[np.int64]
-    answer_ids: NDArray[np.int64]
-    needles: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class Asked:
-    kind: str
-    first: int
-    ids: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Story:
-    family: str
-    context: NDArray[np.int64]
-    follow_ups: tuple[Asked, ...]
-    replayed: tuple[int, int] = (0, 0)
-
-
-def story(draw: np.random.Generator, family: str, replay: bool, length: int = 48) -> Story:
-    context = draw.integers(3, 61, length)
-    asked = [Asked("continuation", 0, draw.integers(3, 61, 8)), Asked("question", 3, draw.integers(3, 61, 6))]
-    if replay:
-        return Story(family, context, (*asked, Asked("replay", 2, draw.integers(3, 61, 34))), (4, 36))
-    return Story(family, context, (*asked, Asked("quote", 4, draw.integers(3, 61, 9))))
-
-
-def material(probes: list[Question] | None = None, length: int = 48) -> Material:
-    draw = np.random.default_rng(0)
-    asked = [Question(draw.integers(3, 61, 40), draw.integers(3, 61, 3), ((4, 8),)) for _ in range(2)]
-    fit = [story(draw, name, True, length) for name in ("code", "essay")]
-    return Material(
-        fit, [story(draw, name, False, length) for name in ("code", "essay")], asked if probes is None else probes
-    )
-
-
-def assert_same(left: Profiled, right: Profiled) -> None:
-    for name in ("tokens", "shares", "key_bits", "value_bits", *TABLES):
-        np.testing.assert_array_equal(getattr(left.profile, name), getattr(right.profile, name))
-    for one, two in ((left.scorer, right.scorer), (left.quantiser, right.quantiser)):
-        assert all(np.array_equal(vars(one)[name], vars(two)[name]) for name in vars(one))
-    assert (left.checks, left.probes, left.answered) == (right.checks, right.probes, right.answered)
-    assert (left.profile.factor, left.profile.families) == (right.profile.factor, right.profile.families)
 
 
 def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
@@ -118,6 +70,20 @@ def test_probes_answered_rightly_decide(tiny: Tiny) -> None:
     np.testing.assert_array_equal(mixed.profile.surfacelogic, alone.profile.surfacelogic)
 
 
+def test_answered_means_every_token(tiny: Tiny) -> None:
+    model = tiny()
+    prompt = np.random.default_rng(0).integers(3, 61, 30)
+    with torch.no_grad():
+        told = model.generate(
+            torch.as_tensor(prompt)[None], attention_mask=torch.ones(1, 30), max_new_tokens=4, do_sample=False
+        )
+    answer = told[0, 30:].numpy()
+    wrong = answer.copy()
+    wrong[-1] = 3 if answer[-1] != 3 else 4
+    asked = [Question(prompt, one, ((3, 6),)) for one in (answer, wrong)]
+    assert [measure(model, material([one]), seed=0).answered for one in asked] == [1, 0]
+
+
 def test_progress_rises_to_the_whole(tiny: Tiny) -> None:
     seen: list[tuple[int, int]] = []
     measure(tiny(), material(), seed=0, progress=lambda done, total: seen.append((done, total)))
@@ -142,16 +108,22 @@ def stopping_after(calls: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("calls", [0, 4, 8, 14, 20, 40, 60])
-def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int) -> None:
+@pytest.mark.parametrize("calls", [0, 1, 4, 11, 24, 25, 31, 37, 44, 70])
+@pytest.mark.parametrize("room", [Room(0, 0), Room(0, 40_000), UNLIMITED])
+def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int, room: Room) -> None:
+    """Stopped in any of the passes, with all, some or nothing of what is held in memory."""
     whole = measure(tiny(), material(), seed=0)
     with pytest.raises(StopError):
-        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls))
+        measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(calls), room=room)
     starts: list[int] = []
-    resumed = measure(tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done))
+    resumed = measure(
+        tiny(), material(), seed=0, store=tmp_path, progress=lambda done, _: starts.append(done), room=room
+    )
     assert_same(resumed, whole)
-    # A first episode is 3 layers for the context and 3 for what follows: from the seventh call on something is kept.
-    assert (starts[0] > 48) == (calls >= 6)
+    everything: list[int] = []
+    measure(tiny(), material(), seed=0, progress=lambda done, _: everything.append(done))
+    assert starts == everything[calls + 1 :], "finished items were measured again"
+    assert [path.name for path in tmp_path.iterdir()] == ["sums.npz"]
 
 
 def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> None:

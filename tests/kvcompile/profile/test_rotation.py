@@ -16,7 +16,7 @@ from kvcompile.profile.context import read_context
 from kvcompile.profile.linear import switched_off
 from kvcompile.profile.quantised import Shift, quantised
 from kvcompile.profile.rotation import read_rotary, rotated, unrotated
-from kvcompile.profile.structure import forward, frozen
+from kvcompile.profile.structure import forward, frozen, layers
 
 SCALED: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default", "rope_theta": 1e6},
@@ -37,7 +37,7 @@ def unrotated_agree(model: Any, length: int = 40) -> None:
     """A repeated token has the same key everywhere in the first layer once its rotation is undone, and has not before;
     attention later mixes the positions."""
     rotary = read_rotary(model, length)
-    with frozen(model), switched_off(model):
+    with frozen(model), switched_off(layers(model)):
         context = read_context(model, np.full(length, 7))
     still = unrotated(context.keys[0], torch.arange(length), rotary, 0)
     assert (still - still[:, :1]).abs().max() < 1e-3 * still.abs().max()

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvcompile.profile.attention import attending, causal
 from kvcompile.profile.scores import baklava, watching
-from kvcompile.profile.structure import forward
+from kvcompile.profile.structure import attention_layers, forward
 
 
 def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any], family: str) -> None:
     model, ids = tiny(family), np.random.default_rng(0).integers(3, 61, 50)
-    with watching(model) as seen:
+    seen = []
+    with ExitStack() as stack:
+        for layer in attention_layers(model):
+            seen.append(stack.enter_context(watching(layer, 4)))
+        stack.enter_context(attending(model, lambda call: seen[call.layer].attending(causal)(call)))
         forward(model, ids)
 
     model.set_attn_implementation("eager")
@@ -38,14 +44,14 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         if gates and gates[index].shape[-1] == 8 * head_dim:
             mixed = mixed / gates[index].view(50, 4, 2 * head_dim)[..., head_dim:].sigmoid()
         expected = F.cosine_similarity(value, mixed, dim=-1).mean(0)
-        np.testing.assert_allclose(seen.value[index], expected.numpy(), atol=1e-5)
+        np.testing.assert_allclose(seen[index].value, expected.numpy(), atol=1e-5)
         with torch.no_grad():
             before = result.hidden_states[number][0]
             added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
             if family in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
-        np.testing.assert_allclose(seen.residual[index], residual, atol=1e-5)
+        np.testing.assert_allclose(seen[index].residual, residual, atol=1e-5)
 
 
 def test_baklava_is_head_times_layer() -> None:

@@ -1,0 +1,238 @@
+"""A model that does not fit: laid out without numbers, whose parts read their weights from the checkpoint when they are
+used and give them up after that.
+
+It is a transformers model like any other, and every forward pass works. What goes through it layer by layer
+(`kvcompile.profile`) keeps a part where it is for as long as it is needed (`kvcompile.models.resident`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from kvcompile.artifacts.errors import ModelError
+from kvcompile.models.checkpoint import Checkpoint
+from kvcompile.models.implementation import attention_of
+from kvcompile.models.resident import register
+
+Sampler = Callable[[str, list[int]], NDArray[np.float32]]
+"""Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
+
+_samplers: WeakKeyDictionary[nn.Module, Sampler] = WeakKeyDictionary()
+
+
+def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """The causal LM of a folder, of which no more than norms and the like is in memory.
+
+    `dtype` defaults to the checkpoint's own. Raises ModelError for a checkpoint that cannot be read or lacks a tensor.
+    """
+    checkpoint = Checkpoint(folder, name)
+    own = config.dtype or next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype or own,
+            attn_implementation=attention_of(config.get_text_config()),
+            trust_remote_code=False,
+        )
+    model.eval().requires_grad_(False)
+    loader = _Loader(model, checkpoint, device)
+    _make_buffers(model, device)
+    parts = [model.get_input_embeddings(), *model.get_decoder().layers, model.get_output_embeddings()]
+    for part in parts:
+        register(part, _Part(loader, _slots(part.modules())))
+    streamed = {module for part in parts for module in part.modules()}
+    _Part(loader, _slots(module for module in model.modules() if module not in streamed)).bring()
+    _samplers[model] = loader.sample
+    return model
+
+
+def sampler(model: Any) -> Sampler | None:
+    """How to see a few numbers of a streamed model's weights; None for a model that is held whole."""
+    return _samplers.get(model)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A place for a parameter."""
+
+    module: nn.Module
+    name: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        parameter = self.module._parameters[self.name]
+        assert parameter is not None
+        return parameter
+
+    def set(self, parameter: nn.Parameter) -> None:
+        self.module._parameters[self.name] = parameter
+
+
+def _slots(modules: Iterable[nn.Module]) -> list[_Slot]:
+    """Every place of some modules that has a parameter."""
+    return [_Slot(m, name) for m in modules for name, parameter in m._parameters.items() if parameter is not None]
+
+
+class _Loader:
+    """Puts tensors of a checkpoint into a model, under transformers' names and joined as transformers joins them."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
+        self.mapping = get_model_conversion_mapping(model)
+        # Parameters without numbers, by what they are: tied ones have several names.
+        self.empty = dict(model.named_parameters(remove_duplicate=False))
+        self.slots = {key: _Slot(*_place(model, key)) for key in self.empty}
+        self.names: dict[int, list[str]] = {}
+        for key, parameter in self.empty.items():
+            self.names.setdefault(id(parameter), []).append(key)
+        self.sources, self.joined = self._assign()
+        self._check()
+
+    def _assign(self) -> tuple[dict[str, list[str]], set[str]]:
+        """Of every parameter's name the tensors of the checkpoint that it is made of; and the names of those that are
+        made of several, or of parts."""
+        renamings = [one for one in self.mapping if isinstance(one, WeightRenaming)]
+        converters = [one for one in self.mapping if isinstance(one, WeightConverter)]
+        prefix, empty = self.model.base_model_prefix, self.model.state_dict()
+        sources: dict[str, list[str]] = {}
+        joined: set[str] = set()
+        for key in self.checkpoint.tensors:
+            target, pattern = rename_source_key(key, renamings, converters, prefix, empty)
+            if target not in empty and key in empty:
+                target, pattern = rename_source_key(key, [], [], prefix, empty)
+            sources.setdefault(target, []).append(key)
+            if pattern is not None:
+                joined.add(target)
+        return sources, joined
+
+    def _check(self) -> None:
+        """Refuse a checkpoint that lacks tensors; what is split or joined shows when it is loaded."""
+        if self.joined:
+            return
+        missing = sorted(names[0] for names in self.names.values() if not any(name in self.sources for name in names))
+        if missing:
+            raise ModelError(lacking(self.checkpoint.name, missing))
+        for target, keys in self.sources.items():
+            if target in self.empty and self.checkpoint.tensors[keys[0]].shape != tuple(self.empty[target].shape):
+                stored, wanted = self.checkpoint.tensors[keys[0]].shape, tuple(self.empty[target].shape)
+                raise ModelError(
+                    f"{self.checkpoint.name} has {keys[0]} of shape {list(stored)}, expected {list(wanted)} by its "
+                    "configuration"
+                )
+
+    def keys(self, empty: Iterable[nn.Parameter]) -> list[str]:
+        """The tensors of the checkpoint that parameters are made of."""
+        names = (name for parameter in empty for name in self.names[id(parameter)])
+        return [key for name in names for key in self.sources.get(name, ())]
+
+    def load(self, empty: Iterable[nn.Parameter]) -> dict[int, nn.Parameter]:
+        """Parameters with numbers in place of empty ones, by the identity of these."""
+        wanted = list(empty)
+        weights = {key: _Lazy(self.checkpoint, key) for key in self.keys(wanted)}
+        options = LoadStateDictConfig(device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=self.mapping)
+        with _no_progress_bar():
+            convert_and_load_state_dict_in_model(self.model, weights, options)
+        found: dict[int, nn.Parameter] = {}
+        for parameter in wanted:
+            for name in self.names[id(parameter)]:
+                loaded = self.slots[name].parameter
+                if not loaded.is_meta:
+                    loaded.requires_grad_(False)
+                    found[id(parameter)] = loaded
+                    self.slots[name].set(parameter)
+        if missing := [self.names[id(p)][0] for p in wanted if id(p) not in found]:
+            raise ModelError(lacking(self.checkpoint.name, sorted(missing)))
+        return found
+
+    def sample(self, key: str, places: list[int]) -> NDArray[np.float32]:
+        """Some elements of a tensor of the state dict."""
+        empty = self.empty[key]
+        name = next((name for name in self.names[id(empty)] if name in self.sources and name not in self.joined), None)
+        if name is None:
+            whole = self.load([empty])[id(empty)]
+            return whole.reshape(-1)[places].float().cpu().numpy()
+        (source,) = self.sources[name]
+        return self.checkpoint.elements(source, places).to(empty.dtype).float().numpy()
+
+
+class _Part:
+    """The weights of one part of a model."""
+
+    def __init__(self, loader: _Loader, slots: list[_Slot]) -> None:
+        self.loader, self.slots = loader, slots
+        self.empty = [slot.parameter for slot in slots]
+
+    def bring(self) -> None:
+        loaded = self.loader.load(self.empty)
+        for slot, empty in zip(self.slots, self.empty, strict=True):
+            slot.set(loaded[id(empty)])
+
+    def release(self) -> None:
+        for slot, empty in zip(self.slots, self.empty, strict=True):
+            slot.set(empty)
+
+    def ahead(self) -> None:
+        self.loader.checkpoint.ahead(self.loader.keys(self.empty))
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor of a checkpoint that is read when transformers asks for it."""
+
+    checkpoint: Checkpoint
+    key: str
+
+    def __getitem__(self, _: Any) -> Tensor:
+        return self.checkpoint.read(self.key)
+
+
+def lacking(name: str, missing: list[str]) -> str:
+    """The sentence for a checkpoint without some tensors."""
+    return f"{name} is incomplete: its checkpoint lacks {len(missing)} tensors, the first of them {missing[0]}"
+
+
+def _place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
+    path, _, name = key.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Compute what is computed and not stored: frequencies of rotary embedding, scales of embeddings."""
+    for module in model.modules():
+        empty = {name: buffer for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta}
+        if empty:
+            for name, buffer in empty.items():
+                module._buffers[name] = torch.zeros_like(buffer, device=device)
+            model._init_weights(module)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

@@ -1,0 +1,81 @@
+"""Sequences on their way through the layers, and where their states are held."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvcompile.profile.context import Packed, pack
+from kvcompile.profile.held import Held
+from kvcompile.profile.job import Item
+from kvcompile.profile.layerwise import embedded
+from kvcompile.profile.resume import Sums
+from kvcompile.profile.setting import Episode, Setting
+from kvcompile.profile.structure import embedding
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One sequence: its tokens and their positions, i64 [n]."""
+
+    name: str
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+
+    def at(self, layer: int) -> str:
+        """The name of its residual stream [1, n, d] before a layer; the last one is before the head."""
+        return f"{self.name}@{layer}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An episode as two lanes: the context, and all that is asked after it."""
+
+    name: str
+    episode: Episode
+
+    @cached_property
+    def context(self) -> Lane:
+        ids = self.episode.context
+        return Lane(f"{self.name}.context", ids, np.arange(len(ids)))
+
+    @cached_property
+    def packed(self) -> Packed:
+        return pack(len(self.episode.context), self.episode.follow_ups)
+
+    @cached_property
+    def asked(self) -> Lane:
+        return Lane(f"{self.name}.asked", self.packed.ids, self.packed.positions)
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane]:
+        return self.context, self.asked
+
+    def cache(self, layer: int) -> str:
+        """The name of what the context leaves in a layer: its keys, values and scores."""
+        return f"{self.name}.cache@{layer}"
+
+    def gradient(self, layer: int) -> str:
+        """The name of the gradient [1, m, d] at the residual stream before a layer, over all that is asked."""
+        return f"{self.name}.gradient@{layer}"
+
+
+def readings(name: str, episodes: Sequence[Episode]) -> list[Reading]:
+    """The episodes' lanes, named after their numbers."""
+    return [Reading(f"{name}{number}", episode) for number, episode in enumerate(episodes)]
+
+
+def opening(setting: Setting, lanes: Sequence[Lane]) -> Iterator[Item]:
+    """Items that put every lane before the first layer."""
+
+    def item(lane: Lane) -> Item:
+        def run(_: Sums, held: Held) -> None:
+            held.put(lane.at(0), hidden=embedded(setting.model, lane.ids))
+
+        return Item(run, embedding(setting.model))
+
+    return (item(lane) for lane in lanes)

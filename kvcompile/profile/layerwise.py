@@ -1,0 +1,158 @@
+"""One decoder layer at a time: what it is called with, and how a sequence goes through it.
+
+A profile looks at one layer after the other and sends every sequence through it before it turns to the next, so that a
+layer's weights are needed once a pass, however many sequences there are (`kvcompile.models.resident`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kvcompile.profile.attention import Attention, Handler, causal, handling
+from kvcompile.profile.context import Context, Packed
+from kvcompile.profile.linear import going_on, left_behind, states_of
+from kvcompile.profile.structure import attends, device_of
+
+Arguments = list[dict[str, Any]]
+"""What every layer is called with beside the hidden states, for sequences at the same positions."""
+
+
+class Calls:
+    """The arguments of a model's layers, made by its own decoder, which runs without layers; with `exact`, rotary
+    tables are in float32 whatever the model's dtype."""
+
+    def __init__(self, model: Any, exact: bool = False) -> None:
+        self.model, self.exact = model, exact
+        self._known: dict[bytes, Arguments] = {}
+
+    def at(self, positions: NDArray[np.int64]) -> Arguments:
+        """The arguments for a sequence at `positions` [n]."""
+        key = positions.astype("<i8").tobytes()
+        if key not in self._known:
+            width = self.model.config.get_text_config().hidden_size
+            nothing = torch.zeros(1, len(positions), width, dtype=self.model.dtype, device=device_of(self.model))
+            self._known[key] = _decoded(self.model, positions, self.exact, inputs_embeds=nothing)[1]
+        return self._known[key]
+
+
+def embedded(model: Any, ids: NDArray[np.int64]) -> Tensor:
+    """The residual stream [1, n, d] of tokens [n] before the first layer."""
+    tokens = torch.as_tensor(ids, device=device_of(model))[None]
+    return _decoded(model, np.arange(len(ids)), False, input_ids=tokens)[0]
+
+
+def through(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend: Handler) -> Tensor:
+    """The residual stream after a layer, from the one before it, [1, n, d] both. The handler takes the layer for number
+    0, as it knows of no other: what it looks up by layer has one entry."""
+    with handling(lambda call: attend(replace(call, layer=0))):
+        output: Tensor = layer(hidden, **arguments)
+    return output
+
+
+@torch.no_grad()
+def read_layer(
+    model: Any, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend: Handler = causal
+) -> tuple[Tensor, Context]:
+    """A context's residual stream after a layer of the model, [1, n, d] like `hidden` before it, and what it leaves in
+    that layer: a `Context` of one layer."""
+    if not attends(layer):
+        with left_behind(model, [layer]) as states:
+            return through(layer, hidden, arguments, attend), Context([], [], [], states)
+    context = Context([], [], [])
+
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        context.hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
+
+    def attending(call: Attention) -> Tensor:
+        # Laid out as they are stored, whether they will be or not: products of other layouts differ in the last bits.
+        context.keys.append(call.key.contiguous())
+        context.values.append(call.value.contiguous())
+        return attend(call)
+
+    hook = layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        return through(layer, hidden, arguments, attending), context
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def after(model: Any, layer: nn.Module, packed: Packed, left: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within, follow-ups go through a layer of linear attention as going on from the context, which has `left` these
+    tensors there (`tensors_of`). A layer of attention is as it is."""
+    with going_on([layer], states_of(model, layer, left), packed.parts):
+        yield
+
+
+@torch.no_grad()
+def _decoded(model: Any, positions: NDArray[np.int64], exact: bool, **inputs: Tensor) -> tuple[Tensor, Arguments]:
+    """The residual stream before the first layer, and the layers' arguments."""
+    decoder = model.get_decoder()
+    places = torch.as_tensor(positions, device=device_of(model))[None]
+    with _passing(decoder) as (seen, hidden), _own_rotary(decoder, exact):
+        decoder(**inputs, position_ids=places, use_cache=False)
+    return hidden[0], seen
+
+
+class _Passing(nn.Module):
+    """Stands for a layer: hands on what it is given, and notes it."""
+
+    def __init__(self, layer: nn.Module, note: Callable[[Tensor, dict[str, Any]], None]) -> None:
+        super().__init__()
+        # Not as a submodule: what the decoder asks of its layers is answered by the layer itself.
+        vars(self).update(layer=layer, note=note)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["layer"], name)
+
+    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+        self.note(hidden, arguments)
+        return hidden
+
+
+@contextmanager
+def _passing(decoder: Any) -> Iterator[tuple[Arguments, list[Tensor]]]:
+    """Have stand-ins for all layers; what they were given, and the hidden states [1, n, d]."""
+    seen: Arguments = []
+    hidden: list[Tensor] = []
+
+    def note(states: Tensor, arguments: dict[str, Any]) -> None:
+        hidden.append(states)
+        seen.append(arguments)
+
+    own = decoder.layers
+    try:
+        decoder.layers = nn.ModuleList([_Passing(layer, note) for layer in own])
+        yield seen, hidden
+    finally:
+        decoder.layers = own
+
+
+@contextmanager
+def _own_rotary(decoder: nn.Module, exact: bool) -> Iterator[None]:
+    """Leave the model's rotary embedding as it is: some change with the lengths that they have seen."""
+
+    def in_float(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return (args[0].float(), *args[1:]), kwargs
+
+    own = getattr(decoder, "rotary_emb", None)
+    if own is None:
+        yield
+        return
+    try:
+        copied: nn.Module = copy.deepcopy(own)
+        if exact:
+            copied.register_forward_pre_hook(in_float, with_kwargs=True)
+        decoder.rotary_emb = copied
+        yield
+    finally:
+        decoder.rotary_emb = own
