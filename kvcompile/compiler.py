@@ -80,12 +80,13 @@ def build_many(
     name: str | None = None,
     report: Report | None = None,
 ) -> list[Artifact]:
-    """One artifact for every memory target in `wanted` (and the file to write it to), from one profile."""
+    """One artifact for every memory target in `wanted` (and the file to write it to), from one profile. Of several
+    processes that profile together, the first one alone solves and writes; the others have nothing to return."""
     check_sequences(options, wanted)
     # Here and not above: `resolve` needs neither torch nor transformers.
     from kvcompile.calibration import calibrate
     from kvcompile.models import fast_arithmetic, sampler
-    from kvcompile.profile import measuring, profile
+    from kvcompile.profile import measuring, profile, ranks
 
     identity = identify(model, name or str(model.config.name_or_path or model.config.model_type), sampler(model))
     longest = int(model.config.get_text_config().max_position_embeddings)
@@ -96,6 +97,8 @@ def build_many(
     with fast_arithmetic(model):
         text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
         profiled = profile(model, text, identity, context=context, report=report, memory=profile_memory)
+        if ranks().rank > 0:
+            return []
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)
         return [
             finish(identity, profiled.parts, target, options, calibration, out, tools, refine, report)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,8 @@ def command(
     else:
         tokens = profile_tokens or PROFILE_TOKENS
         built = _from_model(str(model), wanted, options, calib, refine, seed, tokens, memory)
+    if not built:
+        return  # one of several processes, of which the first writes and reports
     seconds = time.perf_counter() - start
     if as_json:
         reports = [
@@ -171,15 +175,27 @@ def _from_model(
 ) -> list[Artifact]:
     import torch
 
-    from kvcompile.models import free_bytes, load
+    from kvcompile.models import Loaded, free_bytes, load
+    from kvcompile.profile import together
 
-    with output.quiet_transformers():
-        with progress.waiting(f"loading {name}"):
-            loaded = load(name, memory=memory or free_bytes(torch.device("cpu")), tokens=tokens)
-        with progress.stages() as report:
+    with output.quiet_transformers(), together() as ranks:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        allowed = (memory or free_bytes(torch.device("cpu"))) // here
+        device = f"cuda:{os.environ['LOCAL_RANK']}" if ranks.count > 1 and torch.cuda.is_available() else None
+
+        def loading() -> Loaded:
+            return load(name, device=device, memory=allowed, tokens=tokens)
+
+        # The first process alone downloads or converts, and says how it goes.
+        first: list[Loaded] = []
+        with progress.waiting(f"loading {name}") if ranks.rank == 0 else nullcontext():
+            ranks.first(lambda: first.append(loading()))
+        loaded = first[0] if first else loading()
+        with progress.stages() if ranks.rank == 0 else nullcontext() as report:
             return compiler.build_many(
                 loaded.model, loaded.tokenizer, dict(wanted), options, calib=calib, refine=refine, seed=seed,
-                profile_tokens=tokens, profile_memory=memory, name=loaded.name, report=report,
+                profile_tokens=tokens, profile_memory=None if memory is None and here == 1 else allowed,
+                name=loaded.name, report=report,
             )  # fmt: skip
 
 

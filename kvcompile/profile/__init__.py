@@ -5,6 +5,7 @@ from kvcompile.profile.job import Progress
 from kvcompile.profile.measure import Profiled, measure
 from kvcompile.profile.measured import measuring
 from kvcompile.profile.perplexity import perplexity
+from kvcompile.profile.ranks import Ranks, ranks, together
 from kvcompile.profile.resume import profile_key
 from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.setting import Material, Probe
@@ -14,6 +15,7 @@ __all__ = [
     "Material",
     "Probe",
     "Profiled",
+    "Ranks",
     "Progress",
     "measure",
     "measuring",
@@ -21,5 +23,7 @@ __all__ = [
     "plan_divergence",
     "profile",
     "profile_key",
+    "ranks",
     "read_rotary",
+    "together",
 ]

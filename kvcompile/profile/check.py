@@ -19,7 +19,7 @@ from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import ring
 from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
-from kvcompile.profile.job import Add, Item
+from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import Reading
 from kvcompile.profile.layerwise import after, through
 from kvcompile.profile.result import profile_of
@@ -62,12 +62,17 @@ class Check:
         """The items of one layer, a plan each."""
         part = layers(self.setting.model)[layer]
         for plan, reading in self._runs():
-            yield Item(partial(self._read, layer, plan, reading), part, asked_tokens(reading.episode))
+            # The first plan is made of the losses of all layers, the one that was just seen on the way down included.
+            meets = layer == plan == 0
+            run = partial(self._read, layer, plan, reading)
+            yield Item(run, part, asked_tokens(reading.episode), reading.number, meets)
 
     def verdicts(self) -> Iterator[Item]:
         """Items that compare with the full cache, once the plans are through all layers."""
         part = head(self.setting.model)
-        return (Item(partial(self._compare, plan, reading), part) for plan, reading in self._runs())
+        return (
+            Item(partial(self._compare, plan, reading), part, owner=reading.number) for plan, reading in self._runs()
+        )
 
     def _runs(self) -> Iterator[tuple[int, Reading]]:
         """Every plan's number, and what it is run on: the episodes in turn."""
@@ -97,17 +102,13 @@ class Check:
             held.drop(_state(number, layer))
 
     @torch.no_grad()
-    def _compare(self, number: int, reading: Reading, sums: Sums, held: Held) -> Add:
+    def _compare(self, number: int, reading: Reading, sums: Sums, held: Held) -> Additions:
         model, top = self.setting.model, len(layers(self.setting.model))
         full, cut = held.one(reading.asked.at(top))[0], held.one(_state(number, top))[0]
         found = kinds(model, [(kind, full[rows], cut[rows]) for kind, rows in compared(reading.packed)])
         text = (found["continuation"] + found["quote"]) / 2
         predicted = self._sample(sums, number).losses[list(self.setting.rows(reading.episode))].mean()
-
-        def add() -> None:
-            sums["checks"][number] = predicted, (text + found["question"]) / 2
-
-        return add
+        return [("checks", number, np.array([predicted, (text + found["question"]) / 2]))]
 
 
 def _state(number: int, layer: int) -> str:

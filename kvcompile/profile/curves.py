@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from kvcompile.profile.eviction import SHARES, keep_table
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
-from kvcompile.profile.job import Add, Item
+from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
 from kvcompile.profile.layerwise import after, read_layer, through
 from kvcompile.profile.linear import tensors_of
@@ -55,18 +56,18 @@ class Curves:
         """The items of one layer on the way up, an episode each."""
         part = layers(self.setting.model)[layer]
         for number, reading in enumerate(self.readings):
-            yield Item(partial(self._read, layer, number), part, tokens_of(reading.episode))
+            yield Item(partial(self._read, layer, number), part, tokens_of(reading.episode), number)
 
     def gradients(self) -> Iterator[Item]:
         """Items that turn around at the head."""
-        return (Item(partial(self._turn, i), head(self.setting.model)) for i in range(len(self.readings)))
+        return (Item(partial(self._turn, i), head(self.setting.model), owner=i) for i in range(len(self.readings)))
 
     def back(self, layer: int) -> Iterator[Item]:
         """The items of one layer on the way down."""
         part = layers(self.setting.model)[layer]
         for number, reading in enumerate(self.readings):
             work = BACKWARD_TICKS * asked_tokens(reading.episode)
-            yield Item(partial(self._measure, layer, number), part, work)
+            yield Item(partial(self._measure, layer, number), part, work, number)
 
     @torch.no_grad()
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> None:
@@ -96,7 +97,7 @@ class Curves:
         if number not in self.kept:
             held.drop(reading.asked.at(top))
 
-    def _measure(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+    def _measure(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         setting, sink, reading = self.setting, self.setting.sink, self.readings[number]
         part, asked, packed = layers(setting.model)[layer], reading.asked, reading.packed
         cache, place = held.get(reading.cache(layer)), place_of(setting.model, layer)
@@ -126,15 +127,16 @@ class Curves:
             held.drop(asked.at(layer))
         text, questions = setting.rows(reading.episode)
 
-        def add() -> None:
-            for one in found:
-                for name, tables in (("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values)):
-                    sums[name][text, place] += (tables["continuation"] + tables["quote"]) / 2
-                    sums[name][questions, place] += tables["question"]
-            if layer == 0:
-                sums["weight"][[text, questions]] += 1
-
-        return add
+        additions: list[tuple[str, Any, Any]] = []
+        for one in found:
+            for name, tables in (("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values)):
+                additions += [
+                    (name, (text, place), (tables["continuation"] + tables["quote"]) / 2),
+                    (name, (questions, place), tables["question"]),
+                ]
+        if layer == 0:
+            additions.append(("weight", [text, questions], 1))
+        return additions
 
 
 def _read_back(context: Context, quantiser: Quantiser) -> ReadBack:

@@ -16,7 +16,7 @@ from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.profile.attention import Attention, causal
 from kvcompile.profile.context import over_context
 from kvcompile.profile.held import Held
-from kvcompile.profile.job import Add, Item
+from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
 from kvcompile.profile.layerwise import after, read_layer, through
 from kvcompile.profile.linear import tensors_of
@@ -82,9 +82,9 @@ class Fit:
         part = layers(self.setting.model)[layer]
         step = self._read if attends(part) else self._pass
         for number, reading in enumerate(self.readings):
-            yield Item(partial(step, layer, number), part, tokens_of(reading.episode))
+            yield Item(partial(step, layer, number), part, tokens_of(reading.episode), number)
         if attends(part):
-            yield Item(partial(self._fit, layer), part)
+            yield Item(partial(self._fit, layer), part, owner=None)
 
     @torch.no_grad()
     def _pass(self, layer: int, number: int, sums: Sums, held: Held) -> None:
@@ -100,7 +100,7 @@ class Fit:
         held.drop(before.at(layer), asked.at(layer))
 
     @torch.no_grad()
-    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         model, setting, reading = self.setting.model, self.setting, self.readings[number]
         packed = reading.packed
         part, last = layers(model)[layer], layer == len(layers(model)) - 1
@@ -123,27 +123,19 @@ class Fit:
             return attend(call)
 
         asked = through(part, held.one(later.at(layer)), setting.calls.at(later.positions)[layer], watch)
-        if number > 0:
-            earlier = held.get(_sums(layer, number - 1))
-            # Into the new numbers' place: the old ones are to be found again if this item is.
-            found = {name: np.add(earlier[name].cpu().numpy(), value, out=value) for name, value in found.items()}
+        if number > 0 and setting.ranks.count == 1:
+            # Alone, there is no need to hold every episode's numbers until all are there.
+            found = _added(held.get(_sums(layer, number - 1)), found)
             held.drop(_sums(layer, number - 1))
         held.put(_sums(layer, number), **{name: torch.from_numpy(np.asarray(value)) for name, value in found.items()})
         if not last:
             held.put(before.at(layer + 1), hidden=states)
             held.put(later.at(layer + 1), hidden=asked)
         held.drop(before.at(layer), later.at(layer))
+        return [("value_cosine", place, cosines.value), ("residual_cosine", place, cosines.residual)]
 
-        def add() -> None:
-            sums["value_cosine"][place] += cosines.value
-            sums["residual_cosine"][place] += cosines.residual
-
-        return add
-
-    def _fit(self, layer: int, sums: Sums, held: Held) -> Add:
-        total, place = _sums(layer, len(self.readings) - 1), place_of(self.setting.model, layer)
-        found = {name: tensor.cpu().numpy() for name, tensor in held.get(total).items()}
-        held.drop(total)
+    def _fit(self, layer: int, sums: Sums, held: Held) -> Additions:
+        found, place = self._total(layer, held), place_of(self.setting.model, layer)
         scorer = fit_scorer(found["squares"][None], found["products"][None])
         of_one = [Moments(*(found[name] for name in MOMENTS))]
         keys = keys_of(of_one, of_layer(self.setting.rotary, place))
@@ -154,12 +146,20 @@ class Fit:
             **{f"quantiser.{name}": value for name, value in vars(quantiser).items()},
             **{f"{kind}.{name}": value for kind in KEY_MOMENTS for name, value in vars(getattr(keys, kind)).items()},
         }
+        return [(name, place, table[0]) for name, table in tables.items()]
 
-        def add() -> None:
-            for name, table in tables.items():
-                sums[name][place] = table[0]
-
-        return add
+    def _total(self, layer: int, held: Held) -> dict[str, NDArray[Any]]:
+        """The sums of one layer over all episodes, added in their order wherever they are."""
+        ranks, total, last = self.setting.ranks, dict[str, NDArray[Any]](), len(self.readings) - 1
+        for number in range(last if ranks.count == 1 else 0, last + 1):
+            name = _sums(layer, number)
+            own = None
+            if ranks.owns(number):
+                own = {key: tensor.cpu().numpy() for key, tensor in held.get(name).items()}
+                held.drop(name)
+            found: dict[str, NDArray[Any]] = ranks.of(number, own)
+            total = {key: total[key] + value for key, value in found.items()} if total else found
+        return total
 
     def of_layer(self, sums: Sums, layer: int) -> tuple[Scorer, Quantiser]:
         """The scorer and the quantiser of one layer of attention, as tables of one layer."""
@@ -175,6 +175,11 @@ class Fit:
             keys = KeyMoments(**kinds, rotary=self.setting.rotary)
             self._fitted = Fitted(_scorer(sums, every), _quantiser(sums, every), keys)
         return self._fitted
+
+
+def _added(earlier: dict[str, Tensor], found: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Sums of both, in the new numbers' place: the earlier ones are to be found again should this be repeated."""
+    return {name: np.add(earlier[name].cpu().numpy(), value, out=value) for name, value in found.items()}
 
 
 def _sums(layer: int, number: int) -> str:

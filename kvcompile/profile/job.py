@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -14,29 +15,38 @@ from torch import nn
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import ahead, resident
 from kvcompile.profile.held import Held, complaining
-from kvcompile.profile.resume import Sums, load, save
+from kvcompile.profile.ranks import Ranks
+from kvcompile.profile.resume import FILE, Sums, load, save
 
 Progress = Callable[[int, int], None]
 """Called with the work done and the work in all, in tokens x layers; what it raises stops the profile."""
+
+ALONE = Ranks()
 
 SAVE_EVERY = 20.0
 """Seconds between two saves at least; a save that takes long comes less often."""
 
 
-Add = Callable[[], None]
+Additions = Sequence[tuple[str, Any, Any]]
+"""What is added to the sums: their names, where in them, and the numbers."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A step of profiling: `run` measures something, puts it among what is held, or returns a function that adds it to
-    the sums; `part` is the part of the model whose weights that takes, `work` what it costs, in tokens x layers.
+    """A step of profiling: `run` measures something, puts it among what is held, or returns what is to be added to the
+    sums; `part` is the part of the model whose weights that takes, `work` what it costs, in tokens x layers.
 
-    An item may read all that those before it left, and must come to the same when it is run again.
+    An item may read all that those before it left, and must come to the same when it is run again. Of several processes
+    the one that owns the number `owner` runs it, and what it holds, items of the same owner find; without an owner all
+    run it, after they have met and before they meet again. Sums are complete where processes have met: at such items,
+    wherever the part changes, and before an item that `meets`.
     """
 
-    run: Callable[[Sums, Held], Add | None]
+    run: Callable[[Sums, Held], Additions | None]
     part: nn.Module | None = None
     work: int = 0
+    owner: int | None = 0
+    meets: bool = False
 
 
 def run(
@@ -45,6 +55,7 @@ def run(
     held: Held,
     progress: Progress | None = None,
     store: Path | None = None,
+    ranks: Ranks = ALONE,
 ) -> Sums:
     """The sums, from `fresh` on, over all items; those already in the folder `store` are not run again. `items` among
     the sums counts the finished ones. What is held goes once all are.
@@ -52,49 +63,92 @@ def run(
     Sums are float64 where they are small: an artifact holds float32 and float16 of them, and loses nothing more on the
     way, whatever the number of items.
     """
-    sums: Sums = {"items": np.zeros((), np.int64), **fresh}
-    if store is not None:
-        sums = load(store, sums)
-    finished = int(sums["items"])
-    total = sum(item.work for item in items)
-    done = sum(item.work for item in items[:finished])
-    clock, torn = _Clock(), False
-    with _Weights() as weights:
-        try:
-            for number in range(finished, len(items)):
-                weights.bring(items, number)
-                add = items[number].run(sums, held)
-                torn = True
-                if add is not None:
-                    add()
-                held.commit()
-                # Counted with what it added, in one file: an interruption before the save repeats the whole item.
-                sums["items"] += 1
-                torn = False
-                if store is not None and clock.due():
-                    _save(store, sums, held)
-                    clock.saved()
-                done += items[number].work
-                if progress is not None:
-                    progress(done, total)
-        except BaseException as error:
-            held.roll_back()
-            # Stopped by the user, say: what is finished is kept. A full disk would be no fuller for trying.
-            if store is not None and int(sums["items"]) > finished and not torn and not isinstance(error, ModelError):
-                _save(store, sums, held)
-            raise
-    if store is not None and finished < len(items):
-        _save(store, sums, None)
+    job = _Job(items, {"items": np.zeros((), np.int64), **fresh}, held, store, ranks)
+    job.go(progress)
     held.clear()
-    return sums
+    return job.sums
 
 
-def _save(store: Path, sums: Sums, held: Held | None) -> None:
-    with complaining(store):
-        if held is None:
-            save(store, sums)
-        else:
-            held.save(lambda: save(store, sums))
+class _Job:
+    def __init__(self, items: Sequence[Item], fresh: Sums, held: Held, store: Path | None, ranks: Ranks) -> None:
+        self.items, self.held, self.store, self.ranks = items, held, store, ranks
+        # What each process holds is on disk apart, so that unfinished sums belong to a number of processes.
+        self.file = FILE if ranks.count == 1 else f"sums-{ranks.count}.npz"
+        self.sums = fresh if store is None else self._kept(store, fresh)
+        self.pending: list[tuple[int, Additions]] = []
+        self.clock, self.torn = _Clock(), False
+
+    def go(self, progress: Progress | None) -> None:
+        items, finished = self.items, int(self.sums["items"])
+        total = sum(item.work for item in items)
+        done = sum(item.work for item in items[:finished])
+        with _Weights(items, self.ranks) as weights:
+            try:
+                for number in range(finished, len(items)):
+                    if _runs(items[number], self.ranks):
+                        weights.bring(number)
+                        additions = items[number].run(self.sums, self.held) or ()
+                        # What all have come to is added once.
+                        if items[number].owner is not None or self.ranks.rank == 0:
+                            self.pending.append((number, additions))
+                    self.held.commit()
+                    if self._meeting(number + 1):
+                        self._meet(number + 1)
+                    done += items[number].work
+                    if progress is not None:
+                        progress(done, total)
+            except BaseException as error:
+                self.held.roll_back()
+                # Stopped by the user, say: what is finished is kept. A full disk would be no fuller for trying.
+                saved = isinstance(error, ModelError) or self.torn or self.pending or self.ranks.count > 1
+                if self.store is not None and int(self.sums["items"]) > finished and not saved:
+                    self._save(self.store)
+                raise
+        if self.store is not None and finished < len(items):
+            self._finish(self.store)
+
+    def _kept(self, store: Path, fresh: Sums) -> Sums:
+        kept = load(store, fresh)
+        finished = int(kept["items"]) == len(self.items)
+        return kept if finished or self.file == FILE else load(store, fresh, self.file)
+
+    def _meeting(self, number: int) -> bool:
+        """Whether all processes meet before the item of this number."""
+        if self.ranks.count == 1 or number == len(self.items):
+            return True
+        before, after = self.items[number - 1], self.items[number]
+        return before.part is not after.part or after.meets or None in (before.owner, after.owner)
+
+    def _meet(self, number: int) -> None:
+        """Add what the items up to `number` came to, in their order, and save it if it is time."""
+        told = self.ranks.gather((self.pending, self.clock.due()))
+        self.torn = True
+        for _, additions in sorted((one for pending, _ in told for one in pending), key=lambda one: one[0]):
+            for name, where, value in additions:
+                self.sums[name][where] += value
+        # Counted with what they added, in one file: an interruption before the save repeats the items.
+        self.sums["items"][...] = number
+        self.pending, self.torn = [], False
+        if self.store is not None and told[0][1]:
+            self._save(self.store)
+            self.clock.saved()
+
+    def _save(self, store: Path) -> None:
+        with complaining(store):
+            self.held.save(lambda: self.ranks.first(lambda: save(store, self.sums, self.file)))
+
+    def _finish(self, store: Path) -> None:
+        def act() -> None:
+            save(store, self.sums)
+            if self.file != FILE:
+                (store / self.file).unlink(missing_ok=True)
+
+        with complaining(store):
+            self.ranks.first(act)
+
+
+def _runs(item: Item, ranks: Ranks) -> bool:
+    return item.owner is None or ranks.owns(item.owner)
 
 
 class _Clock:
@@ -116,7 +170,8 @@ class _Clock:
 class _Weights:
     """The part of the model that is at work; those of items side by side stay."""
 
-    def __init__(self) -> None:
+    def __init__(self, items: Sequence[Item], ranks: Ranks) -> None:
+        self._parts = [item.part if _runs(item, ranks) else None for item in items]
         self._stack = ExitStack()
         self._part: nn.Module | None = None
 
@@ -126,11 +181,11 @@ class _Weights:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def bring(self, items: Sequence[Item], number: int) -> None:
-        part = items[number].part
-        if part is self._part and number > 0:
+    def bring(self, number: int) -> None:
+        part = self._parts[number]
+        if part is self._part and part is not None:
             return
         self._stack.close()
         self._part = part
         self._stack.enter_context(resident(part))
-        ahead(next((other.part for other in items[number:] if other.part not in (None, part)), None))
+        ahead(next((other for other in self._parts[number:] if other not in (None, part)), None))

@@ -20,11 +20,12 @@ from kvcompile.profile.structure import embedding
 
 @dataclass(frozen=True)
 class Lane:
-    """One sequence: its tokens and their positions, i64 [n]."""
+    """One sequence: its tokens and their positions, i64 [n], and the number by which a process owns it."""
 
     name: str
     ids: NDArray[np.int64]
     positions: NDArray[np.int64]
+    owner: int
 
     def at(self, layer: int) -> str:
         """The name of its residual stream [1, n, d] before a layer; the last one is before the head."""
@@ -33,15 +34,16 @@ class Lane:
 
 @dataclass(frozen=True)
 class Reading:
-    """An episode as two lanes: the context, and all that is asked after it."""
+    """An episode as two lanes: the context, and all that is asked after it; both belong to the owner of `number`."""
 
     name: str
     episode: Episode
+    number: int
 
     @cached_property
     def context(self) -> Lane:
         ids = self.episode.context
-        return Lane(f"{self.name}.context", ids, np.arange(len(ids)))
+        return Lane(f"{self.name}.context", ids, np.arange(len(ids)), self.number)
 
     @cached_property
     def packed(self) -> Packed:
@@ -49,7 +51,7 @@ class Reading:
 
     @cached_property
     def asked(self) -> Lane:
-        return Lane(f"{self.name}.asked", self.packed.ids, self.packed.positions)
+        return Lane(f"{self.name}.asked", self.packed.ids, self.packed.positions, self.number)
 
     @property
     def lanes(self) -> tuple[Lane, Lane]:
@@ -66,7 +68,7 @@ class Reading:
 
 def readings(name: str, episodes: Sequence[Episode]) -> list[Reading]:
     """The episodes' lanes, named after their numbers."""
-    return [Reading(f"{name}{number}", episode) for number, episode in enumerate(episodes)]
+    return [Reading(f"{name}{number}", episode, number) for number, episode in enumerate(episodes)]
 
 
 def opening(setting: Setting, lanes: Sequence[Lane]) -> Iterator[Item]:
@@ -76,6 +78,6 @@ def opening(setting: Setting, lanes: Sequence[Lane]) -> Iterator[Item]:
         def run(_: Sums, held: Held) -> None:
             held.put(lane.at(0), hidden=embedded(setting.model, lane.ids))
 
-        return Item(run, embedding(setting.model))
+        return Item(run, embedding(setting.model), owner=lane.owner)
 
     return (item(lane) for lane in lanes)

@@ -31,6 +31,7 @@ from kvcompile.profile.job import Item, Progress, run
 from kvcompile.profile.lanes import opening
 from kvcompile.profile.layerwise import Calls
 from kvcompile.profile.moments import require_finite
+from kvcompile.profile.ranks import ranks
 from kvcompile.profile.result import profile_of
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import Probes
@@ -100,14 +101,15 @@ def measure(
             f"least {least}: give it more text"
         )
     rotary = rotary or read_rotary(model, window)
-    setting = Setting(model, material, seed, sink, budget_grid(window, sink), rotary, Calls(model))
+    setting = Setting(model, material, seed, sink, budget_grid(window, sink), rotary, Calls(model), ranks())
     fit, probes = Fit(setting), Probes(setting)
     curves = Curves(setting, fit, kept=frozenset(first_episodes(setting)))
     check = Check(setting, fit, curves)
     fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
-    held = Held(None if store is None else store / STATES, room, device_of(model))
+    own = STATES if setting.ranks.count == 1 else f"{STATES}-{setting.ranks.count}-{setting.ranks.rank}"
+    held = Held(None if store is None else store / own, room, device_of(model))
     with frozen(model), attended(model):
-        sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store)
+        sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store, setting.ranks)
     return _profiled(sums, setting, fit.result(sums))
 
 

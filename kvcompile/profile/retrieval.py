@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompile.profile.attention import BLOCK, Attention, causal, visible
 from kvcompile.profile.held import Held
-from kvcompile.profile.job import Add, Item
+from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import Lane
 from kvcompile.profile.layerwise import through
 from kvcompile.profile.resume import Sums
@@ -40,14 +40,14 @@ class Probes:
     def at(self, layer: int) -> Iterator[Item]:
         """The items of one layer, a probe each."""
         part = layers(self.setting.model)[layer]
-        return (Item(partial(self._read, layer, i), part, len(lane.ids)) for i, lane in enumerate(self.lanes))
+        return (Item(partial(self._read, layer, i), part, len(lane.ids), i) for i, lane in enumerate(self.lanes))
 
     def answers(self) -> Iterator[Item]:
         """Items that see whether the probes are answered, once they are through all layers."""
-        return (Item(partial(self._answer, i), head(self.setting.model)) for i in range(len(self.lanes)))
+        return (Item(partial(self._answer, i), head(self.setting.model), owner=i) for i in range(len(self.lanes)))
 
     @torch.no_grad()
-    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Add:
+    def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         model, lane, probe = self.setting.model, self.lanes[number], self.probes[number]
         before = held.one(lane.at(layer))
         found: list[NDArray[np.float64]] = []
@@ -59,31 +59,22 @@ class Probes:
         after = through(layers(model)[layer], before, self.setting.calls.at(lane.positions)[layer], attend)
         held.put(lane.at(layer + 1), hidden=after)
         held.drop(lane.at(layer))
-
-        def add() -> None:
-            if found:
-                sums["infsc"][number, place_of(model, layer)] = found[0]
-
-        return add
+        return [("infsc", (number, place_of(model, layer)), one) for one in found]
 
     @torch.no_grad()
-    def _answer(self, number: int, sums: Sums, held: Held) -> Add:
+    def _answer(self, number: int, sums: Sums, held: Held) -> Additions:
         lane, probe = self.lanes[number], self.probes[number]
         final = held.one(lane.at(len(layers(self.setting.model))))[0]
         predicted = logits(self.setting.model, final[len(probe.prompt_ids) - 1 :]).argmax(-1)
         right = np.array_equal(predicted.cpu().numpy(), probe.answer_ids)
         held.drop(lane.at(len(layers(self.setting.model))))
-
-        def add() -> None:
-            sums["answered"][number] = right
-
-        return add
+        return [("answered", number, right)]
 
 
 def _lane(number: int, probe: Probe) -> Lane:
     """Prompt and answer but for its last token: the rows looked at are those that predict a token of the answer."""
     ids = np.concatenate([probe.prompt_ids, probe.answer_ids[:-1]])
-    return Lane(f"probe{number}", ids, np.arange(len(ids)))
+    return Lane(f"probe{number}", ids, np.arange(len(ids)), number)
 
 
 def layer_score(call: Attention, probe: Probe) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvcompile.profile.context import FollowUp
 from kvcompile.profile.layerwise import Calls
+from kvcompile.profile.ranks import Ranks
 from kvcompile.stages import Rotary
 
 RETRIEVAL = "retrieval"
@@ -54,7 +55,8 @@ class Material:
 class Setting:
     """A model and what it is profiled on. `budgets` i32 [C]: the tokens whose losses are measured, ascending to the
     longest context; `rotary`: the rotary embedding in contexts of that length; `sink`: first tokens that are always
-    kept; `calls`: what the model's layers are called with."""
+    kept; `calls`: what the model's layers are called with; `ranks`: the
+    processes that share the work."""
 
     model: Any
     material: Material
@@ -63,6 +65,7 @@ class Setting:
     budgets: NDArray[np.int32]
     rotary: Rotary
     calls: Calls
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def window(self) -> int:

@@ -31,11 +31,7 @@ def adding(number: int) -> Item:
             assert held.one(f"state{number - 1}").item() == number - 1
             held.drop(f"state{number - 1}")
         held.put(f"state{number}", number=torch.tensor(number))
-
-        def add() -> None:
-            sums["total"] += number
-
-        return add
+        return [("total", ..., number)]
 
     return Item(item, work=number)
 
