@@ -24,7 +24,7 @@ def torchrun(count: int, *arguments: object, every: float = 20.0) -> subprocess.
     program.write_text(
         f"from kvcompile.profile import job; job.SAVE_EVERY = {every}\nfrom kvcompile import cli; cli.main()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", count, "--master-port", 29517 + count]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count]
     return subprocess.Popen(
         [*map(str, command), str(program), "build", *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
