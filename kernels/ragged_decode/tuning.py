@@ -35,8 +35,8 @@ with others. The others are not measured; no register is spilled in their loops.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
-that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs a
-tenth to a quarter); of several pairs some take longer for their bytes, and processors that are done take more."""
+that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs 7
+to 40 %); of several pairs some take longer for their bytes, and processors that are done take more."""
 
 THREE, FOUR, EIGHT = 3, 4, 8
 """The ids of int3, int4 and int8."""
@@ -59,7 +59,7 @@ def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
 
 
 def items_of(programs: int, device: torch.device, batch: int) -> int:
-    """Work items of one sequence, so that all sequences together fill the device once, with `programs` a processor. In
+    """Work items of one sequence, so that all sequences together have `programs` a processor. In
     the interpreter there is nothing to fill, and every program takes its time."""
     if device.type != "cuda":
         return max(1, programs // 2)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.aliases import closest, hub_id
@@ -23,9 +21,10 @@ from kvcompile.models.gguf import converted
 from kvcompile.models.hub import HubUnreachableError, fetch
 from kvcompile.models.implementation import attention_of
 from kvcompile.models.packaged import PACKAGES, packaged_gguf
+from kvcompile.models.progress import no_progress_bars
 from kvcompile.models.resident import is_streamed
 from kvcompile.models.room import fits, weight_bytes
-from kvcompile.models.streamed import stream
+from kvcompile.models.streamed import lacking, stream
 from kvcompile.stages import PROFILE_TOKENS
 
 
@@ -73,7 +72,7 @@ def load(
         wanted = _Wanted(dtype, torch.device(device), memory, tokens)
     except RuntimeError as error:
         raise ModelError(_immovable(name, device, error)) from None
-    with _progress_bars_on_terminals_only():
+    with contextlib.nullcontext() if sys.stderr.isatty() else no_progress_bars():
         loaded = _find(name, wanted)
     if is_streamed(loaded.model.get_input_embeddings()):
         return loaded
@@ -149,9 +148,7 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
             "tokenizer of an architecture that transformers knows"
         ) from None
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(
-            f"{name} is incomplete: its checkpoint lacks {len(missing)} tensors, the first of them {missing[0]}"
-        )
+        raise ModelError(lacking(name, missing))
     return Loaded(model, tokenizer, name)
 
 
@@ -204,15 +201,3 @@ def ending_tokens(model: Any, tokenizer: Any) -> set[int]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     several = listed if isinstance(listed, list) else [listed]
     return {int(token) for token in (*several, tokenizer.eos_token_id) if token is not None}
-
-
-@contextlib.contextmanager
-def _progress_bars_on_terminals_only() -> Iterator[None]:
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

@@ -7,8 +7,7 @@ It is a transformers model like any other, and every forward pass works. What go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.implementation import attention_of
+from kvcompile.models.progress import no_progress_bars
 from kvcompile.models.resident import register
 
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
@@ -150,7 +149,7 @@ class _Loader:
         wanted = list(empty)
         weights = {key: _Lazy(self.checkpoint, key) for key in self.keys(wanted)}
         options = LoadStateDictConfig(device_map={"": self.device}, dtype=self.model.dtype, weight_mapping=self.mapping)
-        with _no_progress_bar():
+        with no_progress_bars():
             convert_and_load_state_dict_in_model(self.model, weights, options)
         found: dict[int, nn.Parameter] = {}
         for parameter in wanted:
@@ -224,15 +223,3 @@ def _make_buffers(model: Any, device: torch.device) -> None:
             for name, buffer in empty.items():
                 module._buffers[name] = torch.zeros_like(buffer, device=device)
             model._init_weights(module)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()

@@ -1,10 +1,13 @@
-"""A tiny model with a byte-level tokenizer in a folder, for the compiler and the command line."""
+"""A tiny model with a byte-level tokenizer in a folder, for the compiler and the command line; and what is read of a
+checkpoint."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,3 +58,20 @@ def kvcompile(
         return int(stop.value.code or 0), out, err
 
     return run
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often every tensor of a checkpoint is read, by its name."""
+    # Not above: other transformers than the runtime's, which share this file, lack what it needs.
+    from kvcompile.models.checkpoint import Checkpoint
+
+    counts: Counter[str] = Counter()
+    read = Checkpoint.read
+
+    def counting(checkpoint: Any, key: str) -> Any:
+        counts[key] += 1
+        return read(checkpoint, key)
+
+    monkeypatch.setattr(Checkpoint, "read", counting)
+    return counts

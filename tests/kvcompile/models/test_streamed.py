@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,22 +14,8 @@ from tiny_models import CONFIGS, tiny_model
 from kvcompile.artifacts import identify
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import arithmetic, fast_arithmetic, sampler
-from kvcompile.models.checkpoint import INDEX, Checkpoint
+from kvcompile.models.checkpoint import INDEX
 from kvcompile.models.resident import in_turn, is_streamed, resident
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often every tensor is read."""
-    counts: Counter[str] = Counter()
-    read = Checkpoint.read
-
-    def counting(checkpoint: Checkpoint, key: str) -> Any:
-        counts[key] += 1
-        return read(checkpoint, key)
-
-    monkeypatch.setattr(Checkpoint, "read", counting)
-    return counts
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -14,25 +14,10 @@ import torch
 from checkpoints import saved, streamed, whole
 from profiles import assert_same, material
 
-from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.room import Room
 from kvcompile.profile import measure, perplexity, read_rotary
 
 Tiny = Callable[..., Any]
-
-
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often every tensor is read."""
-    counts: Counter[str] = Counter()
-    read = Checkpoint.read
-
-    def counting(checkpoint: Checkpoint, key: str) -> Any:
-        counts[key] += 1
-        return read(checkpoint, key)
-
-    monkeypatch.setattr(Checkpoint, "read", counting)
-    return counts
 
 
 @pytest.mark.parametrize("tied", [False, True])
