@@ -18,13 +18,17 @@ from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs import CODECS, Codec
 from kvcompile.kernels.codecs.base import EIGHTHS
 from kvcompile.kernels.dispatch import CHOICE, knows
-from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.layout import OTHER, LayerLayout
 from kvcompile.kernels.native import build
 from kvcompile.kernels.ragged_decode.totals import Totals
 from kvcompile.kernels.regions import starts
+from kvcompile.kernels.transform import Transform
 
 SOURCE = Path(__file__).with_name("ragged.c")
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("store", "codecs", "vectors", "attention", "chosen"))
+HEADERS = tuple(
+    Path(__file__).with_name(f"{name}.h")
+    for name in ("store", "codecs", "vectors", "attention", "narrow", "packed", "wide", "chosen", "transform")
+)
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
@@ -52,6 +56,30 @@ class _Side(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Vectors(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("sequence", ctypes.c_int64), ("head", ctypes.c_int64)]
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Vectors:
+        """Those of one new token a sequence, [B, heads, 1, D]."""
+        return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+MATRICES = ("key", "key_inverse", "key_mean", "value", "value_inverse", "value_mean")
+"""Fields of `Transform`, in the order of the C source."""
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _Vectors) for name in ("query", "new_keys", "new_values", "out")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", *MATRICES)),
+        *((name, ctypes.c_void_p) for name in ("rows", "seen", "places", "score", "scores", "scratch")),
+        *((name, ctypes.c_int64) for name in ("step", "window", "room")),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("heads", "group", "batch", "type_in", "type", "threads", "dim")),
+    ]  # fmt: skip
+
+
 def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
     """Whether an operation of a layer on this tensor can be done here."""
     return (
@@ -70,12 +98,17 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[_Side, _Side]:
-    key = ("native starts", keys.head_dim)
-    if key not in layout.memo:
+    """Keys and values as C knows them, made once for as long as their buffers stay where they are."""
+    both = (*tensors(keys), *tensors(values))
+    where = tuple((t.data_ptr(), t.stride(0)) for t in both)
+    made = layout.memo.get("native sides")
+    if made is None or made[0] != where:
         bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]
-        layout.memo[key] = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
-    first: list[torch.Tensor] = layout.memo[key]
-    return _side(keys, first[0]), _side(values, first[1])
+        first = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
+        # `first` is kept with them, as they point to it.
+        made = layout.memo["native sides"] = where, (_side(keys, first[0]), _side(values, first[1])), first
+    found: tuple[_Side, _Side] = made[1]
+    return found
 
 
 def _side(stored: Buffers, first: torch.Tensor) -> _Side:
@@ -85,10 +118,10 @@ def _side(stored: Buffers, first: torch.Tensor) -> _Side:
 
 
 def _numbers(batch: int, seen: Sequence[int] | torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
-    """`seen` and `places` int64 [batch]."""
+    """`seen` and `places` int32 [batch]."""
     return [
-        torch.as_tensor(seen, dtype=torch.int64).contiguous(),
-        torch.arange(batch) if places is None else places.to(torch.int64).contiguous(),
+        torch.as_tensor(seen, dtype=torch.int32).contiguous(),
+        torch.arange(batch, dtype=torch.int32) if places is None else places.to(torch.int32).contiguous(),
     ]
 
 
@@ -101,6 +134,59 @@ def _rows(layout: LayerLayout) -> torch.Tensor:
 
 def _at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _room(library: ctypes.CDLL, layout: LayerLayout, group: int, head_dim: int) -> int:
+    """Numbers of scratch for a thread."""
+    key = ("native room", group, head_dim)
+    if key not in layout.memo:
+        library.kvc_room.restype = ctypes.c_int64
+        most = max(row.capacity for row in layout.rows)
+        layout.memo[key] = library.kvc_room(ctypes.c_int64(most), group, head_dim)
+    room: int = layout.memo[key]
+    return room
+
+
+def takes_steps(query: torch.Tensor, layout: LayerLayout) -> bool:
+    """Whether `step` can be done here: there are no heads whose policy places tokens itself."""
+    return query.dtype in TYPES and usable(query, query.shape[3], layout) and all(r.kind != OTHER for r in layout.rows)
+
+
+def step(
+    query: torch.Tensor,
+    new_keys: torch.Tensor,
+    new_values: torch.Tensor,
+    keys: Buffers,
+    values: Buffers,
+    scores: torch.Tensor,
+    layout: LayerLayout,
+    transform: Transform | None,
+    score: torch.Tensor | None,
+    seen: Sequence[int] | torch.Tensor,
+    scaling: float,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """All of a layer's decode step in one call: what `Transform`, `append` and `ragged_decode` do one after the other,
+    in float32 in between. `query` [B, num_heads, 1, D], `new_keys` and `new_values` [B, num_kv_heads, 1, D], of one
+    dtype and as the model has them; `score`, `seen` (without the new token) and `places` as in `append`. As `query`."""
+    library, (batch, query_heads, _, head_dim), heads = _library(), query.shape, layout.num_kv_heads
+    assert library is not None
+    query, new_keys, new_values = (t if t.stride(3) == 1 else t.contiguous() for t in (query, new_keys, new_values))
+    out = query.new_empty(batch, query_heads, 1, head_dim)
+    threads, group = torch.get_num_threads(), query_heads // heads
+    room = _room(library, layout, group, head_dim)
+    scratch = torch.empty(threads * room)
+    numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
+    by_head = None if score is None else score.float().contiguous()
+    matrices = [None if transform is None else getattr(transform, name).contiguous() for name in MATRICES]
+    call = _Step(
+        *map(_Vectors.of, (query, new_keys, new_values, out)), *map(ctypes.addressof, sides),
+        *(None if t is None else t.data_ptr() for t in (*matrices, _rows(layout), *numbers, by_head, scores, scratch)),
+        scores.stride(0), layout.window, room, scaling,
+        heads, group, batch, TYPES[query.dtype], TYPES[keys.exact.dtype], threads, head_dim,
+    )  # fmt: skip
+    library.kvc_step(ctypes.byref(call))
+    return out
 
 
 def one_token(
@@ -120,8 +206,7 @@ def one_token(
     asked = (query.float() * scaling).contiguous()
     out = torch.empty_like(asked)
     threads = torch.get_num_threads()
-    library.kvc_room.restype = ctypes.c_int64
-    room = library.kvc_room(ctypes.c_int64(max(row.capacity for row in layout.rows)), group, head_dim)
+    room = _room(library, layout, group, head_dim)
     scratch = torch.empty(threads * room)
     numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
     every = None if totals is None else asked.new_empty(batch, query_heads, 1, 2)

@@ -7,6 +7,7 @@
 #include "vectors.h"
 #include "attention.h"
 #include "chosen.h"
+#include "transform.h"
 
 #define LEAST 50.0f /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */
 
@@ -47,9 +48,10 @@ static float softmax(float *restrict w, int64_t count, float *largest) {
 ALWAYS int stride_of(int dim) { return dim + MOST_GROUPS * LANES; }
 
 /* Numbers of scratch that a thread of `kvc_decode` needs: logits, sums of values, and of the query its numbers, and two
- * limbs with scales and sums. (Of a head that several threads read, all of theirs are more than enough.) */
+ * limbs with scales and sums. (Of a head that several threads read, all of theirs are more than enough.) `kvc_step` needs
+ * room for queries, outputs and the new token as well. */
 int64_t kvc_room(int64_t capacity, int group, int dim) {
-    return group * (1 + capacity + 3 * (int64_t)stride_of(dim) + 2 + 2 * MOST_GROUPS);
+    return group * (1 + capacity + 3 * (int64_t)stride_of(dim) + 2 + 2 * MOST_GROUPS) + (2 * group + 3) * dim;
 }
 
 /* Attention of one head of one sequence by at most `threads` threads: `query` and `out` [group, dim]; `all` [group, 2]
@@ -87,7 +89,8 @@ static void decode_head(
             if (all) all[2 * r] = largest, all[2 * r + 1] = totals[r];
         }
 #pragma omp barrier
-        by_values(values, type, group, filled, from, to, weights, sums + (int64_t)part * size, stride, dim);
+        by_values(values, type, group, filled, from, to, weights, sums + (int64_t)part * size, stride, asked.limbs,
+                  dim);
 #pragma omp single
         parts = of;
     }
@@ -100,12 +103,12 @@ static void decode_head(
 }
 
 /* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, `out` of the same
- * shape and `all` [batch, heads * group, 2] or NULL, see `decode_head`; `seen` and `places` [batch] say how much is stored and where. The heads of few sequences are read by all threads
- * together, those of many by one each; `scratch` has `room` numbers a thread, those of `kvc_room` for the largest
- * capacity. */
+ * shape and `all` [batch, heads * group, 2] or NULL, see `decode_head`; `seen` and `places` [batch] say how much is stored
+ * and where. The heads of few sequences are read by all threads together, those of many by one each; `scratch` has `room`
+ * numbers a thread, those of `kvc_room` for the largest capacity. */
 void kvc_decode(
     const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
-    int batch, const int64_t *seen, const int64_t *places, int64_t window, float *out, float *all, float *scratch,
+    int batch, const int32_t *seen, const int32_t *places, int64_t window, float *out, float *all, float *scratch,
     int64_t room, int threads, int dim
 ) {
     const int items = batch * heads, together = items < threads || batch == 1, size = group * dim;
@@ -155,8 +158,8 @@ static void append_head(
 /* One new token a sequence: `new_keys` and `new_values` [batch, heads, dim], `score` [batch, heads] and `scores`, of which
  * the next sequence's are `step` numbers further on (both NULL where no head is scored). */
 void kvc_append(
-    const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int batch, const int64_t *seen,
-    const int64_t *places, const float *new_keys, const float *new_values, const float *score, _Float16 *scores,
+    const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int batch, const int32_t *seen,
+    const int32_t *places, const float *new_keys, const float *new_values, const float *score, _Float16 *scores,
     int64_t step, int threads, int dim
 ) {
 #pragma omp parallel for num_threads(threads) if (batch > 1)
@@ -168,5 +171,69 @@ void kvc_append(
         const Stored v = stored(values, places[b], h, head + V_CODEC, type, dim);
         append_head(&k, &v, head, type, new_keys + (int64_t)i * dim, new_values + (int64_t)i * dim,
                     score ? score[i] : 0.0f, scores ? scores + places[b] * step : 0, seen[b], dim);
+    }
+}
+
+/* Vectors of new tokens, numbers of `type`: those of the next sequence and of the next head so many numbers further on. */
+typedef struct {
+    void *at;
+    int64_t sequence, head;
+} Vectors;
+
+static void read_vectors(float *x, const Vectors *from, int b, int h, int count, int type, int dim) {
+    for (int r = 0; r < count; r++)
+        for (int i = 0; i < dim; i++)
+            x[r * dim + i] = read_number(from->at, b * from->sequence + (h * count + r) * from->head + i, type);
+}
+
+/* All that a step does to a layer: the new token of every sequence is transformed and stored, its queries attend, and what
+ * they find is restored. Numbers of `query`, `new_keys`, `new_values` and `out` are of type `type_in`, `score` [batch,
+ * heads] f32; the other arguments are those of `kvc_append` and `kvc_decode`, `seen` without the new token. */
+typedef struct {
+    Vectors query, new_keys, new_values, out;
+    const Side *keys, *values;
+    Transform transform;
+    const int32_t *rows, *seen, *places;
+    const float *score;
+    _Float16 *scores;
+    float *scratch;
+    int64_t step, window, room;
+    float scaling;
+    int heads, group, batch, type_in, type, threads, dim;
+} Step;
+
+void kvc_step(const Step *s) {
+    const int items = s->batch * s->heads, dim = s->dim, size = s->group * dim;
+    const int together = items < s->threads || s->batch == 1;
+#pragma omp parallel for schedule(dynamic) num_threads(s->threads) if (!together)
+    for (int i = 0; i < items; i++) {
+        const int b = i / s->heads, h = i % s->heads;
+        const int32_t *head = s->rows + h * FIELDS;
+        float *room = s->scratch;
+#ifdef _OPENMP
+        if (!together) room += omp_get_thread_num() * s->room;
+#endif
+        float *query = room, *out = query + size, *key = out + size, *value = key + dim, *spare = value + dim;
+        const Stored k = stored(s->keys, s->places[b], h, head + K_CODEC, s->type, dim);
+        const Stored v = stored(s->values, s->places[b], h, head + V_CODEC, s->type, dim);
+        read_vectors(key, &s->new_keys, b, h, 1, s->type_in, dim);
+        read_vectors(value, &s->new_values, b, h, 1, s->type_in, dim);
+        read_vectors(query, &s->query, b, h, s->group, s->type_in, dim);
+        transform(s->transform.key, s->transform.key_mean, h, key, spare, dim);
+        transform(s->transform.value, s->transform.value_mean, h, value, spare, dim);
+        append_head(&k, &v, head, s->type, key, value, s->score ? s->score[i] : 0.0f,
+                    s->scores ? s->scores + s->places[b] * s->step : 0, s->seen[b], dim);
+        for (int r = 0; r < s->group; r++) {
+            transform_query(&s->transform, h, query + r * dim, spare, dim);
+            for (int j = 0; j < dim; j++) query[r * dim + j] *= s->scaling;
+        }
+        decode_head(query, &k, &v, head[CAPACITY], s->type, s->group, s->seen[b] + 1, s->window, out, 0, spare + dim,
+                    together ? s->threads : 1, dim);
+        for (int r = 0; r < s->group; r++) {
+            restore(&s->transform, h, out + r * dim, spare, dim);
+            for (int j = 0; j < dim; j++)
+                write_number(s->out.at, b * s->out.sequence + (h * s->group + r) * s->out.head + j, s->type_in,
+                             out[r * dim + j]);
+        }
     }
 }

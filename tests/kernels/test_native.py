@@ -7,6 +7,7 @@ calls as everything else.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, native, ragged_decode
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, native, ragged_decode
 from kvcompile.kernels.native import build
 from kvcompile.kernels.ragged_decode import reference
 
@@ -66,6 +67,72 @@ def test_head_sizes(group: int, head_dim: int, dtype: torch.dtype) -> None:
     expected = reference.ragged_decode(*args, [2000, 290], scaling=head_dim**-0.5)
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's options are those of x86")
+@pytest.mark.parametrize("option", ["-mno-avx512vnni", "-mno-avx2"])
+def test_processors_with_fewer_instructions(afresh: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, option))
+    for head_dim in (64, 80, 128):
+        test_head_sizes(5, head_dim, torch.float32)
+        test_head_sizes(5, head_dim, torch.bfloat16)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dtype) -> None:
+    """Heads that are full and that are not, some sequences of a larger store, a transform for heads with codes."""
+    group, heads, generator = 3, LAYOUT.num_kv_heads, torch.Generator().manual_seed(batch)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    matrices = torch.linalg.qr(random(2, heads, head_dim, head_dim))[0].contiguous()
+    means = random(2, heads, head_dim)
+    for h, row in enumerate(LAYOUT.rows):  # heads in the cache dtype stay as they are
+        for side, codec in enumerate((row.k_codec, row.v_codec)):
+            if codec == 0:
+                matrices[side, h], means[side, h] = torch.eye(head_dim), 0
+    (key, value), (key_mean, value_mean) = matrices, means
+    turned = Transform(key, key.mT.contiguous(), key_mean, value, value.mT.contiguous(), value_mean)
+    places = torch.tensor([4, 0, 2][:batch], dtype=torch.int32)
+    seen = torch.tensor([2000, 290, 7][:batch], dtype=torch.int32)
+    query = random(batch, 1, heads * group, head_dim).to(dtype).transpose(1, 2)
+    new = random(2, batch, 1, heads, head_dim).to(dtype).transpose(2, 3)
+    score, held = random(batch, heads), random(5, LAYOUT.scored_slots).half()
+
+    def fresh() -> tuple[Buffers, Buffers, torch.Tensor]:
+        return full_store("k_bits", 5, head_dim, dtype), full_store("v_bits", 5, head_dim, dtype), held.clone()
+
+    keys, values, scores = fresh()
+    assert native.takes_steps(query, LAYOUT)
+    out = native.step(query, *new, keys, values, scores, LAYOUT, turned, score, seen, 0.1, places)
+
+    k, v, moved = fresh()
+    new_keys, new_values = turned.keys(new[0])[:, :, 0], turned.values(new[1])[:, :, 0]
+    append(k, v, moved, LAYOUT, new_keys, new_values, score, seen, places)
+    asked = turned.queries(query.float())
+    expected = turned.outputs(ragged_decode(asked, k, v, LAYOUT, seen + 1, scaling=0.1, places=places))
+
+    assert torch.equal(scores, moved)
+    for stored, wanted in ((keys, k), (values, v)):
+        for a, b in zip(stored.tensors(), wanted.tensors(), strict=True):
+            # The sums of a transform are in another order, so that a code may be the neighbouring one.
+            assert (a != b).float().mean() < 1e-4
+            if a.is_floating_point():
+                torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+    tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
+
+
+def test_steps_of_policies_that_place_tokens_are_left_to_torch() -> None:
+    observing = LayerLayout.from_heads([HeadSpec("full", 9, 4, 5), HeadSpec("h2o", 9, 4, 5)])
+    assert native.takes_steps(torch.zeros(1, 2, 1, 64), LAYOUT)
+    assert not native.takes_steps(torch.zeros(1, 2, 1, 64), observing)
+    assert not native.takes_steps(torch.zeros(1, 2, 1, 64, dtype=torch.float64), LAYOUT)
 
 
 def test_it_leaves_to_torch_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
