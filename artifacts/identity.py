@@ -171,13 +171,18 @@ def _fingerprint(model: Any, name: str, sampler: Sampler | None) -> tuple[str, N
     tensors, samples = sorted(model.state_dict().items()), []
     for key, tensor in tensors:
         if tensor.is_meta and sampler is None:
-            raise ModelError(f"{name} has no numbers in {key} (meta device), expected loaded weights")
+            raise ModelError(
+                f"{name} has no numbers in {key} (meta device): expected loaded weights, none of them offloaded by a "
+                "device_map"
+            )
         if _dtype_name(tensor) not in DTYPE_BITS:
             raise ModelError(f"{name} has {key} of type {_dtype_name(tensor)}, expected weights that are not packed")
         places = sample_places(tensor.numel())
         if tensor.is_meta and sampler is not None:
             values = sampler(key, places)
         else:
+            if hasattr(tensor, "full_tensor"):  # in parts on the ranks of tensor parallelism, all of which are here
+                tensor = tensor.full_tensor()
             # Indexed before it is converted: a whole tensor of a large model is never copied.
             values = tensor.reshape(-1)[places].float().cpu().numpy()
         if not np.isfinite(values).all():
