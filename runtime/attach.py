@@ -132,10 +132,10 @@ class Attachment:
         self.model = model
         self.artifact = artifact
         # All that can fail comes before the model is touched.
-        ranks = TensorParallel.of(model)
-        ranks.check(model, artifact)
-        self._orders = ranks.orders(artifact)
-        own = [ranks.own(order) for order in self._orders]
+        self.ranks = TensorParallel.of(model)
+        self.ranks.check(model, artifact)
+        self._orders = self.ranks.orders(artifact)
+        own = [self.ranks.own(order) for order in self._orders]
         self.layouts = layer_layouts(artifact, own)
         scorers = self._scorers(own)
         self._transforms = [

@@ -1,8 +1,8 @@
 """Tensor parallelism as transformers does it: every rank has the weights of some heads of each layer, and a cache of
 theirs alone.
 
-transformers cuts projections into equal blocks in the order of the model's heads. An artifact may place heads on ranks in
-another way: they are then brought into the order of their ranks, across ranks, one weight at a time.
+transformers cuts projections into equal blocks in the order of the model's heads. An artifact may place heads on other
+ranks: they are then brought into the order of their ranks, and change places across them, one weight at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kvcompile.artifacts import Artifact, ModelError
 from kvcompile.runtime.linear import attention_modules
 
 STYLES = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
-"""Projections of an attention module, and the style of transformers' plan by which each rank has the same heads of all."""
+"""An attention module's projections, and the style of transformers' plan by which a rank has the same heads of each."""
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,43 @@ class TensorParallel:
             torch.distributed.broadcast(token, group=self.group, group_src=0)
         return token
 
+    def gather(self, value: int) -> list[int]:
+        """What every rank gives, in their order."""
+        found = [value] * self.size
+        if self.group is not None:
+            torch.distributed.all_gather_object(found, value, group=self.group)
+        return found
+
     def check(self, model: Any, artifact: Artifact) -> None:
-        """Raises ModelError: a model that is split otherwise than by heads, heads that do not divide among the ranks,
-        or an artifact that places them on other ranks."""
+        """Raises ModelError: a model that is split otherwise than by heads, or an artifact that does not fit so many
+        ranks."""
         if self.group is None:
             return
-        heads, name = artifact.model.num_kv_heads, artifact.model.architecture
-        modules = attention_modules(model)
-        if len(modules) != len(model.get_decoder().layers):
-            raise ModelError(
-                f"every rank would hold all states of the linear attention of a {name!r} model: load it without tensor "
-                "parallelism, over several devices with device_map"
-            )
-        if heads % self.size:
-            raise ModelError(
-                f"{heads} KV heads do not divide among {self.size} ranks of tensor parallelism: start as many processes "
-                f"as divide {heads}"
-            )
-        if artifact.rank is not None and not placed_on(artifact, self.size):
-            raise ModelError(
-                f"the artifact does not place {heads // self.size} of {heads} KV heads on each of {self.size} ranks, "
-                f"as the model has them: build it with --tp {self.size}, or without --tp"
-            )
-        _check_styles(model, modules, name)
+        check_ranks(artifact, self.size)
+        _check_styles(model, artifact.model.architecture)
+
+
+def check_ranks(artifact: Artifact, ranks: int) -> None:
+    """Raises ModelError: heads that do not divide among so many ranks, an artifact that places them on others, or
+    states that every rank would hold."""
+    heads = artifact.model.num_kv_heads
+    if ranks == 1:
+        return
+    if any(artifact.model.states):
+        raise ModelError(
+            f"every rank would hold all states of the linear attention of a {artifact.model.architecture!r} model: "
+            "load it without tensor parallelism, over several devices with device_map"
+        )
+    if heads % ranks:
+        raise ModelError(
+            f"{heads} KV heads do not divide among {ranks} ranks of tensor parallelism: start as many processes as "
+            f"divide {heads}"
+        )
+    if artifact.rank is not None and not placed_on(artifact, ranks):
+        raise ModelError(
+            f"the artifact does not place {heads // ranks} of {heads} KV heads on each of {ranks} ranks, as the model "
+            f"has them: build it with --tp {ranks}, or without --tp"
+        )
 
 
 def placed_on(artifact: Artifact, ranks: int) -> bool:
@@ -111,9 +125,9 @@ def permute(weight: Any, dim: int, index: torch.Tensor) -> None:
     weight.to_local().copy_(weight.full_tensor().index_select(dim, own))
 
 
-def _check_styles(model: Any, modules: list[Any], architecture: str) -> None:
+def _check_styles(model: Any, architecture: str) -> None:
     names = {module: name for name, module in model.named_modules()}
-    for module in modules:
+    for module in attention_modules(model):
         for projection, style in STYLES.items():
             name = f"{names[module]}.{projection}"
             found = next((found for rule, found in model.tp_plan.items() if fnmatchcase(name, rule)), None)

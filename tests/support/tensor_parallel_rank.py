@@ -1,12 +1,14 @@
 """One rank of a tensor-parallel model: `python tensor_parallel_rank.py FOLDER`, with RANK and WORLD_SIZE set.
 
-FOLDER/cases.json names pairs of a model's folder and an artifact; what the rank finds of each goes to FOLDER/RANK.pt."""
+FOLDER/cases.json names pairs of a model's folder and an artifact; what the rank finds of each goes to FOLDER/RANK.pt.
+They take turns in the modes of torch's autograd."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from kvcompile.artifacts import KvcompileError, read
 from kvcompile.runtime import Sampling, attach, generate
 
 LENGTH, STEPS, CHUNK = 40, 6, 16
+MODES = (torch.no_grad, torch.inference_mode, torch.enable_grad)
 
 
 def answers(model: Any, artifact: Any, seed: int = 0) -> dict[str, Any]:
@@ -44,13 +47,15 @@ def answers(model: Any, artifact: Any, seed: int = 0) -> dict[str, Any]:
         found["chunked"] = generate(model, kv.new_cache(2), ids, prefill_chunk=CHUNK, **options)
         torch.manual_seed(seed)
         found["drawn"] = generate(model, kv.new_cache(2), ids, sampling=Sampling(temperature=2.0), **options)
+    found["logits"] = [logits.detach() for logits in found["logits"]]
     found["restored"] = all(torch.equal(a, b) for a, b in zip(before, parts(model), strict=True))
     return found
 
 
 def parts(model: Any) -> list[torch.Tensor]:
     """A copy of the weights that are here."""
-    return [getattr(w, "to_local", lambda w=w: w)().detach().clone() for w in model.state_dict().values()]
+    weights = model.state_dict(keep_vars=True).values()
+    return [getattr(weight, "to_local", lambda weight=weight: weight)().detach().clone() for weight in weights]
 
 
 def main(folder: Path) -> None:
@@ -59,11 +64,12 @@ def main(folder: Path) -> None:
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     found: dict[str, Any] = {}
-    for name, case in json.loads((folder / "cases.json").read_text()).items():
+    cases = json.loads((folder / "cases.json").read_text())
+    for (name, case), mode in zip(cases.items(), cycle(MODES), strict=False):
         split = DistributedConfig(tp_size=size)
         model = AutoModelForCausalLM.from_pretrained(case["model"], distributed_config=split).eval()
         try:
-            with torch.no_grad():
+            with mode():
                 found[name] = answers(model, read(case["artifact"]), seed=rank)
         except KvcompileError as error:
             found[name] = str(error)
