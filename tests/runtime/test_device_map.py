@@ -115,19 +115,3 @@ def test_offloaded_layers_are_refused(folder: Path, tmp_path: Path) -> None:
     artifact = make_artifact(tiny_model(CONFIGS["llama"]), 12)
     with pytest.raises(ModelError, match=r"no numbers in model\.layers\.1.*, none of them offloaded by a device_map"):
         attach(model, artifact)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["exact", "quantised"])
-def test_two_gpus_say_what_one_does(folder: Path, options: dict[str, Any]) -> None:
-    pytest.importorskip("accelerate")
-    parts = {name: int(name not in PARTS[:3]) for name in PARTS}
-    one, two = (AutoModelForCausalLM.from_pretrained(folder, device_map=where).eval() for where in (0, parts))
-    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(0)).to("cuda:0")
-    artifact, found = make_artifact(one, 12, **options), []
-    for model in (one, two):
-        with attach(model, artifact) as kv:
-            cache = kv.new_cache(2)
-            found.append(generate(model, cache, ids, max_new_tokens=6, prefill_chunk=16))
-    assert [layer.store.keys.exact.device.index for layer in cache.ragged] == [0, 1, 1]
-    assert torch.equal(*found)

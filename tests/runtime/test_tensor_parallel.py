@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tensor_parallel_rank
+import tensor_parallel
 import torch
 from tiny_models import CONFIGS, SHAPE, configs, make_artifact, tiny_model
 
@@ -67,40 +63,31 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def artifacts(folder: Path) -> dict[str, Artifact]:
-    """By case, with the models beside them."""
+    """By case; files of them and of the models are in the folder."""
     wanted = {name: (family, options, RANKS if placed else None) for name, (family, options, placed) in CASES.items()}
     wanted |= {name: (family, {"capacity": 9}, ranks) for name, (family, ranks, _) in REFUSED.items()}
-    found, listed = {}, {}
-    for number, (name, (family, options, ranks)) in enumerate(wanted.items()):
+    found = {}
+    for name, (family, options, ranks) in wanted.items():
         model = tiny_model(FAMILIES[family])
-        if not (folder / family).exists():
-            model.save_pretrained(folder / family)
+        model.save_pretrained(folder / family)
         artifact = make_artifact(model, **options)
         found[name] = artifact if ranks is None else on_ranks(artifact, ranks)
-        write(found[name], folder / f"{number}.kvb")
-        listed[name] = {"model": str(folder / family), "artifact": str(folder / f"{number}.kvb")}
-    (folder / "cases.json").write_text(json.dumps(listed))
+        write(found[name], folder / f"{name}.kvb")
     return found
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path, artifacts: dict[str, Artifact]) -> list[dict[str, Any]]:
     """What each of three processes found, by case."""
-    command = [sys.executable, tensor_parallel_rank.__file__, str(folder)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(RANKS)}
-    started = [
-        subprocess.Popen(command, env={**settings, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-        for rank in range(RANKS)
-    ]
-    complaints = [process.communicate(timeout=600)[1].decode() for process in started]
-    assert [process.returncode for process in started] == [0] * RANKS, "\n".join(complaints)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
+    families = {name: case[0] for name, case in (CASES | REFUSED).items()}
+    cases = {name: (folder / families[name], folder / f"{name}.kvb") for name in artifacts}
+    return tensor_parallel.run(folder, cases, "gloo", [""] * RANKS)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_three_processes_say_what_one_does(name: str, artifacts: dict[str, Artifact], ranks: list[Any]) -> None:
     with torch.no_grad():
-        alone = tensor_parallel_rank.answers(tiny_model(FAMILIES[CASES[name][0]]), artifacts[name])
+        alone = tensor_parallel.answers(tiny_model(FAMILIES[CASES[name][0]]), artifacts[name])
     for rank in ranks:
         found = rank[name]
         for logits, expected in zip(found["logits"], alone["logits"], strict=True):
