@@ -70,10 +70,9 @@ class TensorParallel:
     def check(self, model: Any, artifact: Artifact) -> None:
         """Raises ModelError: a model that is split otherwise than by heads, or an artifact that does not fit so many
         ranks."""
-        if self.group is None:
-            return
         check_ranks(artifact, self.size)
-        _check_styles(model, artifact.model.architecture)
+        if any(is_split(weight) for weight in model.parameters()):
+            _check_styles(model, artifact.model.architecture)
 
 
 def check_ranks(artifact: Artifact, ranks: int) -> None:

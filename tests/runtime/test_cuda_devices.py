@@ -66,4 +66,4 @@ def test_heads_on_two_gpus_say_what_one_gpu_does(folder: Path) -> None:
         for rank in ranks:
             assert rank[name]["restored"]
             for logits, expected in zip(rank[name]["logits"], alone["logits"], strict=True):
-                torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+                torch.testing.assert_close(logits, expected, atol=5e-3 if "bits" in OPTIONS[name] else 1e-3, rtol=0)

@@ -14,10 +14,10 @@ import torch
 from tiny_models import CONFIGS, SHAPE, configs, make_artifact, tiny_model
 
 from kvcompile.artifacts import DTYPE_BITS, Artifact, ModelError, head_bytes, write
-from kvcompile.runtime.tensor_parallel import TensorParallel, permute, placed_on
+from kvcompile.runtime.tensor_parallel import TensorParallel, check_ranks, permute, placed_on
 
 RANKS = 3
-FAMILIES = configs({**SHAPE, "vocab_size": 99, "intermediate_size": 66, "num_key_value_heads": 6}, 16, 33)
+FAMILIES = configs({**SHAPE, "vocab_size": 99, "intermediate_size": 72, "num_key_value_heads": 6}, 16, 36)
 ROWS = [[10, 30, 7, 9, 25, 60], [12, 3, 64, 20, 20, 5], [128, 20, 9, 40, 6, 11]]
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4), (3, 2)]
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -88,10 +88,12 @@ def ranks(folder: Path, artifacts: dict[str, Artifact]) -> list[dict[str, Any]]:
 def test_three_processes_say_what_one_does(name: str, artifacts: dict[str, Artifact], ranks: list[Any]) -> None:
     with torch.no_grad():
         alone = tensor_parallel.answers(tiny_model(FAMILIES[CASES[name][0]]), artifacts[name])
+    # Sums over ranks are rounded in another order, and a number at the border of two codes may get the other one.
+    allowed = 5e-3 if "bits" in CASES[name][1] else 1e-3
     for rank in ranks:
         found = rank[name]
         for logits, expected in zip(found["logits"], alone["logits"], strict=True):
-            torch.testing.assert_close(logits, expected, atol=1e-3, rtol=0)
+            torch.testing.assert_close(logits, expected, atol=allowed, rtol=0)
             assert torch.equal(logits.argmax(-1), expected.argmax(-1))
         assert torch.equal(found["chunked"], alone["chunked"])
 
@@ -127,9 +129,18 @@ def test_what_cannot_be_split_is_one_sentence(name: str, ranks: list[Any]) -> No
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(family: str, ranks: int, sentence: str) -> None:
-    model = tiny_model(CONFIGS[family])
+    artifact = make_artifact(tiny_model(CONFIGS[family]), 9)
+    check_ranks(artifact, 1)
     with pytest.raises(ModelError, match=sentence):
-        TensorParallel(0, ranks, group=object()).check(model, make_artifact(model, 9))
+        check_ranks(artifact, ranks)
+
+
+def test_a_model_whose_attention_alone_is_whole_is_refused(llama: Any) -> None:
+    """As it is where experts alone are split."""
+    artifact = make_artifact(llama, 9)
+    llama.lm_head.weight.full_tensor = lambda: None
+    with pytest.raises(ModelError, match=r"its plan has colwise for .*, expected colwise, and nothing but tensor"):
+        TensorParallel.of(llama).check(llama, artifact)
 
 
 def test_a_placement_is_for_its_number_of_ranks(make_artifact: Callable[..., Artifact], llama: Any) -> None:
