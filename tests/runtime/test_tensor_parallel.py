@@ -96,6 +96,7 @@ def test_three_processes_say_what_one_does(name: str, artifacts: dict[str, Artif
             torch.testing.assert_close(logits, expected, atol=allowed, rtol=0)
             assert torch.equal(logits.argmax(-1), expected.argmax(-1))
         assert torch.equal(found["chunked"], alone["chunked"])
+        assert torch.equal(found["generated"], alone["generated"])
 
 
 @pytest.mark.parametrize("name", CASES)

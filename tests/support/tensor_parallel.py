@@ -47,6 +47,8 @@ def answers(model: Any, artifact: Any, seed: int = 0) -> dict[str, Any]:
         found["bytes at the end"] = cache.nbytes // 2
         options = {"max_new_tokens": STEPS, "attention_mask": real}
         found["chunked"] = generate(model, kv.new_cache(2), ids, prefill_chunk=CHUNK, **options)
+        theirs = model.generate(ids, past_key_values=kv.new_cache(2), do_sample=False, **options)
+        found["generated"] = theirs[:, LENGTH:].cpu()
         torch.manual_seed(seed)
         found["drawn"] = generate(model, kv.new_cache(2), ids, sampling=Sampling(temperature=2.0), **options)
     found["logits"] = [logits.detach().cpu() for logits in found["logits"]]
