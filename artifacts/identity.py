@@ -168,18 +168,24 @@ def _dtype_name(tensor: Any) -> str:
 def _fingerprint(model: Any, name: str, sampler: Sampler | None) -> tuple[str, NDArray[np.float32]]:
     """Fingerprint and samples: of every tensor of the state dict, in the order of their names, up to 16 elements,
     evenly spread from the first to the last, as f32."""
-    tensors, samples = sorted(model.state_dict().items()), []
+    # Parameters as they are: a detached part of one on a rank of tensor parallelism cannot be had in inference mode.
+    tensors, samples = sorted(model.state_dict(keep_vars=True).items()), []
     for key, tensor in tensors:
         if tensor.is_meta and sampler is None:
-            raise ModelError(f"{name} has no numbers in {key} (meta device), expected loaded weights")
+            raise ModelError(
+                f"{name} has no numbers in {key} (meta device): expected loaded weights, none of them offloaded by a "
+                "device_map"
+            )
         if _dtype_name(tensor) not in DTYPE_BITS:
             raise ModelError(f"{name} has {key} of type {_dtype_name(tensor)}, expected weights that are not packed")
         places = sample_places(tensor.numel())
         if tensor.is_meta and sampler is not None:
             values = sampler(key, places)
         else:
+            if hasattr(tensor, "full_tensor"):  # in parts on several ranks, all of which have come here
+                tensor = tensor.full_tensor()
             # Indexed before it is converted: a whole tensor of a large model is never copied.
-            values = tensor.reshape(-1)[places].float().cpu().numpy()
+            values = tensor.detach().reshape(-1)[places].float().cpu().numpy()
         if not np.isfinite(values).all():
             raise ModelError(f"{name} has NaN or infinity in {key}, expected finite weights")
         samples.append(values)

@@ -19,6 +19,7 @@ from kvcompile.runtime.joined import separate
 from kvcompile.runtime.linear import LinearLayer, attention_modules
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
+from kvcompile.runtime.tensor_parallel import TensorParallel
 from kvcompile.runtime.transforms import layer_transform
 
 if TYPE_CHECKING:
@@ -130,13 +131,16 @@ class Attachment:
         check_identity(artifact.model, identify(model, artifact.model.name))
         self.model = model
         self.artifact = artifact
-        self.layouts = layer_layouts(artifact)
         # All that can fail comes before the model is touched.
-        scorers = self._scorers()
-        orders = artifact.budgets.head_order.tolist()
+        self.ranks = TensorParallel.of(model)
+        self.ranks.check(model, artifact)
+        self._orders = self.ranks.orders(artifact)
+        own = [self.ranks.own(order) for order in self._orders]
+        self.layouts = layer_layouts(artifact, own)
+        scorers = self._scorers(own)
         self._transforms = [
             layer_transform(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
-            for i, (order, layout, module) in enumerate(zip(orders, self.layouts, self._attention, strict=True))
+            for i, (order, layout, module) in enumerate(zip(own, self.layouts, self._attention, strict=True))
         ]
         _register()
         self._id = uuid.uuid4().hex
@@ -192,19 +196,19 @@ class Attachment:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _scorers(self) -> list[LayerScorer | None]:
-        """By layer, None where no head has the policy `scored`."""
-        scorer, rows = self.artifact.scorer, enumerate(self.artifact.budgets.head_order.tolist())
+    def _scorers(self, own: list[list[int]]) -> list[LayerScorer | None]:
+        """By layer, for the heads that are here; None where none of them has the policy `scored`."""
+        scorer = self.artifact.scorer
         return [
             LayerScorer(scorer, i, order, self._attention[i].o_proj.weight)
             if scorer is not None and any(cls.policy == "scored" for cls in self.layouts[i].classes)
             else None
-            for i, order in rows
+            for i, order in enumerate(own)
         ]
 
     def _permute(self, undo: bool) -> None:
         identity = self.artifact.model
-        for module, row in zip(self._attention, self.artifact.budgets.head_order.tolist(), strict=True):
+        for module, row in zip(self._attention, self._orders, strict=True):
             order = inverse(row) if undo else row
             permute_heads(identity.architecture, module, order, identity.num_attention_heads, identity.head_dim)
 
@@ -226,9 +230,10 @@ SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")
 """The numbers that make the shape of a head."""
 
 
-def layer_layouts(artifact: Artifact) -> list[LayerLayout]:
-    """The store's layout, layer by layer, with heads in storage order."""
-    return [layer_layout(artifact, i, order) for i, order in enumerate(artifact.budgets.head_order.tolist())]
+def layer_layouts(artifact: Artifact, orders: Sequence[Sequence[int]] | None = None) -> list[LayerLayout]:
+    """The store's layout, layer by layer, of the heads `orders`; None: of all, in storage order."""
+    orders = artifact.budgets.head_order.tolist() if orders is None else orders
+    return [layer_layout(artifact, i, order) for i, order in enumerate(orders)]
 
 
 def layer_layout(artifact: Artifact, layer: int, order: Sequence[int]) -> LayerLayout:

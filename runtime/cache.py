@@ -222,7 +222,7 @@ class RaggedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes resident now: the sizes of all storages."""
+        """Bytes resident now: the sizes of all storages; on a rank of tensor parallelism, those of its heads alone."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self.tensors())
 
     @property

@@ -13,6 +13,7 @@ from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.prefill import chunk_length, cut_length, read
 from kvcompile.runtime.recording import Recording, on, recordable
 from kvcompile.runtime.sampling import Sampling
+from kvcompile.runtime.tensor_parallel import TensorParallel
 
 OnToken = Callable[[torch.Tensor], None]
 """Is given the next token of every sequence, int64 [B] on the host, as soon as it is there."""
@@ -26,7 +27,8 @@ class Decoder:
     The model is called as transformers calls it, so weights are whatever was loaded. The first step runs as it is,
     which also compiles the kernels; on a GPU the second is recorded, and from then on a step is one launch. Buffers and
     graph stay with the cache, and serve the next decoder of the same model, batch and sampling. Caches with heads of a
-    policy that learns from attention (`h2o`) are never recorded.
+    policy that learns from attention (`h2o`) are never recorded, nor are models on several devices. With tensor
+    parallelism every rank calls the same; the tokens are those of the first.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Decoder:
         self.device = model.device
         self.runs_ahead = self.device.type == "cuda"
         """Whether a step returns before it is done, so that the next can be started before its token is looked at."""
+        self._ranks = TensorParallel.of(model)
         self._records = recordable(model, cache)
         self._recording: Recording | None = None
 
@@ -97,7 +100,7 @@ class Decoder:
         start = torch.tensor(before, device=ids.device)[:, None]
         with on(self.device):
             logits = read(self.model, self.cache, ids, real, start, chunk, every)
-            self.start(self.sampling.choose(logits)[:, None], start + real.sum(1, keepdim=True))
+            self.start(self._choose(logits), start + real.sum(1, keepdim=True))
             return self.token[:, 0].clone()
 
     @torch.inference_mode()
@@ -140,8 +143,11 @@ class Decoder:
             logits = step.fused(step.token, step.position, self.cache)
         else:
             logits = self.model(step.token, position_ids=step.position, past_key_values=self.cache).logits[:, -1]
-        step.token.copy_(self.sampling.choose(logits)[:, None])
+        step.token.copy_(self._choose(logits))
         step.position.add_(1)
+
+    def _choose(self, logits: torch.Tensor) -> torch.Tensor:
+        return self._ranks.agreed(self.sampling.choose(logits)[:, None])
 
     def _record(self, step: Recording) -> None:
         try:

@@ -88,10 +88,11 @@ def fusable(model: Any, cache: RaggedCache) -> bool:
 
 
 def _watched(model: Any) -> bool:
-    """Whether anyone beside the attachment has hooks on a module, which a step would not call."""
+    """Whether anyone beside the attachment has hooks on a module, or has put another `forward` in its place, as
+    `device_map` over several devices and tensor parallelism do: a step would not call them."""
     own = {layer.self_attn for layer in model.get_decoder().layers}
     return any(
-        len(hooks) > (module in own)
+        len(hooks) > (module in own) or "forward" in vars(module)
         for module in model.modules()
         for hooks in (module._forward_hooks, module._forward_pre_hooks)
     )

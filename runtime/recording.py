@@ -14,6 +14,7 @@ from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
 from kvcompile.runtime.linear import attention_modules
 from kvcompile.runtime.sampling import Sampling
+from kvcompile.runtime.tensor_parallel import TensorParallel
 
 
 class Graph:
@@ -90,10 +91,12 @@ class Recording:
 
 
 def recordable(model: Any, cache: RaggedCache) -> bool:
-    """Whether a step can be one CUDA graph: all on one GPU, and no policy that learns from every step's attention."""
+    """Whether a step can be one CUDA graph: all on one GPU, with weights that are whole, and no policy that learns from
+    every step's attention."""
     devices = {model.device, *(tensor.device for tensor in cache.tensors())}
-    alike = len(cache.ragged) == len(cache.layers)  # states of linear attention have not been tried
-    return model.device.type == "cuda" and len(devices) == 1 and alike and not cache.observes
+    # States of linear attention have not been tried, nor has what ranks of tensor parallelism tell each other.
+    tried = len(cache.ragged) == len(cache.layers) and TensorParallel.of(model).group is None
+    return model.device.type == "cuda" and len(devices) == 1 and tried and not cache.observes
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

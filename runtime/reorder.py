@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kvcompile.artifacts import ModelError
+from kvcompile.runtime.tensor_parallel import permute
 
 Cut = tuple[torch.Tensor, int, torch.Tensor]
 """A weight, the dimension its heads lie along, and the order to bring that dimension into."""
@@ -107,7 +108,7 @@ def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int],
             )
     with torch.no_grad():
         for weight, dim, index in cuts:
-            weight.copy_(weight.index_select(dim, index.to(weight.device)))
+            permute(weight, dim, index)
 
 
 def inverse(order: Sequence[int]) -> list[int]:

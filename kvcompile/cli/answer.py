@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,14 +18,16 @@ WARM_TOKENS = 8
 
 @dataclass(frozen=True)
 class Answer:
-    """`tokens` are the new ones, with the one that ended the answer; `cache_bytes` is what the cache holds at the end;
-    `tokens_per_second` counts from the first new token on."""
+    """`tokens` are the new ones, with the one that ended the answer; `cache_bytes` is what the cache holds at the end,
+    of all ranks together, and `rank_bytes` what each of several does; `tokens_per_second` counts from the first new
+    token on."""
 
     tokens: tuple[int, ...]
     text: str
     prefill_seconds: float
     tokens_per_second: float
     cache_bytes: int
+    rank_bytes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ def with_budget(loaded: Any, plan: Artifact, asked: Asked, silent: bool, timed: 
             prefill_cut_every=asked.prefill_cut_every,
         )  # fmt: skip
         streamer.end()
-        return _answer(tokenizer, new[0].tolist(), streamer, cache.nbytes)
+        held = kv.ranks.gather(cache.nbytes)
+        answer = _answer(tokenizer, new[0].tolist(), streamer, sum(held))
+        return replace(answer, rank_bytes=tuple(held)) if kv.ranks.size > 1 else answer
 
 
 def with_full_cache(loaded: Any, asked: Asked, cache_dtype: torch.dtype) -> Answer:

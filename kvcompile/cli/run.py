@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,34 +58,53 @@ from kvcompile.cli import output, progress
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
 @click.option("--compare", is_flag=True, help="Answer with the full cache too, and show where the answers part.")
+@click.option(
+    "--device-map",
+    metavar="MAP",
+    help="Spread the model's layers over this machine's GPUs as transformers does by this name, such as auto, with "
+    "the package accelerate.  [default: one device]",
+)
 @click.option("--json", "as_json", is_flag=True, help="The answer and its figures as JSON on stdout.")
 def command(
     artifact: str, prompt: str, model: str | None, max_new_tokens: int, temperature: float, top_p: float, top_k: int,
-    prefill_chunk: int, prefill_cut_every: int | None, seed: int, raw: bool, compare: bool, as_json: bool,
+    prefill_chunk: int, prefill_cut_every: int | None, seed: int, raw: bool, compare: bool, device_map: str | None,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Stream the answer to a prompt on stdout; speed and bytes in use go to stderr. With --compare both answers are
-    shown when both are done, with their figures."""
+    shown when both are done, with their figures.
+
+    Started by torchrun in N processes (torchrun --nproc-per-node N -m kvcompile run ...), they split the model's heads,
+    and each holds the cache of its own; the first one answers."""
     plan = fetch(artifact)
+    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if count > 1 and (compare or prompt == "-"):
+        option = "--compare" if compare else "--prompt -"
+        raise CacheError(f"{option} is for one process, and there are {count}: leave torchrun out, or the option")
     text = read_prompt(prompt)
 
     import torch
 
     from kvcompile.cli.answer import Asked, prompt_ids, with_budget, with_full_cache
-    from kvcompile.models import fast_dtype, load
+    from kvcompile.models import fast_dtype, load, over_devices
     from kvcompile.runtime import Sampling
+    from kvcompile.runtime.tensor_parallel import check_ranks
 
-    with output.quiet_transformers():
-        with progress.waiting("loading the model"):
-            loaded = load(model or plan.model.name, dtype=fast_dtype(getattr(torch, plan.model.dtype)))
+    check_ranks(plan, count)
+    with output.quiet_transformers(), over_devices(count, device_map) as spread:
+        with progress.waiting("loading the model") if rank == 0 else nullcontext():
+            dtype = fast_dtype(getattr(torch, plan.model.dtype))
+            loaded = load(model or plan.model.name, dtype=dtype, spread=spread)
         ids = prompt_ids(loaded.tokenizer, text, raw)
         asked = Asked(ids, max_new_tokens, Sampling(temperature, top_p, top_k), seed, prefill_chunk, prefill_cut_every)
         # Before anything is said of a prompt that another model's artifact has no business with.
         check_identity(plan.model, identify(loaded.model, plan.model.name))
-        _note_length(ids.shape[1], plan.target.context)
+        if rank == 0:
+            _note_length(ids.shape[1], plan.target.context)
         if not compare:
-            answer = with_budget(loaded, plan, asked, silent=as_json)
-            result = figures(plan, loaded.model, asked, answer)
-            output.print_json(result) if as_json else _print(result)
+            answer = with_budget(loaded, plan, asked, silent=as_json or rank > 0)
+            if rank == 0:
+                result = figures(plan, loaded.model, asked, answer)
+                output.print_json(result) if as_json else _print(result)
             return
         from kvcompile.cli.comparison import Comparison, part, show
 
@@ -144,6 +165,7 @@ def _own(answer: Any) -> dict[str, Any]:
         "prefill_seconds": answer.prefill_seconds,
         "tokens_per_second": answer.tokens_per_second,
         "cache_bytes": answer.cache_bytes,
+        **({"rank_bytes": list(answer.rank_bytes)} if answer.rank_bytes else {}),
     }
 
 
@@ -158,10 +180,12 @@ def _note_length(tokens: int, context: int) -> None:
 
 def _print(result: dict[str, Any]) -> None:
     share = result["cache_bytes"] / result["full_bytes"]
+    ranks = result.get("rank_bytes", [])
+    by_rank = f" ({', '.join(map(output.approximate, ranks))} by rank)" if ranks else ""
     click.echo(
         f"\n{result['prompt_tokens']} prompt tokens in {result['prefill_seconds']:.1f} s, "
         f"{result['new_tokens']} new ones at {result['tokens_per_second']:.1f} a second\n"
-        f"cache: {output.human(result['cache_bytes'])} in use, {share:.1%} of the full one\n"
+        f"cache: {output.human(result['cache_bytes'])} in use, {share:.1%} of the full one{by_rank}\n"
         f"target: {output.human(result['target_bytes'])}\n"
         f"reading the prompt: at most {output.human(result['prefill_bytes'])} beside weights and cache",
         err=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,14 @@ class Loaded:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """How a model is to be loaded: the element type (None: the checkpoint's own), the device, and the bytes within
-    which it is to be profiled, beyond which it is streamed (None: it is held whole)."""
+    """How a model is to be loaded: the element type (None: the checkpoint's own), the device, the bytes within which
+    it is to be profiled, beyond which it is streamed (None: it is held whole), and how it lies on several devices."""
 
     dtype: torch.dtype | None
     device: torch.device
     memory: int | None
     tokens: int
+    spread: Mapping[str, Any]
 
 
 def load(
@@ -55,11 +57,14 @@ def load(
     device: str | None = None,
     memory: int | None = None,
     tokens: int = PROFILE_TOKENS,
+    spread: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Load a folder, a .gguf file, an alias or a hub id, whichever of these `name` is first.
 
     With `memory`, a model is streamed if profiling contexts of `tokens` tokens would take more bytes with all of its
     weights at hand: its parts then read them from the checkpoint when they are used (`kvcompile.models.streamed`).
+
+    `spread` are the options of `over_devices`, by which transformers itself puts the model on several devices.
 
     `device` defaults to cuda where there is one, else cpu. `dtype` defaults to the checkpoint's own. A GGUF file has
     none of its own once it is dequantised: it is loaded in bfloat16, which is what the weights were before, and what a
@@ -69,7 +74,7 @@ def load(
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        wanted = _Wanted(dtype, torch.device(device), memory, tokens)
+        wanted = _Wanted(dtype, torch.device(device), memory, tokens, spread or {})
     except RuntimeError as error:
         raise ModelError(_immovable(name, device, error)) from None
     with contextlib.nullcontext() if sys.stderr.isatty() else no_progress_bars():
@@ -77,7 +82,9 @@ def load(
     if is_streamed(loaded.model.get_input_embeddings()):
         return loaded
     try:
-        loaded.model.to(device).eval()
+        loaded.model.eval()
+        if not wanted.spread:
+            loaded.model.to(device)
         if memory is not None:
             align(loaded.model)
     except (RuntimeError, AssertionError) as error:
@@ -137,6 +144,7 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
             use_safetensors=True,
             output_loading_info=True,
             **_unpacked(config),
+            **wanted.spread,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except ModelError:

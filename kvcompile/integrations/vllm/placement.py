@@ -13,6 +13,7 @@ from kvcompile.artifacts.identity import shape_of
 from kvcompile.integrations.vllm.structure import empty_model
 from kvcompile.runtime.linear import attention_modules
 from kvcompile.runtime.reorder import ARCHITECTURES
+from kvcompile.runtime.tensor_parallel import placed_on
 
 UNPLACED = "give an unquantised checkpoint of the artifact's model, or build the artifact without --tp"
 """What to do with a checkpoint whose heads cannot be moved: the end of a sentence."""
@@ -31,13 +32,9 @@ def head_orders(artifact: Artifact, ranks: int) -> list[list[int]] | None:
 
     None where the artifact has no placement on so many ranks.
     """
-    rank = artifact.rank
-    if rank is None or rank.shape[1] % ranks:
+    if artifact.rank is None or not placed_on(artifact, ranks):
         return None
-    each = np.repeat(np.arange(ranks), rank.shape[1] // ranks)
-    if not (np.sort(rank, axis=1) == each).all():
-        return None
-    orders: list[list[int]] = np.argsort(rank, axis=1, kind="stable").tolist()
+    orders: list[list[int]] = np.argsort(artifact.rank, axis=1, kind="stable").tolist()
     return orders
 
 
