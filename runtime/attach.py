@@ -13,9 +13,10 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
-from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
+from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.linear import LinearLayer, attention_modules
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads

@@ -17,8 +17,9 @@ from torch.nn.functional import linear
 from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_mul
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
 from kvcompile.runtime.attach import BINDING
-from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.joined import Linear, joinable, joined
+from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.policies import POLICIES
 
 FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})

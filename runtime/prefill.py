@@ -17,7 +17,8 @@ import torch
 from kvcompile.artifacts import PREFILL_CHUNK, CacheError
 from kvcompile.artifacts import prefill_bytes as prefill_bytes
 from kvcompile.runtime import masks
-from kvcompile.runtime.cache import RaggedCache, RaggedLayer
+from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.linear import LinearLayer
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact, native
+from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact
 from kvcompile.kernels.buffers import Make
 from kvcompile.kernels.softmax import PLAIN
-from kvcompile.runtime import new_tokens
+from kvcompile.runtime import in_one, new_tokens
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt
@@ -108,12 +108,12 @@ class LayerStore:
         score: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
-        if self._in_one(query, keys):
-            out = self._step(query, keys, values, scaling, score, self.seen)
-            self.count_step()
-            return out
-        query, keys, values = self.transformed(query, keys, values)
         flat = None if score is None else score[:, 0]
+        if in_one.usable(self, query, keys):
+            out = in_one.step(self, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scaling, flat, self.seen)
+            self.count_step()
+            return out.unsqueeze(2)
+        query, keys, values = self.transformed(query, keys, values)
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.lengths())
         new_tokens.place(self, keys, values)
         self.count_step()
@@ -231,32 +231,14 @@ class LayerStore:
         seen: torch.Tensor,
     ) -> torch.Tensor:
         """`step` for those of the store's sequences at `places` int32 [B], which have brought `seen` int32 [B] tokens,
-        both on the device: nothing is read by the host or counted here. For policies that do not observe."""
-        if self._in_one(query, keys):
-            return self._step(query, keys, values, scaling, score, seen, places)
-        query, keys, values = self.transformed(query, keys, values)
-        flat = None if score is None else score[:, 0]
-        k, v = keys[:, :, 0], values[:, :, 0]
-        append(self.keys, self.values, self.scores, self.layout, k, v, flat, seen, places)
-        return weighed(self, query, seen + 1, scaling, places=places)
-
-    def _in_one(self, query: torch.Tensor, keys: torch.Tensor) -> bool:
-        """Whether all of a step is one call in C."""
-        same = query.dtype == keys.dtype and query.device == self.keys.exact.device
-        return same and self.softmax.plain and native.takes_steps(query, self.layout)
-
-    def _step(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        scaling: float,
-        score: torch.Tensor | None,
-        seen: Sequence[int] | torch.Tensor,
-        places: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        stored, flat = (self.keys, self.values, self.scores, self.layout), None if score is None else score[:, 0]
-        return native.step(query, keys, values, *stored, self.transform, flat, seen, scaling, places)
+        both on the device: nothing is read by the host or counted here. For policies that do not observe. Without the
+        dimension of tokens: `query` [B, num_heads, D], `keys` and `values` [B, num_kv_heads, D], `score` f32 [B,
+        num_kv_heads]; as `query`."""
+        if in_one.usable(self, query, keys):
+            return in_one.step(self, query, keys, values, scaling, score, seen, places)
+        query, keys, values = self.transformed(query.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2))
+        append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], score, seen, places)
+        return weighed(self, query, seen + 1, scaling, places=places).squeeze(2)
 
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index` int64 [new batch]: for beam search, repeats and selections."""

@@ -61,7 +61,7 @@ class _Vectors(ctypes.Structure):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _Vectors:
-        """Those of one new token a sequence, [B, heads, 1, D]."""
+        """Those of one new token a sequence, [B, heads, D]."""
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
@@ -149,7 +149,10 @@ def _room(library: ctypes.CDLL, layout: LayerLayout, group: int, head_dim: int) 
 
 def takes_steps(query: torch.Tensor, layout: LayerLayout) -> bool:
     """Whether `step` can be done here: there are no heads whose policy places tokens itself."""
-    return query.dtype in TYPES and usable(query, query.shape[3], layout) and all(r.kind != OTHER for r in layout.rows)
+    key = "native steps"
+    if key not in layout.memo:
+        layout.memo[key] = all(row.kind != OTHER for row in layout.rows)
+    return layout.memo[key] and query.dtype in TYPES and usable(query, query.shape[-1], layout)
 
 
 def step(
@@ -167,12 +170,12 @@ def step(
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """All of a layer's decode step in one call: what `Transform`, `append` and `ragged_decode` do one after the other,
-    in float32 in between. `query` [B, num_heads, 1, D], `new_keys` and `new_values` [B, num_kv_heads, 1, D], of one
-    dtype and as the model has them; `score`, `seen` (without the new token) and `places` as in `append`. As `query`."""
-    library, (batch, query_heads, _, head_dim), heads = _library(), query.shape, layout.num_kv_heads
+    in float32 in between. `query` [B, num_heads, D], `new_keys` and `new_values` [B, num_kv_heads, D], of one dtype and
+    as the model has them; `score`, `seen` (without the new token) and `places` as in `append`. As `query`."""
+    library, (batch, query_heads, head_dim), heads = _library(), query.shape, layout.num_kv_heads
     assert library is not None
-    query, new_keys, new_values = (t if t.stride(3) == 1 else t.contiguous() for t in (query, new_keys, new_values))
-    out = query.new_empty(batch, query_heads, 1, head_dim)
+    query, new_keys, new_values = (t if t.stride(2) == 1 else t.contiguous() for t in (query, new_keys, new_values))
+    out = query.new_empty(batch, query_heads, head_dim)
     threads, group = torch.get_num_threads(), query_heads // heads
     room = _room(library, layout, group, head_dim)
     scratch = torch.empty(threads * room)

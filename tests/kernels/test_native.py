@@ -100,8 +100,8 @@ def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dty
     turned = Transform(key, key.mT.contiguous(), key_mean, value, value.mT.contiguous(), value_mean)
     places = torch.tensor([4, 0, 2][:batch], dtype=torch.int32)
     seen = torch.tensor([2000, 290, 7][:batch], dtype=torch.int32)
-    query = random(batch, 1, heads * group, head_dim).to(dtype).transpose(1, 2)
-    new = random(2, batch, 1, heads, head_dim).to(dtype).transpose(2, 3)
+    query = random(batch, heads * group, head_dim).to(dtype)
+    new = random(2, heads, batch, head_dim).to(dtype).transpose(1, 2)
     score, held = random(batch, heads), random(5, LAYOUT.scored_slots).half()
 
     def fresh() -> tuple[Buffers, Buffers, torch.Tensor]:
@@ -112,10 +112,11 @@ def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dty
     out = native.step(query, *new, keys, values, scores, LAYOUT, turned, score, seen, 0.1, places)
 
     k, v, moved = fresh()
-    new_keys, new_values = turned.keys(new[0])[:, :, 0], turned.values(new[1])[:, :, 0]
+    new_keys, new_values = turned.keys(new[0].unsqueeze(2)).squeeze(2), turned.values(new[1].unsqueeze(2)).squeeze(2)
     append(k, v, moved, LAYOUT, new_keys, new_values, score, seen, places)
-    asked = turned.queries(query.float())
-    expected = turned.outputs(ragged_decode(asked, k, v, LAYOUT, seen + 1, scaling=0.1, places=places))
+    asked = turned.queries(query.float().unsqueeze(2))
+    attended = ragged_decode(asked, k, v, LAYOUT, seen + 1, scaling=0.1, places=places)
+    expected = turned.outputs(attended).squeeze(2)
 
     assert torch.equal(scores, moved)
     for stored, wanted in ((keys, k), (values, v)):
@@ -130,9 +131,9 @@ def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dty
 
 def test_steps_of_policies_that_place_tokens_are_left_to_torch() -> None:
     observing = LayerLayout.from_heads([HeadSpec("full", 9, 4, 5), HeadSpec("h2o", 9, 4, 5)])
-    assert native.takes_steps(torch.zeros(1, 2, 1, 64), LAYOUT)
-    assert not native.takes_steps(torch.zeros(1, 2, 1, 64), observing)
-    assert not native.takes_steps(torch.zeros(1, 2, 1, 64, dtype=torch.float64), LAYOUT)
+    assert native.takes_steps(torch.zeros(1, 2, 64), LAYOUT)
+    assert not native.takes_steps(torch.zeros(1, 2, 64), observing)
+    assert not native.takes_steps(torch.zeros(1, 2, 64, dtype=torch.float64), LAYOUT)
 
 
 def test_it_leaves_to_torch_what_it_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

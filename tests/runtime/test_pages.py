@@ -57,7 +57,8 @@ def test_steps_in_pages(
         q = random(3, 2 * heads, 1, head_dim, seed=100 + t).to(dtype)
         k, v = (random(3, heads, 1, head_dim, seed=200 * s + t).to(dtype) for s in (1, 2))
         score = random(3, 1, heads, seed=300 + t) if layout.scored_slots else None
-        out = paged.steps(q, k, v, 0.1, score, places, seen + t)
+        flat = None if score is None else score[:, 0]
+        out = paged.steps(q[:, :, 0], k[:, :, 0], v[:, :, 0], 0.1, flat, places, seen + t).unsqueeze(2)
         expected = [
             store.step(q[i : i + 1], k[i : i + 1], v[i : i + 1], 0.1, None if score is None else score[i : i + 1])
             for i, store in enumerate(alone)

@@ -100,9 +100,7 @@ class CompiledAttention(Attention):
     ) -> torch.Tensor:
         """One token a sequence: `query` [B, num_heads, D], `key` and `value` [B, num_kv_heads, D]; as `query`."""
         assert self.store is not None
-        q, k, v = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
-        scored = None if score is None else score.unsqueeze(1)
-        return self.store.steps(q, k, v, self.impl.scale, scored, places, seen).squeeze(2)
+        return self.store.steps(query, key, value, self.impl.scale, score, places, seen)
 
     def read(
         self, piece: Piece, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, score: torch.Tensor | None
