@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompile.allocators import solve
-from kvcompile.artifacts import Artifact, ModelIdentity, Target, identify, validate, write
+from kvcompile.artifacts import Artifact, ModelIdentity, Target, chunk_of, identify, validate, write
 from kvcompile.assemble import assemble, at_context, stored_parts
 from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
 from kvcompile.stages import PROFILE_TOKENS, Parts, Report, Tools
@@ -95,7 +95,9 @@ def build_many(
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
     report = report or _silent
     with fast_arithmetic(model):
-        text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
+        # What is asked after a context, a replay of it at most, has to end within a chunk too.
+        longest = min(profile_tokens, (chunk_of(identity) or 3 * profile_tokens) // 3)
+        text = calibrate(tokenizer, length=min(context, longest), seed=seed, path=calib)
         profiled = profile(model, text, identity, context=context, report=report, memory=profile_memory)
         if ranks().rank > 0:
             return []

@@ -12,12 +12,14 @@ from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
+from kvcompile.artifacts.schema import chunk_of
 from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
 from kvcompile.runtime.cache import RaggedCache, RaggedLayer
 from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
-from kvcompile.runtime.linear import LinearLayer, attention_modules
+from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
+from kvcompile.runtime.parts import attention_modules, decoder_of
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.transforms import layer_transform
 
@@ -49,11 +51,13 @@ class LayerScorer:
 
 class Binding:
     """Passes the cache layer of the forward pass under way from a hook on the attention module to its attention
-    function, which transformers calls without the cache."""
+    function, which transformers calls without the cache. `chunk`: tokens after which the model's chunked attention
+    would forget them, None where it has none."""
 
-    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None) -> None:
+    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None, chunk: int | None) -> None:
         self.attachment = attachment
         self.scorer = scorer
+        self.chunk = chunk
         self.layer: RaggedLayer | None = None
         self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -66,10 +70,16 @@ class Binding:
             return
         if cache.attachment != self.attachment:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
-        self.layer = cache.layers[module.layer_idx]
-        self.layer.expected = True
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer: RaggedLayer = cache.layers[module.layer_idx]
+        if self.chunk is not None and layer.get_seq_length() + hidden.shape[1] > self.chunk:
+            found = (
+                f"the model attends in chunks of {self.chunk} tokens, and a compiled cache holds the first one alone"
+            )
+            raise CacheError(f"{found}: end sequences after {self.chunk} tokens, padding included")
+        self.layer, layer.expected = layer, True
         if self.scorer is not None:
-            self.layer.score = self.scorer(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            layer.score = self.scorer(hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.layer is not None:
@@ -143,7 +153,7 @@ class Attachment:
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
         for module, scorer in zip(self._attention, scorers, strict=True):
-            setattr(module, BINDING, Binding(self._id, module, scorer))
+            setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
@@ -165,12 +175,11 @@ class Attachment:
             RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
             for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
         )
-        decoder: Any = self.model.get_decoder()
         layers = [
             next(ragged)
             if hasattr(layer, "self_attn")
             else LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch_size)
-            for layer in decoder.layers
+            for layer in decoder_of(self.model).layers
         ]
         return RaggedCache(layers, self._id)
 

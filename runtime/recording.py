@@ -12,7 +12,7 @@ import torch
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
-from kvcompile.runtime.linear import attention_modules
+from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.sampling import Sampling
 
 
@@ -93,7 +93,9 @@ def recordable(model: Any, cache: RaggedCache) -> bool:
     """Whether a step can be one CUDA graph: all on one GPU, and no policy that learns from every step's attention."""
     devices = {model.device, *(tensor.device for tensor in cache.tensors())}
     alike = len(cache.ragged) == len(cache.layers)  # states of linear attention have not been tried
-    return model.device.type == "cuda" and len(devices) == 1 and alike and not cache.observes
+    # Llama-4 asks the cache how far it is on the host, where a graph would never ask again.
+    asks = any(getattr(module, "attn_temperature_tuning", False) for module in attention_modules(model))
+    return model.device.type == "cuda" and len(devices) == 1 and alike and not asks and not cache.observes
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

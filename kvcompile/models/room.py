@@ -11,6 +11,7 @@ import torch
 
 from kvcompile.models.arithmetic import fast_dtype
 from kvcompile.models.resident import is_streamed
+from kvcompile.runtime.parts import decoder_of
 
 PROGRAM = 800_000_000
 """Bytes that Python, torch, transformers and a tokenizer take, and that the allocator keeps between steps."""
@@ -50,7 +51,7 @@ def room(model: Any, device: torch.device, memory: int | None, tokens: int) -> R
     """What is left for states where a profile takes `memory` bytes in all (None: what is free) for contexts of `tokens`
     tokens and what follows them."""
     work = working(model.config.get_text_config(), 2 * tokens, model.dtype.itemsize)
-    parts = [model.get_input_embeddings(), *model.get_decoder().layers, model.get_output_embeddings()]
+    parts = [model.get_input_embeddings(), *decoder_of(model).layers, model.get_output_embeddings()]
     streamed, cpu = is_streamed(parts[0]), torch.device("cpu")
     # Of a streamed model one part is there at a time. One that is held whole is no longer free memory.
     weights = max(_bytes(part, device) for part in parts) if streamed else _bytes(model, device)
