@@ -145,6 +145,7 @@ def test_a_full_disk_is_one_sentence(folder: Path, tmp_path: Path, own: Path) ->
         (["--model", "x", "--profile-memory", "much"], "'much' is no amount of memory"),
         (["--model", "x", "--profile-memory", "50%"], "'50%' is a share: expected bytes"),
         (["--from", "x.kvb", "--profile-memory", "8GB"], "--profile-memory is about profiling the model"),
+        (["--from", "x.kvb", "--quick"], "--quick is about profiling the model: give --model NAME"),
     ],
 )
 def test_wrong_amounts_are_refused(kvcompile: Run, options: list[str], said: str) -> None:
