@@ -27,6 +27,7 @@ from kvcompile.artifacts import (
     CacheError,
     ModelError,
     check_identity,
+    chunk_of,
     fetch,
     identify,
 )
@@ -48,7 +49,8 @@ class KvcompilePress(BasePress):
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
-        CacheError: heads of a policy that learns from attention, or a model with layers of linear attention.
+        CacheError: heads of a policy that learns from attention, or a model with layers of linear or chunked
+            attention.
     """
 
     artifact: str | Path | Artifact
@@ -60,6 +62,8 @@ class KvcompilePress(BasePress):
             raise CacheError(
                 f"a press cannot number the layers of {self._plan.model.architecture} models, as some have no keys"
             )
+        if chunk_of(self._plan.model) is not None:
+            raise CacheError("a press cannot end sequences with the model's first chunk: use kvcompile.runtime.attach")
         for code in self._plan.budgets.policy.flat:
             if POLICIES[code] not in SUPPORTED:
                 raise CacheError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from kvcompile.artifacts import feed_forward_elements
 from kvcompile.models.arithmetic import fast_dtype
 from kvcompile.models.resident import is_streamed
 from kvcompile.runtime.parts import decoder_of
@@ -79,11 +80,11 @@ def fits(weights: int, config: Any, itemsize: int, device: torch.device, memory:
 def working(config: Any, tokens: int, itemsize: int) -> int:
     """About how many bytes a step of profiling takes beside weights and states, for a sequence of so many tokens."""
     heads, width = config.num_attention_heads, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = feed_forward_elements(config) if getattr(config, "intermediate_size", None) else 12 * width
     # The scorer's normal equations three times in float32 and twice in float64, where they are solved.
     solving = (3 * 4 + 2 * 8) * (width + 1) ** 2
     attention = 6 * 4 * ROWS * heads * tokens
-    layer = tokens * (3 * inner + 6 * width) * itemsize
+    layer = tokens * (inner + 6 * width) * itemsize
     logits = 6 * 4 * LOGITS
     return int(max(solving, attention + layer, logits))
 
