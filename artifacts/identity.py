@@ -30,6 +30,10 @@ LINEAR = "linear_attention"
 """The type of layers that have a state of fixed size in place of keys and values."""
 
 
+CHUNKED = "chunked_attention"
+"""The type of layers in which a token sees the chunk of a sequence that it is in, as far as that goes, and nothing
+before (Llama-4's)."""
+
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
 """Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
 
@@ -117,9 +121,11 @@ def same_numbers(was: NDArray[np.float32], now: NDArray[np.float32], was_dtype: 
 
 
 def _windows(config: Any) -> tuple[int, ...]:
-    """The sliding window of each layer with keys and values, 0 for full attention, read from the config as
-    transformers' own caches read it."""
+    """The sliding window of each layer with keys and values, or the chunk of one of chunked attention, 0 for full
+    attention, read from the config as transformers' own caches read it."""
     widths = {"full_attention": 0, "sliding_attention": int(getattr(config, "sliding_window", None) or 0)}
+    if config.model_type == "llama4_text":
+        widths[CHUNKED] = int(config.attention_chunk_size or 0)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         kinds = ["sliding_attention"] * config.num_hidden_layers

@@ -15,9 +15,9 @@ MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
-INNER = {"gpt_oss": 48, "qwen3_5_moe_text": 72, "qwen3_5_text": 72, "qwen3_next": 72}
+INNER = {"gpt_oss": 48, "llama4_text": 1220, "qwen3_5_moe_text": 72, "qwen3_5_text": 72, "qwen3_next": 72}
 """Elements of the feed-forward block a token, over the hidden size, where the model's configuration is not known: of a
-family, or else 28, 4 x 7."""
+family, or else 28, 4 x 7. Llama-4 sends every token through all of its experts, of which it has up to 128."""
 FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
 """Families whose attention weights torch has to form, as they are more than a softmax of logits: how many tensors of
 f32 there are of them at once, in prompts and in follow-ups."""
@@ -47,6 +47,9 @@ def _linear_attention(config: Any) -> int:
 def _feed_forward(config: Any) -> int:
     width, hidden = int(config.intermediate_size), int(config.hidden_size)
     experts = int(getattr(config, "num_experts_per_tok", None) or 0)
+    if config.model_type == "llama4_text":  # every token goes to every expert, scaled by what the router says
+        routed = int(config.num_local_experts) * (4 * width + 3 * hidden)
+        return max(3 * int(config.intermediate_size_mlp), routed)
     if experts:  # every expert that a token goes to has its own input, gate, product and output
         width = int(getattr(config, "moe_intermediate_size", None) or width)
         gates = 10 if config.model_type == "gpt_oss" else 4  # clamped on the way, in tensors of their own

@@ -43,8 +43,9 @@ class ModelIdentity:
     """Which model an artifact is for.
 
     `num_layers` counts the layers with keys and values, and `windows` has one entry for each: the width in tokens of
-    its sliding window, 0 for full attention. `states` is what one sequence takes in layers of linear attention, which
-    have neither budgets nor a number here: elements in the cache dtype, and elements in float32.
+    its sliding window, or of its chunks (`chunk_of`), 0 for full attention. `states` is what one sequence takes in
+    layers of linear attention, which have neither budgets nor a number here: elements in the cache dtype, and elements
+    in float32.
     `fingerprint` is 32 hex digits over the names and shapes of all tensors, then 32 over a sample of each; `samples`
     (f32, flat) are those numbers, so that the same weights in another dtype are still recognised.
     """
@@ -216,6 +217,12 @@ def resident_bytes(budgets: Budgets, head_dim: int, dtype_bits: int) -> int:
 def token_limits(windows: tuple[int, ...], context: int) -> tuple[int, ...]:
     """Most tokens a head of each layer can ever use at this context: the context, or a narrower sliding window."""
     return tuple(min(w, context) if w else context for w in windows)
+
+
+def chunk_of(model: ModelIdentity) -> int | None:
+    """Tokens of the chunks in which some layers of a model attend; None where it has no such layers. Within the first
+    chunk they are as layers of full attention, and so they are where a sequence is no longer than that."""
+    return (max(model.windows) or None) if model.architecture == "llama4_text" else None
 
 
 def state_bytes(model: ModelIdentity, dtype: str) -> int:

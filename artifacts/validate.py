@@ -33,6 +33,7 @@ from kvcompile.artifacts.schema import (
     ByteAccount,
     ModelIdentity,
     Target,
+    chunk_of,
     full_bytes,
     loaded_bytes,
     resident_bytes,
@@ -68,7 +69,7 @@ def validate(artifact: Artifact, source: str) -> None:
     """
     source = printable(source)
     _check_model(artifact.model, source)
-    _check_target(artifact.target, source)
+    _check_target(artifact.target, chunk_of(artifact.model), source)
     for name in ("resident", "scorer", "transient", "full"):
         require_integer(source, f"bytes.{name}", getattr(artifact.bytes, name), 0, MAX_BYTES)
     _check_reports(artifact, source)
@@ -102,9 +103,9 @@ def _check_model(model: ModelIdentity, source: str) -> None:
         refuse(source, "model.fingerprint", f"is {show(model.fingerprint)}, expected 64 lower-case hex digits")
 
 
-def _check_target(target: Target, source: str) -> None:
+def _check_target(target: Target, chunk: int | None, source: str) -> None:
     require_integer(source, "target.bytes", target.bytes, 1, MAX_BYTES)
-    require_integer(source, "target.context", target.context, 1, MAX_TOKENS)
+    require_integer(source, "target.context", target.context, 1, chunk or MAX_TOKENS)
     require_integer(source, "target.batch", target.batch, 1, 2**20)
     require_dtype(source, "target.dtype", target.dtype)
 

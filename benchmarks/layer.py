@@ -16,7 +16,7 @@ from kvcompile.artifacts import Artifact, ModelIdentity, identify
 from kvcompile.bench.subjects import CONFIGS, ragged_plan
 from kvcompile.bench.timing import copy_bandwidth, medians
 from kvcompile.kernels import Buffers, LayerLayout
-from kvcompile.runtime.attach import layer_layouts
+from kvcompile.runtime.layouts import layer_layouts
 
 ROUNDS = 21
 

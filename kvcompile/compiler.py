@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from kvcompile.allocators import solve
-from kvcompile.artifacts import Artifact, ModelIdentity, Target, identify, validate, write
+from kvcompile.artifacts import Artifact, ModelIdentity, Target, chunk_of, identify, validate, write
 from kvcompile.assemble import assemble, at_context, stored_parts
 from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
-from kvcompile.stages import PROFILE_TOKENS, Parts, Report, Tools
+from kvcompile.stages import QUICK, THOROUGH, Effort, Parts, Report, Tools
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -35,7 +35,8 @@ def build(
     sequences: int | None = None,
     refine: int = 0,
     seed: int = 0,
-    profile_tokens: int = PROFILE_TOKENS,
+    quick: bool = False,
+    profile_tokens: int | None = None,
     profile_memory: int | None = None,
     name: str | None = None,
     report: Report | None = None,
@@ -48,7 +49,9 @@ def build(
         context, batch, allocator, policy, kv_dtype, classes, ranks, sequences: see `Options`.
         calib: a file or folder with text to calibrate on, beside what the package and the Python installation carry.
         refine: rounds in which the plan is measured and solved anew; a plan is kept only if it measures better.
+        quick: profile less, for a first look; the artifact's `calibration` says what that gives up.
         profile_tokens: the longest context that is profiled, in tokens; a longer `context` stretches its curves.
+            Default: that of the `Effort`.
         profile_memory: bytes that profiling may take, the model's weights included; what its episodes need between
             passes is on disk beyond. Default: what is free.
         name: under which `kvcompile run` finds the model again; default: the model's own.
@@ -61,8 +64,9 @@ def build(
     options = Options(context, batch, allocator, policy, kv_dtype, classes, ranks, sequences)
     wanted = {mem: None if out is None else Path(out)}
     return build_many(
-        model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed, profile_tokens=profile_tokens,
-        profile_memory=profile_memory, name=name, report=report,
+        model, tokenizer, wanted, options, calib=calib, refine=refine, seed=seed,
+        effort=(QUICK if quick else THOROUGH).at(profile_tokens), profile_memory=profile_memory, name=name,
+        report=report,
     )[0]  # fmt: skip
 
 
@@ -75,7 +79,7 @@ def build_many(
     calib: str | os.PathLike[str] | None = None,
     refine: int = 0,
     seed: int = 0,
-    profile_tokens: int = PROFILE_TOKENS,
+    effort: Effort = THOROUGH,
     profile_memory: int | None = None,
     name: str | None = None,
     report: Report | None = None,
@@ -95,11 +99,20 @@ def build_many(
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
     report = report or _silent
     with fast_arithmetic(model):
-        text = calibrate(tokenizer, length=min(context, profile_tokens), seed=seed, path=calib)
-        profiled = profile(model, text, identity, context=context, report=report, memory=profile_memory)
+        # What is asked after a context, a replay of it at most, has to end within a chunk too.
+        longest = min(effort.tokens, (chunk_of(identity) or 3 * effort.tokens) // 3)
+        text = calibrate(
+            tokenizer, length=min(context, longest), fit=effort.fit, measure=effort.measure,
+            probes=effort.probes, seed=seed, path=calib,
+        )  # fmt: skip
+        profiled = profile(
+            model, text, identity, context=context, checks=effort.checks, report=report, memory=profile_memory
+        )
         if ranks().rank > 0:
             return []
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)
+        if effort.gives_up:
+            calibration["quick"] = effort.gives_up
         return [
             finish(identity, profiled.parts, target, options, calibration, out, tools, refine, report)
             for target, out in zip(targets, wanted.values(), strict=True)

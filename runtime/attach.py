@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +10,17 @@ import torch
 from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvcompile.artifacts import POLICIES, Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
-from kvcompile.kernels import HeadSpec, LayerLayout, prompt_attention
+from kvcompile.artifacts import Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
+from kvcompile.artifacts.schema import chunk_of
+from kvcompile.kernels import prompt_attention
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import exact_attention, softmax_of
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.layer import RaggedLayer
-from kvcompile.runtime.linear import LinearLayer, attention_modules
+from kvcompile.runtime.layouts import layer_layouts
+from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
+from kvcompile.runtime.parts import attention_modules, decoder_of
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.tensor_parallel import TensorParallel
 from kvcompile.runtime.transforms import layer_transform
@@ -51,11 +53,13 @@ class LayerScorer:
 
 class Binding:
     """Passes the cache layer of the forward pass under way from a hook on the attention module to its attention
-    function, which transformers calls without the cache."""
+    function, which transformers calls without the cache. `chunk`: tokens after which the model's chunked attention
+    would forget them, None where it has none."""
 
-    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None) -> None:
+    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None, chunk: int | None) -> None:
         self.attachment = attachment
         self.scorer = scorer
+        self.chunk = chunk
         self.layer: RaggedLayer | None = None
         self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -68,10 +72,16 @@ class Binding:
             return
         if cache.attachment != self.attachment:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
-        self.layer = cache.layers[module.layer_idx]
-        self.layer.expected = True
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        layer: RaggedLayer = cache.layers[module.layer_idx]
+        if self.chunk is not None and layer.get_seq_length() + hidden.shape[1] > self.chunk:
+            found = (
+                f"the model attends in chunks of {self.chunk} tokens, and a compiled cache holds the first one alone"
+            )
+            raise CacheError(f"{found}: end sequences after {self.chunk} tokens, padding included")
+        self.layer, layer.expected = layer, True
         if self.scorer is not None:
-            self.layer.score = self.scorer(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+            layer.score = self.scorer(hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if self.layer is not None:
@@ -148,7 +158,7 @@ class Attachment:
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
         for module, scorer in zip(self._attention, scorers, strict=True):
-            setattr(module, BINDING, Binding(self._id, module, scorer))
+            setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
@@ -170,12 +180,11 @@ class Attachment:
             RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
             for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
         )
-        decoder: Any = self.model.get_decoder()
         layers = [
             next(ragged)
             if hasattr(layer, "self_attn")
             else LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch_size)
-            for layer in decoder.layers
+            for layer in decoder_of(self.model).layers
         ]
         return RaggedCache(layers, self._id)
 
@@ -225,23 +234,3 @@ def attach(model: PreTrainedModel, artifact: str | Path | Artifact) -> Attachmen
         ModelError: another model than the artifact's, an unsupported one, or one that is attached already.
     """
     return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact))
-
-
-SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")
-"""The numbers that make the shape of a head."""
-
-
-def layer_layouts(artifact: Artifact, orders: Sequence[Sequence[int]] | None = None) -> list[LayerLayout]:
-    """The store's layout, layer by layer, of the heads `orders`; None: of all, in storage order."""
-    orders = artifact.budgets.head_order.tolist() if orders is None else orders
-    return [layer_layout(artifact, i, order) for i, order in enumerate(orders)]
-
-
-def layer_layout(artifact: Artifact, layer: int, order: Sequence[int]) -> LayerLayout:
-    """The layout of a store of the layer's heads `order`, by the model's numbers and in this order."""
-    budgets, window = artifact.budgets, artifact.model.windows[layer]
-    tables = {name: getattr(budgets, name)[layer].tolist() for name in SIZES}
-    heads = [
-        HeadSpec(POLICIES[budgets.policy[layer, h]], **{name: row[h] for name, row in tables.items()}) for h in order
-    ]
-    return LayerLayout.from_heads(heads, window if window < artifact.target.context else 0)

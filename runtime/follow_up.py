@@ -23,6 +23,11 @@ class FollowUp:
         self._store = store
         self._prompt = LayerPrompt(store.layout, columns, pad)
 
+    @property
+    def filled(self) -> int:
+        """Columns that have been read so far."""
+        return self._prompt.filled
+
     def attend(
         self,
         query: torch.Tensor,

@@ -132,7 +132,7 @@ class RaggedLayer(CacheLayerMixin):
         return int(query_length), self.columns
 
     def get_seq_length(self) -> int:
-        return self.columns
+        return self.columns + (0 if self.prompt is None else self.prompt.filled)
 
     def get_max_length(self) -> int:
         return -1

@@ -13,11 +13,6 @@ except ImportError:  # kvpress's transformers, with which no cache of ours is ma
     LinearAttentionLayer = object
 
 
-def attention_modules(model: Any) -> list[Any]:
-    """The attention modules of the decoder layers that have keys and values, first to last."""
-    return [layer.self_attn for layer in model.get_decoder().layers if hasattr(layer, "self_attn")]
-
-
 class _States(dict[int, Any]):
     """Tensors that are written in place and never become part of a graph."""
 

@@ -20,6 +20,7 @@ from kvcompile.runtime import masks
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.linear import LinearLayer
+from kvcompile.runtime.parts import decoder_of
 
 
 def chunk_length(asked: int | None) -> int:
@@ -118,7 +119,7 @@ def read_prompts(
 def _in_chunks(model: Any, cache: RaggedCache, pad: torch.Tensor | None, chunk: int) -> Iterator[None]:
     """Within, every decoder layer takes hidden states of a whole prompt and goes through them in chunks; the last one
     hands on those of the last token alone."""
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     own = [vars(layer).get("forward") for layer in layers]
     try:
         for layer, stored in zip(layers, cache.layers, strict=True):
@@ -154,8 +155,11 @@ def _chunked(
 def _part(arguments: dict[str, Any], now: slice) -> dict[str, Any]:
     """A layer's arguments for some columns."""
     found = dict(arguments)
-    cos, sin = arguments["position_embeddings"]
-    found["position_embeddings"] = cos[:, now], sin[:, now]
+    tables = arguments["position_embeddings"]
+    # Cosines and sines, or both as complex numbers.
+    found["position_embeddings"] = (
+        tables[:, now] if isinstance(tables, torch.Tensor) else tuple(table[:, now] for table in tables)
+    )
     if arguments.get("position_ids") is not None:
         found["position_ids"] = arguments["position_ids"][:, now]
     return found

@@ -12,7 +12,7 @@ import torch
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
-from kvcompile.runtime.linear import attention_modules
+from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.sampling import Sampling
 from kvcompile.runtime.tensor_parallel import TensorParallel
 
@@ -96,7 +96,9 @@ def recordable(model: Any, cache: RaggedCache) -> bool:
     devices = {model.device, *(tensor.device for tensor in cache.tensors())}
     # States of linear attention have not been tried, nor has what ranks of tensor parallelism tell each other.
     tried = len(cache.ragged) == len(cache.layers) and TensorParallel.of(model).group is None
-    return model.device.type == "cuda" and len(devices) == 1 and tried and not cache.observes
+    # Llama-4 asks the cache how far it is on the host, where a graph would never ask again.
+    asks = any(getattr(module, "attn_temperature_tuning", False) for module in attention_modules(model))
+    return model.device.type == "cuda" and len(devices) == 1 and tried and not asks and not cache.observes
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

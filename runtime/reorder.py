@@ -68,6 +68,7 @@ ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Itera
     "gpt_oss": projections_with_sinks,
     "granite": split_projections,
     "llama": split_projections,
+    "llama4_text": split_projections,
     "mistral": split_projections,
     "mixtral": split_projections,
     "olmo2": normed_projections,

@@ -160,7 +160,7 @@ class LayerStore:
         mask: torch.Tensor | None = None,
         pad: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The same of tokens that are transformed; see `ragged_decode` for `mask` and `pad`."""
+        """The same of transformed tokens; see `ragged_decode` for `mask` and `pad`."""
         new = {"new_keys": keys, "new_values": values, "new_mask": mask, "new_pad": pad}
         return weighed(self, query, self.seen, scaling, **new)
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from kvcompile.artifacts import Artifact, ModelError
-from kvcompile.runtime.linear import attention_modules
+from kvcompile.runtime.parts import attention_modules
 
 STYLES = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
 """An attention module's projections, and the style of transformers' plan by which a rank has the same heads of each."""

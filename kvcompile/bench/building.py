@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from kvcompile.compiler import build
-from kvcompile.stages import PROFILE_TOKENS
 
 CACHE = "KVCOMPILE_CACHE"
 
@@ -50,7 +49,7 @@ def byte_tokenizer() -> Any:
 
 
 def measure_build(
-    model: Any, *, mem: str = "25%", context: int | None = None, profile_tokens: int = PROFILE_TOKENS,
+    model: Any, *, mem: str = "25%", context: int | None = None, profile_tokens: int | None = None,
     limit: float = float("inf"),
 ) -> BuildRow:  # fmt: skip
     """Build from scratch, without a profile of earlier runs; at the first word of progress after `limit` seconds it is

@@ -11,7 +11,7 @@ import torch
 from kvcompile.artifacts import Artifact
 from kvcompile.bench.timing import stores_for
 from kvcompile.kernels import Buffers, LayerLayout, ragged_decode
-from kvcompile.runtime.attach import layer_layouts
+from kvcompile.runtime.layouts import layer_layouts
 
 
 @dataclass(frozen=True)

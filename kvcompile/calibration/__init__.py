@@ -23,13 +23,6 @@ from kvcompile.calibration.user import user_family
 
 __all__ = ["Calibration", "Episode", "FollowUp", "Probe", "calibrate", "check_length", "draw_episodes"]
 
-FIT_EPISODES = 2
-"""Episodes of each family that the scorer and the quantiser are fitted on."""
-MEASURE_EPISODES = 2
-"""Other episodes of each family that the losses are measured on."""
-PROBES = 6
-"""Retrieval probes, for SurfaceLogicKV's score."""
-
 LEAST_TOKENS = 64
 """Less text than this says nothing about a cache."""
 
@@ -65,9 +58,9 @@ def calibrate(
     tokenizer: Any,
     *,
     length: int,
-    fit: int = FIT_EPISODES,
-    measure: int = MEASURE_EPISODES,
-    probes: int = PROBES,
+    fit: int,
+    measure: int,
+    probes: int,
     seed: int,
     path: str | os.PathLike[str] | None = None,
 ) -> Calibration:

@@ -108,7 +108,11 @@ def account(plan: Artifact) -> Table:
     table.add_row("scorer", f"{human(size.scorer)} of scorer and quantiser, loaded once")
     positions = quantised_positions(plan)
     if positions is not None:
-        sliding = ", in sliding layers at those of the last window" if any(model.windows) else ""
+        sliding = (
+            ", in sliding layers at those of the last window"
+            if any(0 < window < target.context for window in model.windows)
+            else ""
+        )
         table.add_row("quantiser", f"made for keys at positions 0 to {positions - 1}{sliding}")
     table.add_row("full cache", human(size.full))
     table.add_row("prefill", prefill(plan))

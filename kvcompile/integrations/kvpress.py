@@ -27,13 +27,15 @@ from kvcompile.artifacts import (
     CacheError,
     ModelError,
     check_identity,
+    chunk_of,
     fetch,
     identify,
 )
 from kvcompile.kernels import HeadClass, LayerLayout, Transform
 from kvcompile.kernels.codecs import codec_of, is_quantised
 from kvcompile.kernels.codecs.api import read_back
-from kvcompile.runtime.attach import LayerScorer, layer_layouts
+from kvcompile.runtime.attach import LayerScorer
+from kvcompile.runtime.layouts import layer_layouts
 from kvcompile.runtime.store import kept_tokens
 from kvcompile.runtime.transforms import layer_transform
 
@@ -48,7 +50,8 @@ class KvcompilePress(BasePress):
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
-        CacheError: heads of a policy that learns from attention, or a model with layers of linear attention.
+        CacheError: heads of a policy that learns from attention, or a model with layers of linear or chunked
+            attention.
     """
 
     artifact: str | Path | Artifact
@@ -60,6 +63,8 @@ class KvcompilePress(BasePress):
             raise CacheError(
                 f"a press cannot number the layers of {self._plan.model.architecture} models, as some have no keys"
             )
+        if chunk_of(self._plan.model) is not None:
+            raise CacheError("a press cannot end sequences with the model's first chunk: use kvcompile.runtime.attach")
         for code in self._plan.budgets.policy.flat:
             if POLICIES[code] not in SUPPORTED:
                 raise CacheError(

@@ -23,6 +23,8 @@ ALIASES = {
     "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B-Instruct",
     "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "llama-4-maverick": "meta-llama/Llama-4-Maverick-17B-128E-Instruct",
+    "llama-4-scout": "meta-llama/Llama-4-Scout-17B-16E-Instruct",
     "mistral-7b": "mistralai/Mistral-7B-Instruct-v0.3",
     "mixtral-8x7b": "mistralai/Mixtral-8x7B-Instruct-v0.1",
     "olmo-2-1b": "allenai/OLMo-2-0425-1B-Instruct",

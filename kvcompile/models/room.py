@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from kvcompile.artifacts import feed_forward_elements
 from kvcompile.models.arithmetic import fast_dtype
 from kvcompile.models.resident import is_streamed
+from kvcompile.runtime.parts import decoder_of
 
 PROGRAM = 800_000_000
 """Bytes that Python, torch, transformers and a tokenizer take, and that the allocator keeps between steps."""
@@ -50,7 +52,7 @@ def room(model: Any, device: torch.device, memory: int | None, tokens: int) -> R
     """What is left for states where a profile takes `memory` bytes in all (None: what is free) for contexts of `tokens`
     tokens and what follows them."""
     work = working(model.config.get_text_config(), 2 * tokens, model.dtype.itemsize)
-    parts = [model.get_input_embeddings(), *model.get_decoder().layers, model.get_output_embeddings()]
+    parts = [model.get_input_embeddings(), *decoder_of(model).layers, model.get_output_embeddings()]
     streamed, cpu = is_streamed(parts[0]), torch.device("cpu")
     # Of a streamed model one part is there at a time. One that is held whole is no longer free memory.
     weights = max(_bytes(part, device) for part in parts) if streamed else _bytes(model, device)
@@ -78,11 +80,11 @@ def fits(weights: int, config: Any, itemsize: int, device: torch.device, memory:
 def working(config: Any, tokens: int, itemsize: int) -> int:
     """About how many bytes a step of profiling takes beside weights and states, for a sequence of so many tokens."""
     heads, width = config.num_attention_heads, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = feed_forward_elements(config) if getattr(config, "intermediate_size", None) else 12 * width
     # The scorer's normal equations three times in float32 and twice in float64, where they are solved.
     solving = (3 * 4 + 2 * 8) * (width + 1) ** 2
     attention = 6 * 4 * ROWS * heads * tokens
-    layer = tokens * (3 * inner + 6 * width) * itemsize
+    layer = tokens * (inner + 6 * width) * itemsize
     logits = 6 * 4 * LOGITS
     return int(max(solving, attention + layer, logits))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,7 +32,8 @@ from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.implementation import attention_of
 from kvcompile.models.progress import no_progress_bars
-from kvcompile.models.resident import register
+from kvcompile.models.resident import register, resident
+from kvcompile.runtime.parts import decoder_of
 
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
 """Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
@@ -56,9 +58,10 @@ def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, devi
     model.eval().requires_grad_(False)
     loader = _Loader(model, checkpoint, device)
     _make_buffers(model, device)
-    parts = [model.get_input_embeddings(), *model.get_decoder().layers, model.get_output_embeddings()]
+    parts = [model.get_input_embeddings(), *decoder_of(model).layers, model.get_output_embeddings()]
     for part in parts:
         register(part, _Part(loader, _slots(part.modules())))
+    _keep_embedding(model)
     streamed = {module for part in parts for module in part.modules()}
     _Part(loader, _slots(module for module in model.modules() if module not in streamed)).bring()
     _samplers[model] = loader.sample
@@ -213,6 +216,21 @@ def lacking(name: str, missing: list[str]) -> str:
 def _place(model: nn.Module, key: str) -> tuple[nn.Module, str]:
     path, _, name = key.rpartition(".")
     return model.get_submodule(path), name
+
+
+def _keep_embedding(model: Any) -> None:
+    """Have the embedding at hand as soon as the decoder is given tokens: Llama-4's moves them to where its weights are,
+    before it calls it."""
+    decoder = decoder_of(model)
+    own, embedding = decoder.forward, model.get_input_embeddings()
+
+    @wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = args or kwargs.get("input_ids") is not None
+        with resident(embedding if given else None):
+            return own(*args, **kwargs)
+
+    decoder.forward = forward
 
 
 def _make_buffers(model: Any, device: torch.device) -> None:

@@ -7,7 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvcompile.allocators import check_policy, least_bytes
-from kvcompile.artifacts import Artifact, ArtifactError, ModelIdentity, Target, TargetError, full_bytes, state_bytes
+from kvcompile.artifacts import (
+    Artifact,
+    ArtifactError,
+    ModelIdentity,
+    Target,
+    TargetError,
+    chunk_of,
+    full_bytes,
+    state_bytes,
+)
 from kvcompile.kernels.codecs import codec_of, names
 from kvcompile.problem.memory import Memory, parse_memory
 from kvcompile.problem.options import KV_DTYPES, Options
@@ -64,6 +73,12 @@ def check(
     check_out(out)
     assert options.context is not None
     assert options.batch is not None
+    chunk = chunk_of(identity)
+    if chunk is not None and options.context > chunk:
+        raise TargetError(
+            f"the model attends in chunks of {chunk} tokens, and a plan is for the first one alone: expected a "
+            f"--context of at most {chunk}, not {options.context}"
+        )
     target = resolve_target(identity, memory, options.context, options.batch, options.kv_dtype, own)
     if options.sequences is not None:
         memory = page_target(memory, options.sequences, identity, target.dtype, options.ranks or 1)

@@ -16,6 +16,7 @@ from transformers import AttentionInterface
 from kvcompile.kernels import Softmax, prompt_attention
 from kvcompile.kernels import softmax as softmaxes
 from kvcompile.profile.structure import attention_layers
+from kvcompile.runtime.parts import attention_modules
 
 BLOCK = 128
 """Queries handled at once wherever attention probabilities or masks are materialised."""
@@ -74,14 +75,17 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 def attended(model: Any) -> Iterator[None]:
     """Have the layers of `model` ask whichever handler there is (`handling`) for their attention."""
     previous = model.config._attn_implementation
-    modules: list[Any] = [layer.self_attn for layer in attention_layers(model)]
+    modules = attention_modules(model)
     token = _places.set({int(module.layer_idx): place for place, module in enumerate(modules)})
+    hooks = [layer.register_forward_pre_hook(_tell_positions, with_kwargs=True) for layer in attention_layers(model)]
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield
     finally:
         model.set_attn_implementation(previous)
         _places.reset(token)
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager
@@ -169,6 +173,29 @@ def _forward(
         softmax=Softmax(softcap, None if s_aux is None else s_aux.float()),
     )
     return handler(call).transpose(0, 1).contiguous()[None], None
+
+
+class _Positions:
+    """In place of a cache, for layers that reckon the positions of new tokens from how many one holds."""
+
+    def __init__(self, positions: Tensor) -> None:
+        self._before = positions - torch.arange(len(positions), device=positions.device)
+
+    def get_seq_length(self, layer: int) -> Tensor:
+        """How many tokens are before each, less those that are given with it: int64 [n]."""
+        return self._before
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Both as they are: nothing is held."""
+        return key, value
+
+
+def _tell_positions(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Packed follow-ups all begin after the context: Llama-4, whose queries are scaled by their positions in layers
+    without rotary embedding, is to know."""
+    if getattr(layer.self_attn, "attn_temperature_tuning", False):
+        kwargs = kwargs | {"past_key_values": _Positions(kwargs["position_ids"][0])}
+    return args, kwargs
 
 
 AttentionInterface.register(IMPLEMENTATION, _forward)

@@ -17,7 +17,7 @@ from kvcompile.profile.resume import Sums, load, profile_key, save
 from kvcompile.profile.rotation import read_rotaries
 from kvcompile.profile.setting import Material
 from kvcompile.profile.structure import attention_layers, device_of, head_dim
-from kvcompile.stages import DEFAULT_SINK, Report, Rotary
+from kvcompile.stages import DEFAULT_SINK, THOROUGH, Report, Rotary
 
 
 def profile(
@@ -26,17 +26,19 @@ def profile(
     identity: ModelIdentity,
     *,
     context: int,
+    checks: int = THOROUGH.checks,
     report: Report | None = None,
     memory: int | None = None,
 ) -> Profiled:
     """Profile a model on a text, or take up the profile that the cache folder has of them, for plans of `context`
-    tokens; within `memory` bytes, or what is free."""
+    tokens; within `memory` bytes, or what is free. `checks` whole plans are run."""
     key = profile_key(
         fingerprint=identity.fingerprint,
         calibration=text.sha256,
         dtype=f"{identity.dtype}, computed in {model.dtype}",
         seed=text.seed,
         sink=DEFAULT_SINK,
+        checks=checks,
     )
     store = cache_dir("profiles", key)
     window = max(len(episode.context) for episode in text.measure)
@@ -44,7 +46,7 @@ def profile(
         at_window, at_context = _rotaries(model, (window, context), store)
     profiled = measure(
         model,
-        Material(text.fit, text.measure, text.probes),
+        Material(text.fit, text.measure, text.probes, checks),
         seed=text.seed,
         progress=report and (lambda done, total: report("profiling", done, total)),
         store=store,

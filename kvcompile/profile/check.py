@@ -29,9 +29,6 @@ from kvcompile.profile.simulate import compared, cut_layer, kinds, rows_of
 from kvcompile.profile.structure import attends, head, layers, place_of
 from kvcompile.stages import Plan, Profile
 
-CHECKS = 12
-"""Plans that are run."""
-
 PRICES = (3e-5, 3e-2)
 """Nats a token that a whole head's full cache may cost, from the dearest plan to the cheapest."""
 
@@ -44,10 +41,10 @@ CACHE_BITS = 16
 
 
 class Check:
-    """`checks` [CHECKS, 2]: the predicted and the measured KL of every plan, both the mean of an episode's text and its
+    """`checks` [N, 2]: the predicted and the measured KL of every plan, both the mean of an episode's text and its
     questions.
 
-    Plans are run on the first episode of every family, over what `Curves` has left of it.
+    N plans (`Material.checks`) are run on the first episode of every family, over what `Curves` has left of it.
     """
 
     def __init__(self, setting: Setting, fit: Fit, curves: Curves) -> None:
@@ -56,7 +53,7 @@ class Check:
         self._samples: dict[int, Sample] = {}
 
     def fresh(self) -> Sums:
-        return {"checks": np.zeros((CHECKS, 2))}
+        return {"checks": np.zeros((self.setting.material.checks, 2))}
 
     def at(self, layer: int) -> Iterator[Item]:
         """The items of one layer, a plan each."""
@@ -76,12 +73,15 @@ class Check:
 
     def _runs(self) -> Iterator[tuple[int, Reading]]:
         """Every plan's number, and what it is run on: the episodes in turn."""
-        return ((plan, self.curves.readings[self.episodes[plan % len(self.episodes)]]) for plan in range(CHECKS))
+        turns = self.episodes
+        plans = range(self.setting.material.checks)
+        return ((plan, self.curves.readings[turns[plan % len(turns)]]) for plan in plans)
 
     def _sample(self, sums: Sums, number: int) -> Sample:
         if number not in self._samples:
-            profile = profile_of(sums, self.setting)
-            self._samples[number] = sample_plan(profile, number, self.setting.seed, self.setting.sink)
+            setting = self.setting
+            price = float(np.geomspace(*PRICES, setting.material.checks)[number])
+            self._samples[number] = sample_plan(profile_of(sums, setting), number, price, setting.seed, setting.sink)
         return self._samples[number]
 
     @torch.no_grad()
@@ -132,9 +132,9 @@ class Sample:
     losses: NDArray[np.float64]
 
 
-def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
-    """The best choice of every head at a price for bytes that rises with `number`; every second plan leaves a random
-    half of the heads whole."""
+def sample_plan(profile: Profile, number: int, price: float, seed: int, sink: int) -> Sample:
+    """The best choice of every head at a `price` for bytes, in nats a token for a whole head; every second plan, by its
+    `number`, leaves a random half of the heads whole."""
     # Loss of every choice of a head, [F, L, H, P, C, 1 + Qk, 1 + Qv]: share x budget x bits of keys x bits of values,
     # where the cache dtype comes first and loses nothing.
     loss = profile.loss[..., None, None].astype(np.float64)
@@ -147,7 +147,6 @@ def sample_plan(profile: Profile, number: int, seed: int, sink: int) -> Sample:
     size = profile.tokens[:, None, None] * (k_size[:, None] + v_size) / (2.0 * CACHE_BITS * profile.window)
     mean = loss.mean(0)
     # argmin of loss + price x size: the Lagrangian of a memory target, so these are plans that solving would propose.
-    price = np.geomspace(*PRICES, CHECKS)[number]
     heads = mean.shape[:2]
     best = (mean + price * size[None]).reshape(*heads, -1).argmin(-1)
     if number % 2:

@@ -21,6 +21,7 @@ from kvcompile.profile.attention import Attention, Handler, causal, handling
 from kvcompile.profile.context import Context, Packed
 from kvcompile.profile.linear import going_on, left_behind, states_of
 from kvcompile.profile.structure import attends, device_of
+from kvcompile.runtime.parts import decoder_of
 
 Arguments = list[dict[str, Any]]
 """What every layer is called with beside the hidden states, for sequences at the same positions."""
@@ -96,7 +97,7 @@ def after(model: Any, layer: nn.Module, packed: Packed, left: Mapping[str, Tenso
 @torch.no_grad()
 def _decoded(model: Any, positions: NDArray[np.int64], exact: bool, **inputs: Tensor) -> tuple[Tensor, Arguments]:
     """The residual stream before the first layer, and the layers' arguments."""
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     places = torch.as_tensor(positions, device=device_of(model))[None]
     with _passing(decoder) as (seen, hidden), _own_rotary(decoder, exact):
         decoder(**inputs, position_ids=places, use_cache=False)

@@ -18,11 +18,11 @@ Sums = dict[str, NDArray[Any]]
 FILE = "sums.npz"
 
 
-def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int) -> str:
+def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int, checks: int) -> str:
     """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
-    calibration text, seed and sinks, and the sources of what measures (this package, the quantiser, the values that
-    they pass, the codecs), so that no change of ours meets old numbers."""
-    digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink)).encode())
+    calibration text, seed, sinks, the number of whole plans that are run, and the sources of what measures (this
+    package, the quantiser, the values that they pass, the codecs), so that no change of ours meets old numbers."""
+    digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink, checks)).encode())
     here = Path(__file__).parent
     codecs_folder = Path(codecs.__file__).parent
     sources = [*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py"), here.parent / "stages.py"]

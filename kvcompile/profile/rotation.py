@@ -26,6 +26,10 @@ TOLERANCE = 0.05
 """Relative error up to which a rotation explains the keys: a wrong one is off by about 1, bfloat16 by 1/200."""
 
 
+FAR = 1 << 18
+"""Positions from here on say nothing of the layout: float32 no longer holds their angles well enough."""
+
+
 def read_rotary(model: Any, context: int) -> Rotary:
     """The rotary embedding that a model applies in sequences of `context` tokens; see `read_rotaries`."""
     return read_rotaries(model, (context,))[0]
@@ -98,14 +102,17 @@ def _read(model: Any, lengths: Sequence[int]) -> dict[int, Rotary]:
 
 def _sequence(model: Any, length: int) -> _Sequence:
     # Near positions tell fast components apart, far ones the slow ones.
-    positions = np.unique([0, 1, *(int(length * part) for part in (0.1, 0.3, 0.7)), length - 1])
+    near = min(length, FAR)
+    positions = np.unique([0, 1, *(int(near * part) for part in (0.1, 0.3, 0.7)), length - 1])
     hidden = embedded(model, np.full(len(positions), _some_token(model)))
     arguments, tables = [], list[Tensor | None]()
     for one in Calls(model, exact=True).at(positions):
         pair = one.get("position_embeddings")
-        if pair is not None:
+        if isinstance(pair, Tensor):
+            tables.append(pair[0, 1].angle())  # the second position is 1
+        elif pair is not None:
             cos, sin = (part[0] for part in pair)
-            tables.append(torch.atan2(sin[1], cos[1]))  # the second position is 1
+            tables.append(torch.atan2(sin[1], cos[1]))
             one = one | {"position_embeddings": tuple(part.to(hidden.dtype) for part in pair)}
         else:
             tables.append(None)
@@ -126,8 +133,9 @@ def _go_through(number: int, layer: nn.Module, one: _Sequence) -> None:
         return
     (key,) = keys
     layouts = list(_layouts(one.tables[number], key.shape[-1]))
+    key, positions = key[:, one.positions < FAR], one.positions[one.positions < FAR]
     still = key[:, :1].expand_as(key)  # as at position 0
-    apart = [float((rotated(still, one.positions, Rotary(f[None], p), 0) - key).norm()) for f, p in layouts]
+    apart = [float((rotated(still, positions, Rotary(f[None], p), 0) - key).norm()) for f, p in layouts]
     best = int(np.argmin(apart))
     if apart[best] > TOLERANCE * float(key.norm()):
         raise ModelError(

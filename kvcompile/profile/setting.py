@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from kvcompile.profile.context import FollowUp
 from kvcompile.profile.layerwise import Calls
 from kvcompile.profile.ranks import Ranks
-from kvcompile.stages import Rotary
+from kvcompile.stages import THOROUGH, Rotary
 
 RETRIEVAL = "retrieval"
 """The family of all episodes' questions; the other families are those of the texts."""
@@ -44,11 +44,13 @@ class Probe(Protocol):
 
 @dataclass(frozen=True)
 class Material:
-    """What to profile on: episodes with a replay, to fit on; others to measure on; retrieval probes."""
+    """What to profile on: episodes with a replay, to fit on; others to measure on; retrieval probes; and how many whole
+    plans to run."""
 
     fit: Sequence[Episode]
     measure: Sequence[Episode]
     probes: Sequence[Probe]
+    checks: int = THOROUGH.checks
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kvcompile.runtime.parts import decoder_of
+
 LOGITS_AT_ONCE = 1 << 22
 """Elements of the logits that are computed at once, whatever the vocabulary."""
 
@@ -31,7 +33,7 @@ class Trace:
 
 def layers(model: Any) -> list[nn.Module]:
     """The decoder layers, first to last."""
-    return list(model.get_decoder().layers)
+    return list(decoder_of(model).layers)
 
 
 def attention_layers(model: Any) -> list[nn.Module]:
@@ -63,7 +65,7 @@ def head(model: Any) -> nn.Module:
 
 def device_of(model: Any) -> torch.device:
     """Where a model computes: where its last norm is, as other weights may not be there yet."""
-    device: torch.device = next(model.get_decoder().norm.parameters()).device
+    device: torch.device = next(decoder_of(model).norm.parameters()).device
     return device
 
 
@@ -87,7 +89,7 @@ def head_blocks(model: Any, length: int) -> Iterator[slice]:
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
-    scores: Tensor = model.get_output_embeddings()(model.get_decoder().norm(hidden[None]))[0]
+    scores: Tensor = model.get_output_embeddings()(decoder_of(model).norm(hidden[None]))[0]
     config = model.config.get_text_config()
     scores = scores / (getattr(config, "logits_scaling", None) or 1.0)  # Granite's
     cap = getattr(config, "final_logit_softcapping", None)
@@ -111,7 +113,7 @@ def forward(
     def keep_final(_: nn.Module, args: tuple[Tensor]) -> None:
         final.append(args[0][0])
 
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     with ExitStack() as hooks:
         for layer in layers(model):
             hooks.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)

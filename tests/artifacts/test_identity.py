@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kvcompile.artifacts import ModelError, check_identity, identify
+from kvcompile.artifacts import ModelError, check_identity, chunk_of, identify
 from kvcompile.artifacts.identity import shape_of
 
 SIZES = {
@@ -221,16 +221,20 @@ def test_weights_that_are_not_finite(models, value):
             {"num_kv_shared_layers": 1},
             "gemma3n_text model, which has layers that share keys and values",
         ),
-        (
-            "llama4_text",
-            {},
-            "a layer of type chunked_attention, expected full_attention, sliding_attention or linear_att",
-        ),
     ],
 )
 def test_families_that_a_plan_by_head_cannot_describe(family, changes, sentence):
     with pytest.raises(ModelError, match=sentence):
         shape_of(AutoConfig.for_model(family, **(SIZES | {"head_dim": 8} | changes)), "x")
+
+
+def test_chunks_are_windows_by_another_rule(models):
+    config = AutoConfig.for_model("llama4_text", **(SIZES | {"num_hidden_layers": 4, "head_dim": 8}))
+    found = shape_of(config, "x")
+    assert found["windows"] == (8192, 8192, 8192, 0)
+    identity = identify(models["llama"], "x")
+    assert chunk_of(replace(identity, architecture="llama4_text", windows=found["windows"])) == 8192
+    assert chunk_of(replace(identity, windows=found["windows"])) is None
 
 
 def test_layers_of_linear_attention_have_no_number_but_a_state():

@@ -124,6 +124,11 @@ def test_metadata_ranges(with_metadata, field, value, words):
     assert words in message
 
 
+def test_a_context_beyond_the_models_chunk(artifact, with_metadata):
+    context, message = artifact.target.context, with_metadata("model.architecture", "llama4_text")
+    assert f": target.context is {context}, expected an integer from 1 to 16" in message
+
+
 @pytest.mark.parametrize("name", ["resident", "scorer", "transient", "full"])
 @pytest.mark.parametrize("by", [1, 2**40])
 def test_byte_account(data, unpack, with_metadata, name, by):

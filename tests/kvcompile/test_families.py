@@ -23,7 +23,8 @@ SIZES = SHAPE | {
 }  # fmt: skip
 FAMILIES = configs(SIZES, 16, 32)
 NEW = (
-    "gemma2", "gemma3", "gpt-oss", "granite", "olmo2", "olmo3", "qwen3-next", "qwen3.5", "qwen3.5-moe", "smollm3",
+    "gemma2", "gemma3", "gpt-oss", "granite", "llama4", "olmo2", "olmo3", "qwen3-next", "qwen3.5", "qwen3.5-moe",
+    "smollm3",
 )  # fmt: skip
 
 
@@ -34,6 +35,22 @@ def folder(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory:
     for file in model_folder.glob("tokenizer*"):
         shutil.copy(file, found)
     return found
+
+
+def test_no_plan_beyond_the_first_chunk(
+    model_folder: Path, tmp_path: Path, kvcompile: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Asked for or by default; neither when it is built nor when it is solved anew."""
+    tiny_model(FAMILIES["llama4"]).save_pretrained(tmp_path)
+    for file in model_folder.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    plan, given = tmp_path / "plan.kvb", ["build", "--model", tmp_path, "--mem", "100%"]
+    assert kvcompile(*given, "--context", 90, "--kv-dtype", "fp32", "--allocator", "uniform", "-o", plan)[0] == 0
+    for command in (given, [*given, "--context", 401], ["build", "--from", plan, "--mem", "50%", "--context", 401]):
+        status, out, errors = kvcompile(*command)
+        assert (status, out, errors.count("\n")) == (2, "", 1)
+        assert "attends in chunks of 400 tokens" in errors
+        assert "expected a --context of at most 400" in errors
 
 
 @torch.no_grad()

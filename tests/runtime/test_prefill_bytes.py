@@ -13,6 +13,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     Phi3Config,
@@ -43,6 +44,9 @@ LARGER = {
     "gpt-oss": GptOssConfig(
         **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2,
         rope_parameters=YARN, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "llama4": Llama4TextConfig(
+        **WIDE, head_dim=16, attention_chunk_size=4096, num_local_experts=4, intermediate_size_mlp=352,
     ),
     "mixtral": MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
 }  # fmt: skip

@@ -13,6 +13,7 @@ from transformers import (
     Gemma3TextConfig,
     GptOssConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -78,6 +79,10 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "gemma3": Gemma3TextConfig(
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim,
             layer_types=ALTERNATING,
+        ),
+        "llama4": Llama4TextConfig(
+            **shape, head_dim=head_dim, no_rope_layers=[1, 0, 1], attention_chunk_size=400, num_local_experts=4,
+            interleave_moe_layer_step=2, intermediate_size_mlp=expert_size,
         ),
         "mixtral": MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
         "qwen3-moe": Qwen3MoeConfig(

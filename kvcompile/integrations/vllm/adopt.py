@@ -26,7 +26,7 @@ from kvcompile.integrations.vllm.refusals import refuse_artifact, refuse_setting
 from kvcompile.integrations.vllm.score import Scores
 from kvcompile.integrations.vllm.spec import check_spec
 from kvcompile.kernels import LayerLayout
-from kvcompile.runtime.attach import layer_layout
+from kvcompile.runtime.layouts import layer_layout
 from kvcompile.runtime.pages import PageLayout
 from kvcompile.runtime.transforms import layer_transform
 

@@ -11,7 +11,7 @@ import torch
 from kvcompile.artifacts import DTYPE_BITS, Artifact, ModelError
 from kvcompile.artifacts.identity import shape_of
 from kvcompile.integrations.vllm.structure import empty_model
-from kvcompile.runtime.linear import attention_modules
+from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.reorder import ARCHITECTURES
 from kvcompile.runtime.tensor_parallel import placed_on
 

@@ -8,7 +8,18 @@ from kvcompile.artifacts import POLICIES, Artifact, CacheError
 from kvcompile.runtime.policies import POLICIES as TOKEN_POLICIES
 
 UNTRIED = frozenset(
-    {"gemma2", "gpt_oss", "granite", "olmo2", "olmo3", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "smollm3"}
+    {
+        "gemma2",
+        "gpt_oss",
+        "granite",
+        "llama4_text",
+        "olmo2",
+        "olmo3",
+        "qwen3_5_moe_text",
+        "qwen3_5_text",
+        "qwen3_next",
+        "smollm3",
+    }
 )
 """Families of ours that the plugin has not been run with."""
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from kvcompile.artifacts import prefill_bytes, read
+from kvcompile.stages import QUICK
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,29 @@ def test_build_writes_a_valid_artifact_and_says_what_it_did(
     assert str(plan.target.bytes) in out
     assert "gap" in out
     assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_quick_build_says_that_it_is_one(kvcompile, model_folder, tmp_path, tmp_path_factory, monkeypatch) -> None:
+    """In what it says, in the file and in what is solved from that; and its profile does not pass for the other."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("KVCOMPILE_CACHE", str(cache))
+    given = ("build", "--model", model_folder, "--context", 96, "--mem", "30%", "-o", tmp_path / "a.kvb")
+    status, out, _ = kvcompile(*given, "--quick")
+    quick = read(tmp_path / "a.kvb")
+    assert (status, quick.calibration["quick"]) == (0, QUICK.gives_up)
+    assert QUICK.gives_up in out
+    assert kvcompile("build", "--from", tmp_path / "a.kvb", "--mem", "50%", "-o", tmp_path / "b.kvb")[0] == 0
+    assert read(tmp_path / "b.kvb").calibration["quick"] == QUICK.gives_up
+    assert json.loads(kvcompile("inspect", tmp_path / "b.kvb", "--json")[1])["calibration"]["quick"] == QUICK.gives_up
+
+    assert len(list(cache.glob("profiles/*"))) == 1
+    status, out, _ = kvcompile(*given)
+    assert (status, len(list(cache.glob("profiles/*")))) == (0, 2)
+    assert "  quick " not in out
+    thorough = read(tmp_path / "a.kvb")
+    assert "quick" not in thorough.calibration
+    assert thorough.calibration["episodes"] == 2 * quick.calibration["episodes"]
+    assert (len(thorough.calibration["checked_plans"]), len(quick.calibration["checked_plans"])) == (12, QUICK.checks)
 
 
 def test_build_json(kvcompile, model_folder, tmp_path) -> None:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,36 +69,12 @@ def test_what_measures_with_the_model_streams_too(
     assert (tmp_path / "whole.kvb").read_bytes() == (tmp_path / "streamed.kvb").read_bytes()
 
 
-def test_a_killed_build_resumes_to_the_same_file(kvcompile: Run, folder: Path, tmp_path: Path, own: Path) -> None:
-    """SIGKILL at random moments, until a build comes to its end."""
-    assert kvcompile("build", "--model", folder, *BUILD, "--profile-memory", "1MB", "-o", tmp_path / "a.kvb")[0] == 0
-    shutil.rmtree(own)
-    # Saved often, so that a build comes to its end whatever the machine's pace.
-    program = "from kvcompile.profile import job; job.SAVE_EVERY = 0.2; from kvcompile import cli; cli.main()"
-    arguments = ["build", "--model", folder, *BUILD, "--profile-memory", "1MB", "-o", tmp_path / "b.kvb"]
-    rng, kills = random.Random(0), 0
-    process = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)])
-    while kills < 4:
-        kept = _newest(own)
-        while _newest(own) == kept and process.poll() is None:  # past imports, and at work
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.6))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-        process = subprocess.Popen([sys.executable, "-c", program, *map(str, arguments)])
-    process.wait()
-    assert process.returncode == 0
-    assert kills > 0
-    assert (tmp_path / "a.kvb").read_bytes() == (tmp_path / "b.kvb").read_bytes()
-    assert not list(own.glob("profiles/*/states"))
-
-
-def _newest(cache: Path) -> float:
-    """When a profile was last saved."""
-    return max((path.stat().st_mtime for path in cache.glob("profiles/*/*.npz")), default=0.0)
+def test_a_build_that_is_killed_20_times_ends_with_the_same_bytes() -> None:
+    """SIGKILL at moments drawn from the whole of its run, streamed, so that states between the passes are on disk."""
+    script = Path(__file__).parents[3] / "benchmarks" / "killed_build.py"
+    done = subprocess.run([sys.executable, script, "--streamed"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\nkilled at") == 20
 
 
 def sentence(result: tuple[int, str, str]) -> str:
@@ -145,6 +118,7 @@ def test_a_full_disk_is_one_sentence(folder: Path, tmp_path: Path, own: Path) ->
         (["--model", "x", "--profile-memory", "much"], "'much' is no amount of memory"),
         (["--model", "x", "--profile-memory", "50%"], "'50%' is a share: expected bytes"),
         (["--from", "x.kvb", "--profile-memory", "8GB"], "--profile-memory is about profiling the model"),
+        (["--from", "x.kvb", "--quick"], "--quick is about profiling the model: give --model NAME"),
     ],
 )
 def test_wrong_amounts_are_refused(kvcompile: Run, options: list[str], said: str) -> None:

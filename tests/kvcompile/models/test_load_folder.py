@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen3_5Config, Qwen3_5ForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText, GptOssConfig, GptOssForCausalLM
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import load
@@ -125,6 +125,12 @@ def test_experts_in_mxfp4_are_unpacked(tiny_model: Path, tmp_path: Path) -> None
     torch.testing.assert_close(model.model.layers[0].mlp.experts.gate_up_proj.float(), wanted)
 
 
+def test_experts_in_mxfp4_are_not_streamed(broken: Path) -> None:
+    edit_config(broken, quantization_config={"quant_method": "mxfp4"})
+    with pytest.raises(ModelError, match=r"MXFP4, which cannot be unpacked part by part: expected --profile-memory in"):
+        load(str(broken), device="cpu", memory=1)
+
+
 QWEN = {
     "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "max_position_embeddings": 128,
@@ -133,18 +139,35 @@ QWEN = {
 }  # fmt: skip
 
 
-def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+QWEN_SIGHT = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+LLAMA = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "intermediate_size_mlp": 32, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "num_local_experts": 2,
+}  # fmt: skip
+LLAMA_SIGHT = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 28,
+    "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", [None, 1], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    ("family", "text", "sight"), [("qwen3_5", QWEN, QWEN_SIGHT), ("llama4", LLAMA, LLAMA_SIGHT)], ids=["qwen", "llama"]
+)
+def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(
+    tiny_model: Path, tmp_path: Path, family: str, text: dict, sight: dict, memory: int | None
+) -> None:
     for file in tiny_model.glob("tokenizer*"):
         shutil.copy(file, tmp_path)
-    sight = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-    whole = Qwen3_5ForConditionalGeneration(Qwen3_5Config(text_config=QWEN, vision_config=sight)).eval()
+    config = AutoConfig.for_model(family, text_config=text, vision_config=sight)
+    whole = AutoModelForImageTextToText.from_config(config).eval()
     whole.save_pretrained(tmp_path)
-    model = load(str(tmp_path), device="cpu").model
-    assert model.config.get_text_config().model_type == "qwen3_5_text"
+    model = load(str(tmp_path), device="cpu", memory=memory).model
+    assert model.config.get_text_config().model_type == f"{family}_text"
     ids = torch.tensor([[3, 4, 3, 1]])
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, whole(ids).logits)
-    assert not any("visual" in name for name, _ in model.named_parameters())
+    assert not any("vis" in name for name, _ in model.named_parameters())
 
 
 def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:

@@ -14,7 +14,7 @@ from kvcompile.kernels.codecs import CODECS
 from kvcompile.problem import pages, parse_memory
 from kvcompile.problem.pages import page_overhead, page_target
 from kvcompile.runtime import pages as runtime_pages
-from kvcompile.runtime.attach import layer_layouts
+from kvcompile.runtime.layouts import layer_layouts
 from kvcompile.runtime.pages import PageLayout
 
 REFERENCES = Path(__file__).parents[3] / "artifacts" / "reference"

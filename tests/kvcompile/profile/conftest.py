@@ -48,6 +48,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
     },
+    "llama4_text": {
+        "head_dim": 16,
+        "no_rope_layers": [1, 0, 1],
+        "attention_chunk_size": 2048,
+        "floor_scale": 20,
+        "attn_scale": 0.5,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 2,
+        "num_local_experts": 4,
+    },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"head_dim": 16, **EXPERTS},
     "gemma2": {

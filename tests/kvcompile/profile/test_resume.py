@@ -47,8 +47,10 @@ def test_failed_save_keeps_the_old_sums(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_key_tells_everything_apart() -> None:
-    base = {"fingerprint": "f", "calibration": "c", "dtype": "float32", "seed": 0, "sink": 4}
-    changes = [{}, {"fingerprint": "g"}, {"calibration": "d"}, {"dtype": "bfloat16"}, {"seed": 1}, {"sink": 5}]
+    base = {"fingerprint": "f", "calibration": "c", "dtype": "float32", "seed": 0, "sink": 4, "checks": 12}
+    changes = [
+        {}, {"fingerprint": "g"}, {"calibration": "d"}, {"dtype": "bfloat16"}, {"seed": 1}, {"sink": 5}, {"checks": 4},
+    ]  # fmt: skip
     keys = {profile_key(**(base | change)) for change in changes}  # type: ignore[arg-type]
     assert len(keys) == len(changes)
     assert profile_key(**base) in keys  # type: ignore[arg-type]

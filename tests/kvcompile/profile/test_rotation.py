@@ -33,6 +33,10 @@ LONG = {
 }  # fmt: skip
 
 
+FAR = 10_485_760
+"""Llama-4 Scout's longest context: float32 does not hold the angles of its last positions."""
+
+
 def unrotated_agree(model: Any, length: int = 40) -> None:
     """A repeated token has the same key everywhere in the first layer once its rotation is undone, and has not before;
     attention later mixes the positions."""
@@ -46,6 +50,14 @@ def unrotated_agree(model: Any, length: int = 40) -> None:
 
 def test_every_family(tiny: Callable[..., Any], family: str) -> None:
     unrotated_agree(tiny(family))
+
+
+@pytest.mark.parametrize("family_", ["llama", "llama4_text"])
+def test_contexts_of_millions_of_tokens(tiny: Callable[..., Any], family_: str) -> None:
+    rotary = read_rotary(tiny(family_, max_position_embeddings=FAR), 100)
+    own = read_rotary(tiny(family_), 100)
+    assert np.array_equal(rotary.frequency, own.frequency)
+    assert rotary.context == 0
 
 
 @pytest.mark.parametrize("kind", SCALED)

@@ -17,7 +17,7 @@ from kvcompile.assemble.placement import place
 from kvcompile.integrations.vllm.figures import Figures, page_bytes
 from kvcompile.integrations.vllm.placement import head_orders
 from kvcompile.kernels.codecs import CODECS
-from kvcompile.runtime.attach import layer_layout
+from kvcompile.runtime.layouts import layer_layout
 from kvcompile.runtime.pages import PageLayout
 
 REFERENCES = sorted((Path(__file__).parents[4] / "artifacts" / "reference").glob("*.kvb"))

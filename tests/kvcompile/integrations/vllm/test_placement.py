@@ -14,7 +14,7 @@ from transformers import GPT2Config, PreTrainedModel
 from kvcompile.artifacts import Artifact, ModelError
 from kvcompile.assemble.placement import place
 from kvcompile.integrations.vllm.placement import head_orders, placed
-from kvcompile.runtime.linear import attention_modules
+from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.reorder import ARCHITECTURES
 
 IDS = torch.arange(3, 43).remainder(97).view(1, -1)

@@ -1,0 +1,17 @@
+"""Where the parts of a transformers causal LM are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def decoder_of(model: Any) -> Any:
+    """The module that has the decoder layers, the last norm and the rotary embedding."""
+    found = model.get_decoder()
+    # Llama-4's causal LM names itself, as it looks for its decoder under the name it has in the model that sees too.
+    return found.model if found is model else found
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The attention modules of the decoder layers that have keys and values, first to last."""
+    return [layer.self_attn for layer in decoder_of(model).layers if hasattr(layer, "self_attn")]
