@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,14 +66,14 @@ class _Vectors(ctypes.Structure):
         return cls(tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
 
 
-MATRICES = ("key", "key_inverse", "key_mean", "value", "value_inverse", "value_mean")
-"""Fields of `Transform`, in the order of the C source."""
+MATRICES = 6
+"""Pointers of the C source's `Transform`."""
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, _Vectors) for name in ("query", "new_keys", "new_values", "out")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", *MATRICES)),
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("matrices", ctypes.c_void_p * MATRICES),
         *((name, ctypes.c_void_p) for name in ("rows", "seen", "places", "score", "scores", "scratch")),
         *((name, ctypes.c_int64) for name in ("step", "window", "room")),
         ("scaling", ctypes.c_float),
@@ -115,6 +116,19 @@ def _side(stored: Buffers, first: torch.Tensor) -> _Side:
     every = tensors(stored)
     steps = (t.stride(0) * t.element_size() if t.numel() else 0 for t in every)
     return _Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps), first.data_ptr())
+
+
+def _matrices(transform: Transform | None, layout: LayerLayout) -> Any:
+    """A transform's pointers, made once: matrices by which a vector is multiplied from the left, and means."""
+    made = layout.memo.get("native matrices")
+    if made is None or made[0] is not transform:
+        t, kept = transform, list[torch.Tensor]()
+        if t is not None:
+            kept = [t.key.mT, t.key_inverse, t.key_mean, t.value.mT, t.value_inverse.mT, t.value_mean]
+            kept = [one.contiguous() for one in kept]
+        pointers = (ctypes.c_void_p * MATRICES)(*(one.data_ptr() for one in kept))
+        made = layout.memo["native matrices"] = transform, pointers, kept
+    return made[1]
 
 
 def _numbers(batch: int, seen: Sequence[int] | torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
@@ -181,10 +195,9 @@ def step(
     scratch = torch.empty(threads * room)
     numbers, sides = _numbers(batch, seen, places), _sides(keys, values, layout)
     by_head = None if score is None else score.float().contiguous()
-    matrices = [None if transform is None else getattr(transform, name).contiguous() for name in MATRICES]
     call = _Step(
-        *map(_Vectors.of, (query, new_keys, new_values, out)), *map(ctypes.addressof, sides),
-        *(None if t is None else t.data_ptr() for t in (*matrices, _rows(layout), *numbers, by_head, scores, scratch)),
+        *map(_Vectors.of, (query, new_keys, new_values, out)), *map(ctypes.addressof, sides), _matrices(transform, layout),
+        *(None if t is None else t.data_ptr() for t in (_rows(layout), *numbers, by_head, scores, scratch)),
         scores.stride(0), layout.window, room, scaling,
         heads, group, batch, TYPES[query.dtype], TYPES[keys.exact.dtype], threads, head_dim,
     )  # fmt: skip

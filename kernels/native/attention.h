@@ -146,13 +146,15 @@ ALWAYS void keys_of(
 ) {
     if (codec == EXACT) exact_keys(query, keys, type, group, filled, from, to, weights, dim);
     else coded_keys(query, keys, group, filled, from, to, weights, codec, dim);
-    if (from == 0 && to > 0 && keys->anchor)
+    if (from == 0 && to > 0 && keys->anchor) {
+        const int16_t *places = places_of(codec, dim);
         for (int r = 0; r < group; r++) {
             float sum = 0;
             for (int i = 0; i < dim; i++)
-                sum += query->exact[r * query->stride + place(i, codec, dim)] * read_number(keys->anchor, i, type);
+                sum += query->exact[r * query->stride + places[i]] * read_number(keys->anchor, i, type);
             weights[r * filled] = sum;
         }
+    }
     if (window > 0)
         /* A sliding layer is one ring without sinks: a slot holds the last token that is its number modulo the ring. */
         for (int64_t s = from; s < to; s++)
@@ -167,8 +169,10 @@ ALWAYS void values_of(
     memset(out, 0, sizeof(float) * group * stride);
     if (codec == EXACT) exact_values(values, type, group, filled, from, to, weights, out, stride, dim);
     else coded_values(values, group, filled, from, to, weights, out, stride, limbs, codec, dim);
-    if (from == 0 && to > 0 && values->anchor)
+    if (from == 0 && to > 0 && values->anchor) {
+        const int16_t *places = places_of(codec, dim);
         for (int r = 0; r < group; r++)
             for (int i = 0; i < dim; i++)
-                out[r * stride + place(i, codec, dim)] += weights[r * filled] * read_number(values->anchor, i, type);
+                out[r * stride + places[i]] += weights[r * filled] * read_number(values->anchor, i, type);
+    }
 }

@@ -73,6 +73,27 @@ static int place(int i, int codec, int dim) {
     return start + i;
 }
 
+/* `place` of all elements [dim], worked out once a thread for the head size that it had last. */
+#define CODECS 8
+static int number_of(int codec) {
+    static const int ids[CODECS] = {EXACT, INT8, INT4, INT3, INT2, MIX3, MIX2, MIX1};
+    int i = 0;
+    while (ids[i] != codec) i++;
+    return i;
+}
+static const int16_t *places_of(int codec, int dim) {
+    static _Thread_local struct {
+        int dim;
+        int16_t places[MOST_DIM];
+    } known[CODECS];
+    const int i = number_of(codec);
+    if (known[i].dim != dim) {
+        for (int e = 0; e < dim; e++) known[i].places[e] = (int16_t)place(e, codec, dim);
+        known[i].dim = dim;
+    }
+    return known[i].places;
+}
+
 /* The codes of `n` bytes at `c`, the first elements of all of them in `x`, the second ones from `x + step` on, and so on.
  * Several bytes at a time are one number. Codes of 3 bits have the high bit of element j in bit j of `high`'s bytes, or in
  * bit 4 + j where these are `above`. */

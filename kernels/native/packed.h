@@ -50,6 +50,20 @@ static void find_packed(Packed *chunks, int codec, int dim) {
     }
 }
 
+/* The same, worked out once a thread for the head size that it had last. */
+static const Packed *packed_of(int codec, int dim) {
+    static _Thread_local struct {
+        int dim;
+        Packed chunks[CHUNKS];
+    } known[CODECS];
+    const int i = number_of(codec);
+    if (known[i].dim != dim) {
+        find_packed(known[i].chunks, codec, dim);
+        known[i].dim = dim;
+    }
+    return known[i].chunks;
+}
+
 /* The codes of a chunk of a row, a byte each. */
 ALWAYS __m512i unpack(const Packed *p, const uint8_t *row, int codec, int dim) {
     const __m512i bytes = _mm512_maskz_loadu_epi8(p->there, row + p->from);

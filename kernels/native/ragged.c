@@ -66,10 +66,9 @@ static void decode_head(
     float *by_group = whole + size, *weights = by_group + 2 * group * MOST_GROUPS, *sums = weights + group * filled;
     Query asked = {exact, scale, (int16_t *)whole, (int32_t *)by_group, type == FLOAT32 ? 2 : 1, stride};
     memset(exact, 0, sizeof(float) * (2 * size + 2 * group));
-    for (int i = 0; i < dim; i++) {
-        const int to = place(i, keys->codec, dim);
-        for (int r = 0; r < group; r++) asked.exact[r * stride + to] = query[r * dim + i];
-    }
+    const int16_t *places = places_of(keys->codec, dim);
+    for (int r = 0; r < group; r++)
+        for (int i = 0; i < dim; i++) asked.exact[r * stride + places[i]] = query[r * dim + i];
     if (keys->codec != EXACT) quantise_query(&asked, group, keys->codec, dim);
     KeysOf *const by_keys = keys_for(keys->codec, dim);
     ValuesOf *const by_values = values_for(values->codec, dim);
@@ -96,10 +95,9 @@ static void decode_head(
     }
     for (int part = 1; part < parts; part++)
         for (int j = 0; j < size; j++) sums[j] += sums[(int64_t)part * size + j];
-    for (int i = 0; i < dim; i++) {
-        const int from = place(i, values->codec, dim);
-        for (int r = 0; r < group; r++) out[r * dim + i] = sums[r * stride + from] / totals[r];
-    }
+    places = places_of(values->codec, dim);
+    for (int r = 0; r < group; r++)
+        for (int i = 0; i < dim; i++) out[r * dim + i] = sums[r * stride + places[i]] / totals[r];
 }
 
 /* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, `out` of the same
@@ -223,17 +221,14 @@ void kvc_step(const Step *s) {
         transform(s->transform.value, s->transform.value_mean, h, value, spare, dim);
         append_head(&k, &v, head, s->type, key, value, s->score ? s->score[i] : 0.0f,
                     s->scores ? s->scores + s->places[b] * s->step : 0, s->seen[b], dim);
-        for (int r = 0; r < s->group; r++) {
-            transform_query(&s->transform, h, query + r * dim, spare, dim);
-            for (int j = 0; j < dim; j++) query[r * dim + j] *= s->scaling;
-        }
+        transform_queries(&s->transform, h, query, out, s->group, dim);
+        for (int j = 0; j < size; j++) query[j] = out[j] * s->scaling;
         decode_head(query, &k, &v, head[CAPACITY], s->type, s->group, s->seen[b] + 1, s->window, out, 0, spare + dim,
                     together ? s->threads : 1, dim);
-        for (int r = 0; r < s->group; r++) {
-            restore(&s->transform, h, out + r * dim, spare, dim);
+        restore(&s->transform, h, out, query, s->group, dim);
+        for (int r = 0; r < s->group; r++)
             for (int j = 0; j < dim; j++)
                 write_number(s->out.at, b * s->out.sequence + (h * s->group + r) * s->out.head + j, s->type_in,
-                             out[r * dim + j]);
-        }
+                             query[r * dim + j]);
     }
 }

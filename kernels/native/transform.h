@@ -1,44 +1,55 @@
 /* Vectors as quantised heads store them, and back: what `kernels/transform.py` defines, in float32. */
 
-/* The matrices of a layer [heads, dim, dim] and its means [heads, dim]; all NULL where no head is quantised. */
+/* The matrices of a layer [heads, dim, dim], by which a vector is multiplied from the left, and its means [heads, dim]; all
+ * NULL where no head is quantised. */
 typedef struct {
     const float *key, *key_inverse, *key_mean, *value, *value_inverse, *value_mean;
 } Transform;
 
-/* y = M x */
-static void product(const float *restrict m, const float *restrict x, float *restrict y, int dim) {
-    for (int i = 0; i < dim; i++) {
-        float sum = 0;
-        for (int j = 0; j < dim; j++) sum += m[i * dim + j] * x[j];
-        y[i] = sum;
+/* y = x M for `count` vectors, at most four, that share what is read of the matrix. */
+ALWAYS void multiply_some(const float *restrict x, const float *restrict m, float *restrict y, int count, int dim) {
+    int i = 0;
+    for (; i + 32 <= dim; i += 32) {
+        Floats sums[4][4] = {{{0}}};
+        for (int j = 0; j < dim; j++) {
+            const Floats *row = (const Floats *)(m + j * dim + i);
+            _Pragma("GCC unroll 4") for (int r = 0; r < count; r++)
+                _Pragma("GCC unroll 4") for (int e = 0; e < 4; e++) sums[r][e] += x[r * dim + j] * row[e];
+        }
+        for (int r = 0; r < count; r++) memcpy(y + r * dim + i, sums[r], sizeof(sums[r]));
     }
+    for (; i < dim; i++)
+        for (int r = 0; r < count; r++) {
+            float sum = 0;
+            for (int j = 0; j < dim; j++) sum += x[r * dim + j] * m[j * dim + i];
+            y[r * dim + i] = sum;
+        }
 }
 
-/* y = M^T x */
-static void product_of_transposed(const float *restrict m, const float *restrict x, float *restrict y, int dim) {
-    memset(y, 0, sizeof(float) * dim);
-    for (int i = 0; i < dim; i++)
-        for (int j = 0; j < dim; j++) y[j] += m[i * dim + j] * x[i];
+static void multiply(const float *x, const float *m, float *y, int count, int dim) {
+    for (; count >= 4; count -= 4, x += 4 * dim, y += 4 * dim) multiply_some(x, m, y, 4, dim);
+    if (count == 3) multiply_some(x, m, y, 3, dim);
+    if (count == 2) multiply_some(x, m, y, 2, dim);
+    if (count == 1) multiply_some(x, m, y, 1, dim);
 }
 
 /* T (x - mean) of a new key or value, in place; `room` [dim]. */
 static void transform(const float *matrices, const float *means, int head, float *x, float *room, int dim) {
     if (!matrices) return;
     for (int i = 0; i < dim; i++) room[i] = x[i] - means[head * dim + i];
-    product(matrices + (int64_t)head * dim * dim, room, x, dim);
+    multiply(room, matrices + (int64_t)head * dim * dim, x, 1, dim);
 }
 
-/* T^-T q of a query, in place. */
-static void transform_query(const Transform *t, int head, float *q, float *room, int dim) {
-    if (!t->key_inverse) return;
-    memcpy(room, q, sizeof(float) * dim);
-    product_of_transposed(t->key_inverse + (int64_t)head * dim * dim, room, q, dim);
+/* T^-T q of queries [count], to `moved`. */
+static void transform_queries(const Transform *t, int head, const float *q, float *moved, int count, int dim) {
+    if (t->key_inverse) multiply(q, t->key_inverse + (int64_t)head * dim * dim, moved, count, dim);
+    else memcpy(moved, q, sizeof(float) * count * dim);
 }
 
-/* T^-1 o + mean of an output, in place. */
-static void restore(const Transform *t, int head, float *o, float *room, int dim) {
-    if (!t->value_inverse) return;
-    memcpy(room, o, sizeof(float) * dim);
-    product(t->value_inverse + (int64_t)head * dim * dim, room, o, dim);
-    for (int i = 0; i < dim; i++) o[i] += t->value_mean[head * dim + i];
+/* T^-1 o + mean of outputs [count], to `moved`. */
+static void restore(const Transform *t, int head, const float *o, float *moved, int count, int dim) {
+    if (t->value_inverse) multiply(o, t->value_inverse + (int64_t)head * dim * dim, moved, count, dim);
+    else memcpy(moved, o, sizeof(float) * count * dim);
+    for (int r = 0; t->value_mean && r < count; r++)
+        for (int i = 0; i < dim; i++) moved[r * dim + i] += t->value_mean[head * dim + i];
 }

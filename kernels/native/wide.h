@@ -34,8 +34,7 @@ ALWAYS void coded_keys(
     const uint8_t *const rows = keys->codes;
     const int bytes = code_bytes(codec, dim);
     __m512i codes[KEY_SLOTS], x[CHUNKS * 16];
-    Packed packed[CHUNKS];
-    find_packed(packed, codec, dim);
+    const Packed *packed = packed_of(codec, dim);
     for (int64_t s = from; s < to; s += KEY_SLOTS) {
         const int64_t count = to - s < KEY_SLOTS ? to - s : KEY_SLOTS;
         __m512 scales[MOST_GROUPS];
@@ -149,9 +148,8 @@ ALWAYS void coded_values(
     const uint8_t *const rows = values->codes;
     const int bytes = code_bytes(codec, dim);
     __m512i codes[4], x[CHUNKS][QUADS][4];
-    Packed packed[CHUNKS];
+    const Packed *packed = packed_of(codec, dim);
     Chunk chunks[CHUNKS];
-    find_packed(packed, codec, dim);
     find_chunks(chunks, codec, dim);
     for (int64_t s = from; s < to; s += 4 * QUADS) {
         const int count = (int)(to - s < 4 * QUADS ? to - s : 4 * QUADS), quads = (count + 3) / 4;
