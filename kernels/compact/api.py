@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from kvcompile.kernels import native
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.compact import dense
 from kvcompile.kernels.dispatch import takes_kernels
@@ -54,5 +55,8 @@ def compact(
         from kvcompile.kernels.compact import triton
 
         triton.compact(keys, values, layout, new_keys, new_values, tokens, seen, transform)
+        return
+    if native.usable(keys.exact, keys.head_dim, layout) and native.cut.takes(new_keys, new_values):
+        native.cut.compact(keys, values, layout, new_keys, new_values, tokens, transform)
         return
     dense.compact(keys, values, layout, new_keys, new_values, tokens, seen, transform)

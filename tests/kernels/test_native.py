@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, native, ragged_decode
-from kvcompile.kernels.native import build
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, compact, native, ragged_decode
+from kvcompile.kernels.native import build, library
 from kvcompile.kernels.ragged_decode import reference
 
 LAYOUT = LayerLayout.from_heads(
@@ -37,9 +37,9 @@ def afresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing compiled yet."""
     monkeypatch.setenv("KVCOMPILE_CACHE", str(tmp_path))
     monkeypatch.delenv("KVCOMPILE_KERNELS", raising=False)
-    native._library.cache_clear()
+    library.library.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
+    library.library.cache_clear()
 
 
 def full_store(bits: str, batch: int, head_dim: int, dtype: torch.dtype) -> Buffers:
@@ -73,10 +73,53 @@ def test_head_sizes(group: int, head_dim: int, dtype: torch.dtype) -> None:
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's options are those of x86")
 @pytest.mark.parametrize("option", ["-mno-avx512vnni", "-mno-avx2"])
 def test_processors_with_fewer_instructions(afresh: Path, monkeypatch: pytest.MonkeyPatch, option: str) -> None:
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, option))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, option))
     for head_dim in (64, 80, 128):
         test_head_sizes(5, head_dim, torch.float32)
         test_head_sizes(5, head_dim, torch.bfloat16)
+
+
+def a_transform(head_dim: int, generator: torch.Generator) -> Transform:
+    """Rotations and means for heads with codes; heads in the cache dtype stay as they are."""
+    heads = LAYOUT.num_kv_heads
+    matrices = torch.linalg.qr(torch.randn(2, heads, head_dim, head_dim, generator=generator))[0].contiguous()
+    means = torch.randn(2, heads, head_dim, generator=generator)
+    for h, row in enumerate(LAYOUT.rows):
+        for side, codec in enumerate((row.k_codec, row.v_codec)):
+            if codec == 0:
+                matrices[side, h], means[side, h] = torch.eye(head_dim), 0
+    (key, value), (key_mean, value_mean) = matrices, means
+    return Transform(key, key.mT.contiguous(), key_mean, value, value.mT.contiguous(), value_mean)
+
+
+def assert_stored_alike(one: Buffers, other: Buffers) -> None:
+    """The sums of a transform may be in another order, so that a code may be the neighbouring one."""
+    for a, b in zip(one.tensors(), other.tensors(), strict=True):
+        if a.is_floating_point():
+            torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+        else:
+            assert (a != b).float().mean() < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cut_is_that_of_torch(batch: int, head_dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, columns = torch.Generator().manual_seed(batch), 400
+    turned = a_transform(head_dim, generator)
+    new = torch.randn(2, batch, columns, LAYOUT.num_kv_heads, head_dim, generator=generator).to(dtype).transpose(2, 3)
+    tokens = [
+        torch.rand(batch, c.count, columns, generator=generator).argsort(2)[:, :, : c.capacity] for c in LAYOUT.classes
+    ]
+    stores = []
+    for kernels in ("", "torch"):
+        monkeypatch.setenv("KVCOMPILE_KERNELS", kernels)
+        keys, values = full_store("k_bits", batch, head_dim, dtype), full_store("v_bits", batch, head_dim, dtype)
+        compact(keys, values, LAYOUT, *new, tokens, [columns] * batch, turned)
+        stores.append((keys, values))
+    for ours, torchs in zip(*stores, strict=True):
+        assert_stored_alike(ours, torchs)
 
 
 @needs_compiler
@@ -90,14 +133,7 @@ def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dty
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    matrices = torch.linalg.qr(random(2, heads, head_dim, head_dim))[0].contiguous()
-    means = random(2, heads, head_dim)
-    for h, row in enumerate(LAYOUT.rows):  # heads in the cache dtype stay as they are
-        for side, codec in enumerate((row.k_codec, row.v_codec)):
-            if codec == 0:
-                matrices[side, h], means[side, h] = torch.eye(head_dim), 0
-    (key, value), (key_mean, value_mean) = matrices, means
-    turned = Transform(key, key.mT.contiguous(), key_mean, value, value.mT.contiguous(), value_mean)
+    turned = a_transform(head_dim, generator)
     places = torch.tensor([4, 0, 2][:batch], dtype=torch.int32)
     seen = torch.tensor([2000, 290, 7][:batch], dtype=torch.int32)
     query = random(batch, heads * group, head_dim).to(dtype)
@@ -119,12 +155,8 @@ def test_a_step_is_what_its_parts_do(batch: int, head_dim: int, dtype: torch.dty
     expected = turned.outputs(attended).squeeze(2)
 
     assert torch.equal(scores, moved)
-    for stored, wanted in ((keys, k), (values, v)):
-        for a, b in zip(stored.tensors(), wanted.tensors(), strict=True):
-            # The sums of a transform are in another order, so that a code may be the neighbouring one.
-            assert (a != b).float().mean() < 1e-4
-            if a.is_floating_point():
-                torch.testing.assert_close(a, b, atol=1e-2, rtol=1e-2)
+    assert_stored_alike(keys, k)
+    assert_stored_alike(values, v)
     tolerance = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(out.float(), expected.float(), atol=tolerance, rtol=tolerance)
 
@@ -155,7 +187,7 @@ def test_without_a_compiler_everything_goes_through_torch(afresh: Path, monkeypa
 def test_a_source_that_does_not_compile_is_said_once(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = afresh / "broken.c"
     broken.write_text("no C", encoding="utf-8")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(library, "SOURCE", broken)
     with pytest.warns(UserWarning, match="goes through torch"):
         assert not native.usable(torch.zeros(1), 64, LAYOUT)
     assert not native.usable(torch.zeros(1), 64, LAYOUT)
@@ -167,7 +199,7 @@ def test_it_is_compiled_once(afresh: Path) -> None:
     assert native.usable(torch.zeros(1), 64, LAYOUT)
     (made,) = (afresh / "native").iterdir()
     before = made.stat()
-    native._library.cache_clear()
+    library.library.cache_clear()
     assert native.usable(torch.zeros(1), 64, LAYOUT)
     assert made.stat().st_ino == before.st_ino
 
@@ -180,7 +212,7 @@ def test_it_has_no_memory_errors(tmp_path: Path) -> None:
     if not Path(found.stdout.strip()).is_file():
         pytest.skip("the compiler has no address sanitizer")
     code = (
-        "import kvcompile.kernels.native as n, kvcompile.kernels.native.prompt as p;"
+        "import kvcompile.kernels.native.library as n, kvcompile.kernels.native.prompt as p;"
         "n.FLAGS += ('-fsanitize=address',); p.FLAGS += ('-fsanitize=address',);"
         "import pytest, sys; sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', '-W', 'error', *sys.argv[1:]]))"
     )

@@ -1,0 +1,117 @@
+"""The C source of decode steps and cuts: made into a library when it is first needed, and what its functions take."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvcompile.kernels.arguments import FIELDS, tensors
+from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.codecs import CODECS, Codec
+from kvcompile.kernels.codecs.base import EIGHTHS
+from kvcompile.kernels.dispatch import CHOICE, knows
+from kvcompile.kernels.layout import LayerLayout
+from kvcompile.kernels.native import build
+from kvcompile.kernels.regions import starts
+from kvcompile.kernels.transform import Transform
+
+SOURCE = Path(__file__).with_name("ragged.c")
+HEADERS = tuple(
+    Path(__file__).with_name(f"{name}.h")
+    for name in ("store", "codecs", "vectors", "attention", "narrow", "packed", "wide", "chosen", "transform", "cut")
+)
+FLAGS = (
+    "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
+    # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
+    "-fassociative-math", "-fno-signed-zeros",
+)  # fmt: skip
+
+
+def _constants(codec: Codec) -> tuple[str, str]:
+    """By which `codecs.h` knows a codec: its id, and bits and eighths of two sections."""
+    name, sections = codec.load("native").CONSTANT, codec.sections or ((codec.bits, EIGHTHS),)
+    numbers = [str(number) for section in (*sections, (0, 0))[:2] for number in section]
+    return f"-D{name}={codec.id}", f"-D{name}_SECTIONS={{{','.join(numbers)}}}"
+
+
+KNOWN = [codec for codec in CODECS.values() if codec.has("native")]
+CONSTANTS = (f"-DKVC_GROUP={KNOWN[0].group}", *(option for codec in KNOWN for option in _constants(codec)))
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOST_DIM = 512
+
+
+class Side(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in FIELDS), ("steps", ctypes.c_int64 * len(FIELDS)),
+        ("starts", ctypes.c_void_p),
+    ]  # fmt: skip
+
+
+MATRICES = 6
+"""Pointers of the C source's `Transform`."""
+
+
+def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
+    """Whether an operation of a layer on this tensor can be done here."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in TYPES
+        and head_dim <= MOST_DIM
+        and os.environ.get(CHOICE, "") == ""
+        and knows("native", layout)
+        and library() is not None
+    )
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    return build.library(SOURCE, (*FLAGS, *CONSTANTS), "the decode step", *HEADERS)
+
+
+def sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[Side, Side]:
+    """Keys and values as C knows them, made once for as long as their buffers stay where they are."""
+    both = (*tensors(keys), *tensors(values))
+    where = tuple((t.data_ptr(), t.stride(0)) for t in both)
+    made = layout.memo.get("native sides")
+    if made is None or made[0] != where:
+        bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]
+        first = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
+        # `first` is kept with them, as they point to it.
+        made = layout.memo["native sides"] = where, (_side(keys, first[0]), _side(values, first[1])), first
+    found: tuple[Side, Side] = made[1]
+    return found
+
+
+def _side(stored: Buffers, first: torch.Tensor) -> Side:
+    every = tensors(stored)
+    steps = (t.stride(0) * t.element_size() if t.numel() else 0 for t in every)
+    return Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps), first.data_ptr())
+
+
+def matrices(transform: Transform | None, layout: LayerLayout) -> Any:
+    """A transform's pointers, made once: matrices by which a vector is multiplied from the left, and means."""
+    made = layout.memo.get("native matrices")
+    if made is None or made[0] is not transform:
+        t, kept = transform, list[torch.Tensor]()
+        if t is not None:
+            kept = [t.key.mT, t.key_inverse, t.key_mean, t.value.mT, t.value_inverse.mT, t.value_mean]
+            kept = [one.contiguous() for one in kept]
+        pointers = (ctypes.c_void_p * MATRICES)(*(one.data_ptr() for one in kept))
+        made = layout.memo["native matrices"] = transform, pointers, kept
+    return made[1]
+
+
+def row_table(layout: LayerLayout) -> torch.Tensor:
+    if "native" not in layout.memo:
+        layout.memo["native"] = torch.tensor(layout.rows, dtype=torch.int32)
+    rows: torch.Tensor = layout.memo["native"]
+    return rows
+
+
+def at(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
