@@ -56,7 +56,7 @@ serve-check: $(VENV)-vllm/.installed $(VENV)/.installed
 	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
 	test -f $(DEMO)/serve-25pct.kvb || \
 		$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 2048 -o $(DEMO)/serve-25pct.kvb
-	$(VENV)-vllm/bin/python benchmarks/serve.py $(DEMO)/smollm2-float32 $(DEMO)/serve-25pct.kvb --megabytes 60 --requests 32
+	$(VENV)-vllm/bin/python benchmarks/serve.py $(DEMO)/smollm2-float32 $(DEMO)/serve-25pct.kvb --megabytes 72 --requests 32
 	$(VENV)-vllm/bin/python benchmarks/serve_soak.py $(DEMO)/smollm2-float32 \
 		artifacts/reference/smollm2-135m-4096-25pct.kvb
 
