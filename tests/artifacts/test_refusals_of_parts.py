@@ -13,7 +13,7 @@ from kvcompile.kernels.codecs import CODECS
 
 SCORER = ["scorer.weight", "scorer.bias"]
 QUANTISER = [f"quantiser.{name}" for name in ("key_transform", "key_mean", "value_transform", "value_mean")]
-QUANTISED = ", ".join(map(str, sorted(CODECS)))
+QUANTISED = ", ".join(str(id) for id, codec in sorted(CODECS.items()) if codec.format_version)
 """The ids of codecs, as refusals list them."""
 
 
