@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL | None:
 def sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[Side, Side]:
     """Keys and values as C knows them, made once for as long as their buffers stay where they are."""
     both = (*tensors(keys), *tensors(values))
-    where = tuple((t.data_ptr(), t.stride(0)) for t in both)
+    where = keys.head_dim, keys.exact.dtype, *((t.data_ptr(), t.stride(0), t.numel()) for t in both)
     made = layout.memo.get("native sides")
     if made is None or made[0] != where:
         bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]

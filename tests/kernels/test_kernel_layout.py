@@ -68,7 +68,7 @@ def test_what_is_written_is_read_back() -> None:
     store, cls = Buffers(layout, [bits], 16, torch.float32, torch.device("cpu"), 1), layout.classes[0]
     prompt = torch.randn(2, 9, 16)
     token = torch.tensor([[0, 2, 3, 5, 7, 8], [0, 1, 4, 6, 7, 8]])
-    other = Buffers(layout, [16], 16, torch.float32, torch.device("cpu"), 1)
+    other = Buffers(layout, [bits], 16, torch.float32, torch.device("cpu"), 1)
     compact(store, other, layout, prompt[None], prompt[None], [token[None]], [9])
     expected = prompt.gather(1, token[..., None].expand(-1, -1, 16))
     torch.testing.assert_close(store.read(cls, 6, torch.float32)[0], expected, atol=0.02, rtol=0)
