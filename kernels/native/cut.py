@@ -41,17 +41,18 @@ def compact(
     transform: Transform | None,
 ) -> None:
     """See `compact.api`."""
-    made, both, pointers = library(), sides(keys, values, layout), matrices(transform, layout)
+    made, both, moved = library(), sides(keys, values, layout), matrices(transform, layout)
     assert made is not None
     for cls, token in zip(layout.classes, tokens, strict=True):
         token = token.contiguous()
         for new, stored, side, name, first in (
-            (new_keys, keys, both[0], "k_codec", 0), (new_values, values, both[1], "v_codec", 3),
+            (new_keys, keys, both.keys, "k_codec", 0), (new_values, values, both.values, "v_codec", 3),
         ):  # fmt: skip
             new = new if new.stride(3) == 1 else new.contiguous()
             call = _Cut(
                 new.data_ptr(), new.stride(0), new.stride(1), new.stride(2), ctypes.addressof(side),
-                row_table(layout).data_ptr(), pointers[first], pointers[first + 2], token.data_ptr(), token.shape[2],
+                row_table(layout).data_ptr(), moved.pointers[first], moved.pointers[first + 2],
+                token.data_ptr(), token.shape[2],
                 cls.start, cls.count, len(token), COLUMNS.index(name), TYPES[new.dtype], TYPES[stored.exact.dtype],
                 torch.get_num_threads(), stored.head_dim,
             )  # fmt: skip

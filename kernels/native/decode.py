@@ -86,10 +86,10 @@ def step(
     room = _room(made, layout, group, head_dim)
     scratch = torch.empty(threads * room)
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
-    by_head = None if score is None else score.float().contiguous()
+    by_head, moved = None if score is None else score.float().contiguous(), matrices(transform, layout)
     call = _Step(
         *map(_Vectors.of, (query, new_keys, new_values, out)),
-        *map(ctypes.addressof, both), matrices(transform, layout),
+        *map(ctypes.addressof, both[:2]), moved.pointers,
         *(None if t is None else t.data_ptr() for t in (row_table(layout), *numbers, by_head, scores, scratch)),
         scores.stride(0), layout.window, room, scaling,
         heads, group, batch, TYPES[query.dtype], TYPES[keys.exact.dtype], threads, head_dim,
@@ -120,8 +120,8 @@ def one_token(
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
     every = None if totals is None else asked.new_empty(batch, query_heads, 1, 2)
     made.kvc_decode(
-        at(asked), ctypes.byref(both[0]), ctypes.byref(both[1]), at(row_table(layout)), heads, TYPES[keys.exact.dtype],
-        group, batch, *map(at, numbers), ctypes.c_int64(layout.window), at(out), at(every), at(scratch),
+        at(asked), ctypes.byref(both.keys), ctypes.byref(both.values), at(row_table(layout)), heads,
+        TYPES[keys.exact.dtype], group, batch, *map(at, numbers), ctypes.c_int64(layout.window), at(out), at(every), at(scratch),
         ctypes.c_int64(room), threads, head_dim,
     )  # fmt: skip
     if totals is not None and every is not None:
@@ -147,7 +147,7 @@ def append(
     by_head = None if score is None else score.float().contiguous()
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
     made.kvc_append(
-        ctypes.byref(both[0]), ctypes.byref(both[1]), at(row_table(layout)), heads, TYPES[keys.exact.dtype], batch,
-        *map(at, numbers), at(k), at(v), at(by_head), at(scores), ctypes.c_int64(scores.stride(0)),
+        ctypes.byref(both.keys), ctypes.byref(both.values), at(row_table(layout)), heads,
+        TYPES[keys.exact.dtype], batch, *map(at, numbers), at(k), at(v), at(by_head), at(scores), ctypes.c_int64(scores.stride(0)),
         torch.get_num_threads(), head_dim,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import ctypes
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,17 +73,26 @@ def library() -> ctypes.CDLL | None:
     return build.library(SOURCE, (*FLAGS, *CONSTANTS), "the decode step", *HEADERS)
 
 
-def sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> tuple[Side, Side]:
-    """Keys and values as C knows them, made once for as long as their buffers stay where they are."""
+class Sides(NamedTuple):
+    """Keys and values as C knows them, the tensors that they point to beside those of the store, and what they were
+    made for."""
+
+    keys: Side
+    values: Side
+    kept: list[torch.Tensor]
+    made_for: tuple[Any, ...]
+
+
+def sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> Sides:
+    """Made once for as long as buffers stay where they are."""
     both = (*tensors(keys), *tensors(values))
-    where = keys.head_dim, keys.exact.dtype, *((t.data_ptr(), t.stride(0), t.numel()) for t in both)
-    made = layout.memo.get("native sides")
-    if made is None or made[0] != where:
+    wanted = keys.head_dim, keys.exact.dtype, *((t.data_ptr(), t.stride(0), t.numel()) for t in both)
+    found: Sides | None = layout.memo.get("native sides")
+    if found is None or found.made_for != wanted:
         bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]
         first = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
-        # `first` is kept with them, as they point to it.
-        made = layout.memo["native sides"] = where, (_side(keys, first[0]), _side(values, first[1])), first
-    found: tuple[Side, Side] = made[1]
+        found = Sides(_side(keys, first[0]), _side(values, first[1]), first, wanted)
+        layout.memo["native sides"] = found
     return found
 
 
@@ -93,17 +102,25 @@ def _side(stored: Buffers, first: torch.Tensor) -> Side:
     return Side(*(t.data_ptr() or None for t in every), (ctypes.c_int64 * len(every))(*steps), first.data_ptr())
 
 
-def matrices(transform: Transform | None, layout: LayerLayout) -> Any:
-    """A transform's pointers, made once: matrices by which a vector is multiplied from the left, and means."""
-    made = layout.memo.get("native matrices")
-    if made is None or made[0] is not transform:
+class Matrices(NamedTuple):
+    """A transform as C knows it: matrices by which a vector is multiplied from the left, and means."""
+
+    pointers: Any
+    kept: list[torch.Tensor]
+    made_for: Transform | None
+
+
+def matrices(transform: Transform | None, layout: LayerLayout) -> Matrices:
+    """Made once for each transform."""
+    found: Matrices | None = layout.memo.get("native matrices")
+    if found is None or found.made_for is not transform:
         t, kept = transform, list[torch.Tensor]()
         if t is not None:
             kept = [t.key.mT, t.key_inverse, t.key_mean, t.value.mT, t.value_inverse.mT, t.value_mean]
             kept = [one.contiguous() for one in kept]
-        pointers = (ctypes.c_void_p * MATRICES)(*(one.data_ptr() for one in kept))
-        made = layout.memo["native matrices"] = transform, pointers, kept
-    return made[1]
+        found = Matrices((ctypes.c_void_p * MATRICES)(*(one.data_ptr() for one in kept)), kept, transform)
+        layout.memo["native matrices"] = found
+    return found
 
 
 def row_table(layout: LayerLayout) -> torch.Tensor:
