@@ -121,8 +121,8 @@ def one_token(
     every = None if totals is None else asked.new_empty(batch, query_heads, 1, 2)
     made.kvc_decode(
         at(asked), ctypes.byref(both.keys), ctypes.byref(both.values), at(row_table(layout)), heads,
-        TYPES[keys.exact.dtype], group, batch, *map(at, numbers), ctypes.c_int64(layout.window), at(out), at(every), at(scratch),
-        ctypes.c_int64(room), threads, head_dim,
+        TYPES[keys.exact.dtype], group, batch, *map(at, numbers), ctypes.c_int64(layout.window),
+        at(out), at(every), at(scratch), ctypes.c_int64(room), threads, head_dim,
     )  # fmt: skip
     if totals is not None and every is not None:
         totals.logarithm = every[..., 0] + every[..., 1].log()
@@ -148,6 +148,6 @@ def append(
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
     made.kvc_append(
         ctypes.byref(both.keys), ctypes.byref(both.values), at(row_table(layout)), heads,
-        TYPES[keys.exact.dtype], batch, *map(at, numbers), at(k), at(v), at(by_head), at(scores), ctypes.c_int64(scores.stride(0)),
-        torch.get_num_threads(), head_dim,
+        TYPES[keys.exact.dtype], batch, *map(at, numbers), at(k), at(v),
+        at(by_head), at(scores), ctypes.c_int64(scores.stride(0)), torch.get_num_threads(), head_dim,
     )  # fmt: skip
