@@ -21,6 +21,7 @@ static void find_packed(Packed *chunks, int codec, int dim) {
         const Section s = section(codec, which, dim);
         for (int g = 0; g < s.count; g++, at += padded(s.size)) {
             const int low = s.bits == 3 ? 2 : s.bits, n = s.size * low / 8, first = s.byte + g * (s.size * s.bits / 8);
+            if (n < (s.bits == 3 ? 2 : 1)) continue; /* no size of head that the codec fits */
             for (int e = 0; e < s.size; e++) {
                 const int i = e % n, to = at + e, chunk = to / MANY * MANY;
                 if (row[chunk] < 0) row[chunk] = first + i; /* elements of a chunk are in neighbouring bytes from here on */
@@ -34,7 +35,7 @@ static void find_packed(Packed *chunks, int codec, int dim) {
     }
     for (int i = 0; i < width; i += MANY) {
         Packed *p = chunks + i / MANY;
-        p->from = row[i];
+        p->from = row[i] < 0 ? 0 : row[i];
         for (int j = i; j < i + MANY; j++) p->from = row[j] >= 0 && row[j] < p->from ? row[j] : p->from;
         for (int j = i; j < i + MANY; j++) {
             byte[j] = (uint8_t)(row[j] < 0 ? 0 : row[j] - p->from);
