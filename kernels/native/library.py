@@ -23,7 +23,19 @@ from kvcompile.kernels.transform import Transform
 SOURCE = Path(__file__).with_name("ragged.c")
 HEADERS = tuple(
     Path(__file__).with_name(f"{name}.h")
-    for name in ("store", "codecs", "vectors", "attention", "narrow", "packed", "wide", "chosen", "transform", "cut")
+    for name in (
+        "store",
+        "codecs",
+        "vectors",
+        "attention",
+        "narrow",
+        "transpose",
+        "packed",
+        "wide",
+        "chosen",
+        "transform",
+        "cut",
+    )
 )
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",

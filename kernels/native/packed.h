@@ -1,5 +1,7 @@
 /* Codes in vectors of the 64 bytes that AVX-512 has: any codec's become bytes by one permutation and one shift. */
 
+#include "transpose.h"
+
 #define MANY 64 /* bytes of a vector */
 #define CHUNKS ((MOST_WIDTH + MANY - 1) / MANY)
 
@@ -73,23 +75,4 @@ ALWAYS __m512i unpack(const Packed *p, const uint8_t *row, int codec, int dim) {
     if (codec != INT3) return _mm512_and_si512(low, p->mask);
     const __m512i high = _mm512_multishift_epi64_epi8(p->high_bit, _mm512_permutexvar_epi8(p->high_byte, bytes));
     return _mm512_or_si512(_mm512_and_si512(low, p->mask), _mm512_and_si512(high, p->high_mask));
-}
-
-/* Sixteen vectors of sixteen numbers of 32 bits, the other way round. */
-ALWAYS void transpose(const __m512i *a, __m512i *to) {
-    __m512i b[16];
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) { /* 4 by 4 inside of every quarter */
-        const __m512i p = _mm512_unpacklo_epi32(a[i], a[i + 1]), q = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]);
-        const __m512i r = _mm512_unpackhi_epi32(a[i], a[i + 1]), s = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
-        b[i] = _mm512_unpacklo_epi64(p, q), b[i + 1] = _mm512_unpackhi_epi64(p, q);
-        b[i + 2] = _mm512_unpacklo_epi64(r, s), b[i + 3] = _mm512_unpackhi_epi64(r, s);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) { /* quarters among themselves */
-        const __m512i p = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), q = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
-        const __m512i r = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), s = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-        to[i] = _mm512_shuffle_i32x4(p, q, 0x88), to[8 + i] = _mm512_shuffle_i32x4(p, q, 0xdd);
-        to[4 + i] = _mm512_shuffle_i32x4(r, s, 0x88), to[12 + i] = _mm512_shuffle_i32x4(r, s, 0xdd);
-    }
 }

@@ -14,7 +14,7 @@ from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.native import build
 
 SOURCE = Path(__file__).with_name("prompt.c")
-VECTORS = Path(__file__).with_name("rows.h")
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "transpose"))
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
@@ -69,7 +69,7 @@ def _multiplies_matrices() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = build.library(SOURCE, FLAGS, "attention of prompts", VECTORS)
+    found = build.library(SOURCE, FLAGS, "attention of prompts", *HEADERS)
     if found is not None:
         found.kvc_prompt_rows.restype = found.kvc_prompt_room.restype = ctypes.c_int64
     return found

@@ -81,6 +81,10 @@ ALWAYS vec pair(vec a, vec b) {
 #endif
 }
 
+#ifdef __AVX512F__
+#include "transpose.h"
+#endif
+
 /* to[j][i] = from[i][j] for WIDTH vectors i of `lanes` lanes. */
 static void turn(const lane *from, ptrdiff_t from_step, lane *to, ptrdiff_t to_step, int lanes) {
     int j = 0;
@@ -89,22 +93,9 @@ static void turn(const lane *from, ptrdiff_t from_step, lane *to, ptrdiff_t to_s
         __m512i a[16], b[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(from + i * from_step + j);
-#pragma GCC unroll 4
-        for (int i = 0; i < 16; i += 4) { /* 4 by 4 inside of every quarter */
-            const __m512i p = _mm512_unpacklo_epi32(a[i], a[i + 1]), q = _mm512_unpacklo_epi32(a[i + 2], a[i + 3]);
-            const __m512i r = _mm512_unpackhi_epi32(a[i], a[i + 1]), s = _mm512_unpackhi_epi32(a[i + 2], a[i + 3]);
-            b[i] = _mm512_unpacklo_epi64(p, q), b[i + 1] = _mm512_unpackhi_epi64(p, q);
-            b[i + 2] = _mm512_unpacklo_epi64(r, s), b[i + 3] = _mm512_unpackhi_epi64(r, s);
-        }
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) { /* quarters among themselves */
-            const __m512i p = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), q = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
-            const __m512i r = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), s = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-            _mm512_storeu_si512(to + (j + i) * to_step, _mm512_shuffle_i32x4(p, q, 0x88));
-            _mm512_storeu_si512(to + (j + 8 + i) * to_step, _mm512_shuffle_i32x4(p, q, 0xdd));
-            _mm512_storeu_si512(to + (j + 4 + i) * to_step, _mm512_shuffle_i32x4(r, s, 0x88));
-            _mm512_storeu_si512(to + (j + 12 + i) * to_step, _mm512_shuffle_i32x4(r, s, 0xdd));
-        }
+        transpose(a, b);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++) _mm512_storeu_si512(to + (j + i) * to_step, b[i]);
     }
 #endif
     for (; j < lanes; j++)

@@ -54,7 +54,6 @@ ALWAYS Shorts widened(Bytes bytes) {
 #endif
 }
 
-/* The largest of `count` numbers, a multiple of eight, and of `least`. */
 ALWAYS Floats higher(Floats a, Floats b) {
 #ifdef __AVX2__
     return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
@@ -63,6 +62,8 @@ ALWAYS Floats higher(Floats a, Floats b) {
     return (Floats)(((Ints)a & first) | ((Ints)b & ~first));
 #endif
 }
+
+/* The largest of `count` numbers, a multiple of eight, and of `least`. */
 ALWAYS float largest_of(const float *x, int count, float least) {
     Floats most = (Floats){0} + least;
     for (int i = 0; i < count; i += 8) most = higher(most, *(const Floats *)(x + i));
