@@ -47,11 +47,32 @@ def engine(model: Path, artifact: Path | None, **settings: Any) -> Iterator[Any]
 
 def greedy(llm: Any, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[list[int]]:
     """Tokens that an engine answers with, all prompts at once."""
+    return [list(answer.token_ids) for answer in _answers(llm, prompts, count, **options)]
+
+
+def weighed(llm: Any, prompts: Sequence[Sequence[int]], count: int) -> list[list[dict[int, float]]]:
+    """Log-probabilities of the 20 likeliest tokens at each step of greedy answers, likeliest first."""
+    return [
+        [{token: found.logprob for token, found in step.items()} for step in answer.logprobs]
+        for answer in _answers(llm, prompts, count, logprobs=20)
+    ]
+
+
+def worse(answer: Sequence[int], steps: Sequence[dict[int, float]]) -> float:
+    """By how many nats the first token of `answer` that is not the likeliest is less likely; 0 where all are."""
+    for token, step in zip(answer, steps, strict=True):
+        best = max(step, key=lambda other: step[other])
+        if token != best:
+            return step[best] - step.get(token, -float("inf"))
+    return 0.0
+
+
+def _answers(llm: Any, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Any]:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, **options)
     outputs = llm.generate([{"prompt_token_ids": list(p)} for p in prompts], sampling, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    return [output.outputs[0] for output in outputs]
 
 
 def solved(source: Path, out: Path, *arguments: str) -> Path:
