@@ -51,12 +51,12 @@ vllm: $(VENV)-vllm/.installed $(VENV)/.installed
 	KVCOMPILE_SMOLLM2=$(CURDIR)/$(DEMO)/smollm2-float32 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=2 \
 		$(VENV)-vllm/bin/python -m pytest tests/kvcompile/integrations/vllm
 
-# Beside plain vLLM with as much memory for the cache, and a server with 64 clients for ten minutes. 20 minutes.
+# Beside plain vLLM with as much memory for the cache, and a server with 64 clients for ten minutes. 25 minutes.
 serve-check: $(VENV)-vllm/.installed $(VENV)/.installed
 	test -d $(DEMO)/smollm2-float32 || $(BIN)/python tests/support/save_smollm2.py $(DEMO)/smollm2-float32
 	test -f $(DEMO)/serve-25pct.kvb || \
 		$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 2048 -o $(DEMO)/serve-25pct.kvb
-	$(VENV)-vllm/bin/python benchmarks/serve.py $(DEMO)/smollm2-float32 $(DEMO)/serve-25pct.kvb --megabytes 72 --requests 32
+	$(VENV)-vllm/bin/python benchmarks/serve.py $(DEMO)/smollm2-float32 $(DEMO)/serve-25pct.kvb --megabytes 72 --requests 64
 	$(VENV)-vllm/bin/python benchmarks/serve_soak.py $(DEMO)/smollm2-float32 \
 		artifacts/reference/smollm2-135m-4096-25pct.kvb
 
