@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcompile.kernels.add_norm.api import add_norm
     from kvcompile.kernels.append.api import append
+    from kvcompile.kernels.attention_effects.api import attention_effects
+    from kvcompile.kernels.attention_effects.values import Asked, Changes, Effects
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.codecs.api import decode, encode
     from kvcompile.kernels.compact.api import compact
@@ -30,12 +32,16 @@ if TYPE_CHECKING:
     from kvcompile.kernels.transform import Transform
 
 __all__ = [
-    "Buffers", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform", "add_norm", "append", "compact",
-    "decode", "encode", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform",
+    "add_norm", "append", "attention_effects", "compact", "decode", "encode", "new_token", "overwrite",
+    "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
+    "Asked": "attention_effects.values",
     "Buffers": "buffers",
+    "Changes": "attention_effects.values",
+    "Effects": "attention_effects.values",
     "HeadClass": "layout",
     "HeadSpec": "layout",
     "LayerLayout": "layout",
@@ -43,6 +49,7 @@ _MODULES = {
     "Transform": "transform",
     "add_norm": "add_norm.api",
     "append": "append.api",
+    "attention_effects": "attention_effects.api",
     "compact": "compact.api",
     "decode": "codecs.api",
     "encode": "codecs.api",

@@ -8,22 +8,12 @@
 #include <omp.h>
 #endif
 
-#include "rows.h"
+#include "products.h"
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-#define TILE 8 /* keys, or elements of values, by WIDE vectors of rows are summed in registers: 24 of 32, or 12 of 16 */
-#else
-#define TILE 4
-#endif
-#define WIDE 3
 #define MOST_DIM 512  /* elements of a head */
 #define STRIPS 4      /* times WIDE vectors of rows meet the same packed columns */
 #define KEYS 128      /* columns that are packed at once */
 #define PART 32       /* elements of float32 logits that are summed apart, so that less is lost */
-#define HIDDEN -1e30f /* logit of what is not seen; below BELOW, so that rows that have seen nothing yet give it no weight */
-#define BELOW -1e29f  /* the largest logit before there is any */
-#define EACH(i, j, wide) \
-    _Pragma("GCC unroll 8") for (int i = 0; i < TILE; i++) _Pragma("GCC unroll 3") for (int j = 0; j < (wide); j++)
 
 enum { FLOAT32, BFLOAT16 };
 
@@ -86,15 +76,6 @@ static void pack(
             copy(values + (ptrdiff_t)k * dim, value, dim, type, 0);
         }
     }
-}
-
-/* sums[i][j] = over x of a[x][j] * b[i * across + x * along]. */
-ALWAYS void products(
-    vec sums[TILE][WIDE], const vec *a, const lane *b, ptrdiff_t across, ptrdiff_t along, int depth, int wide, int pairs
-) {
-    EACH(i, j, wide) sums[i][j] = every(0);
-    for (int x = 0; x < depth; x++, a += wide, b += along)
-        EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], a[j], b[i * across], pairs);
 }
 
 /* One strip meets the packed columns, which are `columns` [count] and then some that nobody sees. `weights`
@@ -232,13 +213,6 @@ static void finish(const Call *c, const Strip *s, int64_t b, int64_t h, int64_t 
             }
         }
     }
-}
-
-/* A share of a thread's scratch. */
-ALWAYS void *take(char **scratch, int64_t bytes) {
-    char *found = *scratch;
-    *scratch += (bytes + 63) / 64 * 64;
-    return found;
 }
 
 /* Rows [first, stop) of a KV head, at most `c->rows`. With `scratch` NULL: no work, but the bytes of it. */

@@ -14,7 +14,7 @@ from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.native import build
 
 SOURCE = Path(__file__).with_name("prompt.c")
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("rows", "transpose"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("products", "rows", "transpose"))
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip

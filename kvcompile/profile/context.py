@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -160,24 +160,25 @@ class Rows:
     sink: Tensor | None
 
 
+def judged(block: Block, most: int) -> Tensor:
+    """Packed rows of a follow-up that are judged, at most `most`, evenly spread: int64."""
+    count = min(most, block.stop - block.judged)
+    return torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
+
+
 def judged_rows(
     call: Attention,
     context: Context,
     packed: Packed,
     most: int,
-    keys: Tensor | None = None,
     at_once: int = 1 << 30,
-    every: Callable[[int], int] = lambda count: 1,
 ) -> Iterator[Rows]:
-    """Attention of every follow-up's judged rows, at most `most` of each, evenly spread, `at_once` in one piece; with
-    `keys` [H, n, D] in place of the context's. Of `count` such rows, only each `every(count)`-th."""
-    stored = (context.keys[call.layer] if keys is None else keys).float()
+    """Attention of every follow-up's judged rows, at most `most` of each, `at_once` in one piece."""
+    stored = context.keys[call.layer].float()
     num_kv_heads, length, head_dim = stored.shape
     for block in packed.blocks:
-        count = min(most, block.stop - block.judged)
-        chosen = np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64)[:: every(count)]
         own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
-        for places in torch.split(torch.from_numpy(chosen).to(stored.device), at_once):
+        for places in torch.split(judged(block, most).to(stored.device), at_once):
             # Query head h G + g belongs to KV head h: [Hq, T, D] to [H, G, T, D].
             query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
             weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser
+from kvcompile.kernels import Changes
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, over_context
-from kvcompile.profile.eviction import SHARES, keep_table
+from kvcompile.profile.eviction import SHARES, entries
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
@@ -22,7 +23,7 @@ from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
 from kvcompile.profile.layerwise import after, read_layer, through
 from kvcompile.profile.linear import tensors_of
-from kvcompile.profile.losses import Losses, ReadBack, losses
+from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
@@ -111,8 +112,9 @@ class Curves:
             if call.window is not None and call.window < len(context):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
             _, quantiser = self.fit.of_layer(sums, layer)
-            kept = keep_table(cache["score"], budgets, sink)
-            found.append(losses(call, upstream, context, packed, kept, _read_back(context, quantiser)))
+            entry = entries(cache["score"], budgets, sink)
+            changes = Changes(entry, len(budgets), *_errors(context, quantiser))
+            found.append(losses(call, upstream, context, packed, changes))
 
         with after(setting.model, part, packed, cache):
             gradient = backward(
@@ -139,9 +141,11 @@ class Curves:
         return additions
 
 
-def _read_back(context: Context, quantiser: Quantiser) -> ReadBack:
+def _errors(context: Context, quantiser: Quantiser) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What every codec that is measured does to a layer's keys and to its values, float32 [H, n, D] each."""
+
     def each(kind: str, stored: Tensor) -> tuple[Tensor, ...]:
         transform, mean = matrices(quantiser, 0, kind, stored.device)
-        return tuple(quantised(stored, transform, mean, bits) for bits in profiled(kind[0]))
+        return tuple(quantised(stored, transform, mean, bits) - stored.float() for bits in profiled(kind[0]))
 
-    return ReadBack(each("key", context.keys[0]), each("value", context.values[0]))
+    return each("key", context.keys[0]), each("value", context.values[0])

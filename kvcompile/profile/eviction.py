@@ -27,25 +27,34 @@ def ring(budget: int, share: float, sink: int) -> int:
 
 def survivors(score: Tensor, budget: int, recent: int, sink: int) -> Tensor:
     """Which tokens a head keeps, bool [H, n]: `sink` first ones, `recent` last ones, and of the others the best by
-    `score` [H, n], `budget` in all."""
-    length = score.shape[1]
-    keep = torch.zeros_like(score, dtype=torch.bool)
+    `score` [H, n], the earlier of two that tie; `budget` in all."""
+    return _survivors(_best_first(score, sink), budget, recent, sink)
+
+
+def entries(score: Tensor, budgets: NDArray[np.int32], sink: int) -> Tensor:
+    """With which of ascending budgets a token comes to be kept, for every share: int32 [H, n, P]; `len(budgets)` where
+    it never does. What is kept with one budget is kept with the next."""
+    order = _best_first(score, sink)
+    kept = torch.zeros(*score.shape, len(SHARES), dtype=torch.int32, device=score.device)
+    for p, share in enumerate(SHARES):
+        for budget in budgets.tolist():
+            kept[..., p] += _survivors(order, budget, ring(budget, share, sink), sink)
+    return len(budgets) - kept
+
+
+def _best_first(score: Tensor, sink: int) -> Tensor:
+    """Tokens after the sinks, int64 [H, n - sink]."""
+    return score[:, sink:].sort(dim=1, descending=True, stable=True).indices + sink
+
+
+def _survivors(order: Tensor, budget: int, recent: int, sink: int) -> Tensor:
+    length = order.shape[1] + sink
+    keep = torch.zeros(len(order), length, dtype=torch.bool, device=order.device)
     if budget >= length:
         return ~keep
     keep[:, :sink] = True
     keep[:, length - recent :] = True
-    heavy = budget - sink - recent
-    if heavy > 0:
-        best = score[:, sink : length - recent].topk(heavy, dim=1).indices
-        keep.scatter_(1, best + sink, True)
+    heavy = order < length - recent
+    # As many of those that are not recent as are left of the budget, best first.
+    keep.scatter_(1, order, keep.gather(1, order) | heavy & (heavy.cumsum(1) <= budget - sink - recent))
     return keep
-
-
-def keep_table(score: Tensor, budgets: NDArray[np.int32], sink: int) -> Tensor:
-    """Survivors for every share and budget as 0 and 1, float32 [H, n, P, C]."""
-    shares = [
-        torch.stack([survivors(score, int(b), ring(int(b), share, sink), sink) for b in budgets], dim=-1)
-        for share in SHARES
-    ]
-    # Floats, because sums over the survivors of all P x C tables are then one matrix product.
-    return torch.stack(shares, dim=-2).float()

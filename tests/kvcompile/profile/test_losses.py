@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcompile.kernels import Changes
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack
-from kvcompile.profile.eviction import SHARES, budget_grid, keep_table, ring, survivors
-from kvcompile.profile.losses import ReadBack, losses
+from kvcompile.profile.eviction import SHARES, budget_grid, entries, ring, survivors
+from kvcompile.profile.losses import losses
 
 
 class Asked:
@@ -51,9 +52,9 @@ def test_losses_are_those_of_attention_written_out(heads: int, group: int, lengt
     gradient, score = draw(heads * group, total, dim), draw(heads, length)
     budgets = budget_grid(length, sink, 5)
     other_keys, other_values = draw(heads, length, dim), draw(heads, length, dim)
-    found = losses(
-        call, gradient, context, packed, keep_table(score, budgets, sink), ReadBack((other_keys,), (other_values,))
-    )
+    changed = (other_keys - context.keys[0],), (other_values - context.values[0],)
+    entry = entries(score, budgets, sink)
+    found = losses(call, gradient, context, packed, Changes(entry, len(budgets), *changed))
     every = torch.ones(length, dtype=torch.bool)
     for block in packed.blocks:
         own, judged = slice(block.start, block.stop), slice(block.judged - block.start, None)
@@ -72,6 +73,7 @@ def test_losses_are_those_of_attention_written_out(heads: int, group: int, lengt
                 for c, budget in enumerate(budgets.tolist()):
                     kept = survivors(score, budget, ring(budget, share, sink), sink)[h]
                     assert kept.sum() == budget
+                    assert torch.equal(kept, entry[h, :, p] <= c)
                     expected = cost(written_out(q, keys, values, *mine, kept, scaling))
                     np.testing.assert_allclose(found.evicted[block.kind][h, p, c], expected, rtol=2e-3, atol=1e-8)
             expected = cost(written_out(q, other_keys[h], values, *mine, every, scaling))

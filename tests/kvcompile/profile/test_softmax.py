@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.kernels import Softmax
+from kvcompile.kernels import Changes, Softmax
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, judged_rows, pack
-from kvcompile.profile.losses import ReadBack, losses
+from kvcompile.profile.losses import losses
 from kvcompile.profile.retrieval import attention_rows
 from kvcompile.profile.utility import utilities
 
@@ -87,8 +87,8 @@ def test_the_loss_of_evicting_half(softmax: Softmax) -> None:
     call, context, upstream = setting(softmax)
     packed = pack(TOKENS, [Asked("quote", 0, np.arange(OWN))])
     alive = torch.arange(TOKENS) % 2 == 0
-    kept = alive.float()[None, :, None, None].repeat(HEADS, 1, 1, 1)
-    found = losses(call, upstream, context, packed, kept, ReadBack((context.keys[0],), (context.values[0],)))
+    entry = (~alive).int()[None, :, None].repeat(HEADS, 1, 1)
+    found = losses(call, upstream, context, packed, Changes(entry, 1))
     values = torch.cat([context.values[0], call.value], 1)[:, None]
     change = (explicit(call, context.keys[0], alive) - explicit(call, context.keys[0])) @ values
     error = (change * upstream.view(HEADS, GROUP, OWN, DIM)).sum((1, 3))

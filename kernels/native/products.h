@@ -1,0 +1,32 @@
+/* Products of packed rows with columns, for `prompt.c` and `effects.c`. */
+
+#pragma once
+
+#include "rows.h"
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+#define TILE 8 /* keys, or elements of values, by WIDE vectors of rows are summed in registers: 24 of 32, or 12 of 16 */
+#else
+#define TILE 4
+#endif
+#define WIDE 3
+#define HIDDEN -1e30f /* logit of what is not seen; below BELOW, so that rows that have seen nothing yet give it no weight */
+#define BELOW -1e29f  /* the largest logit before there is any */
+#define EACH(i, j, wide) \
+    _Pragma("GCC unroll 8") for (int i = 0; i < TILE; i++) _Pragma("GCC unroll 3") for (int j = 0; j < (wide); j++)
+
+/* sums[i][j] = over x of a[x][j] * b[i * across + x * along]. */
+ALWAYS void products(
+    vec sums[TILE][WIDE], const vec *a, const lane *b, ptrdiff_t across, ptrdiff_t along, int depth, int wide, int pairs
+) {
+    EACH(i, j, wide) sums[i][j] = every(0);
+    for (int x = 0; x < depth; x++, a += wide, b += along)
+        EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], a[j], b[i * across], pairs);
+}
+
+/* A share of a thread's scratch. */
+ALWAYS void *take(char **scratch, int64_t bytes) {
+    char *found = *scratch;
+    *scratch += (bytes + 63) / 64 * 64;
+    return found;
+}
