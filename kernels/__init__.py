@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.append.api import append
     from kvcompile.kernels.attention_effects.api import attention_effects
     from kvcompile.kernels.attention_effects.values import Asked, Changes, Effects
+    from kvcompile.kernels.attention_peaks.api import attention_peaks
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.codecs.api import decode, encode
     from kvcompile.kernels.compact.api import compact
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform",
-    "add_norm", "append", "attention_effects", "compact", "decode", "encode", "new_token", "overwrite",
-    "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "new_token",
+    "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -50,6 +51,7 @@ _MODULES = {
     "add_norm": "add_norm.api",
     "append": "append.api",
     "attention_effects": "attention_effects.api",
+    "attention_peaks": "attention_peaks.api",
     "compact": "compact.api",
     "decode": "codecs.api",
     "encode": "codecs.api",

@@ -117,19 +117,9 @@ MADE(1, 0) MADE(2, 0) MADE(3, 0)
 #ifdef __AVX512BF16__
 MADE(1, 1) MADE(2, 1) MADE(3, 1)
 static Meet *const MEET[2][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}, {meet_1_1, meet_2_1, meet_3_1}};
-int64_t kvc_effects_pairs(void) { return 1; }
 #else
 static Meet *const MEET[1][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}};
-int64_t kvc_effects_pairs(void) { return 0; }
 #endif
-
-/* Rows of vectors as lanes, the other way round; the last row fills the vector. */
-static void lay(vec *to, const lane *rows, int64_t count, int wide, int depth, lane *stage) {
-    for (int i = 0; i < wide * WIDTH; i++) {
-        memcpy(stage + (ptrdiff_t)(i % WIDTH) * depth, rows + (i < count ? i : count - 1) * depth, sizeof(lane) * depth);
-        if (i % WIDTH == WIDTH - 1) turn(stage, depth, (lane *)(to + i / WIDTH), (ptrdiff_t)wide * WIDTH, depth);
-    }
-}
 
 /* Rows [first, stop) of a KV head, WIDE vectors at most. With `scratch` NULL: no work, but the bytes of it. */
 static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char *scratch) {

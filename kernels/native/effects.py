@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from kvcompile.kernels.attention_effects.values import Asked, Changes, Effects
-from kvcompile.kernels.dispatch import CHOICE
-from kvcompile.kernels.native import build
-from kvcompile.kernels.native.prompt import ALIGNED, FLAGS
+from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import Softmax
-
-SOURCE = Path(__file__).with_name("effects.c")
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("products", "rows", "transpose"))
-STEP = 8
-"""Of as many tokens there is a multiple."""
 
 
 class _Call(ctypes.Structure):
@@ -40,25 +31,14 @@ class _Call(ctypes.Structure):
 
 
 def usable(asked: Sequence[Asked], keys: Tensor, window: int, softmax: Softmax) -> bool:
-    """Whether it can be done here: a plain softmax on a CPU, and nothing outside of a window."""
-    longest = keys.shape[1] + max((one.own_keys.shape[1] for one in asked), default=0)
-    return (
-        keys.device.type == "cpu"
-        and softmax.plain
-        and not 0 < window < longest
-        and keys.shape[2] % 2 == 0
-        and all(one.query.numel() > 0 for one in asked)
-        and os.environ.get(CHOICE, "") == ""
-        and _library() is not None
-    )
+    """Whether it can be done here."""
+    fits = all(lanes.fits(one.query, keys, one.own_keys.shape[1], window, softmax) for one in asked)
+    return fits and _library() is not None
 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = build.library(SOURCE, FLAGS, "measuring losses", *HEADERS)
-    if found is not None:
-        found.kvc_effects_room.restype = found.kvc_effects_pairs.restype = ctypes.c_int64
-    return found
+    return lanes.library("effects", "measuring losses")
 
 
 def attention_effects(
@@ -68,18 +48,9 @@ def attention_effects(
     matter."""
     library, (heads, length, head_dim) = _library(), keys.shape
     assert library is not None
-    pairs = keys.dtype == torch.bfloat16 and bool(library.kvc_effects_pairs())
-    dtype = torch.bfloat16 if pairs else torch.float32
-
-    def laid(*tensors: Tensor) -> Tensor:
-        """[number of tensors, H, n, D], n a multiple of `STEP`."""
-        count = tensors[0].shape[1] if tensors else 0
-        out = torch.zeros(len(tensors), heads, -(-count // STEP) * STEP, head_dim, dtype=dtype)
-        for i, tensor in enumerate(tensors):
-            out[i, :, :count] = tensor
-        return out
-
-    stored, key_changes, value_changes = laid(keys, values), laid(*changes.keys), laid(*changes.values)
+    dtype = lanes.dtype_of(keys, bool(library.kvc_pairs()))
+    stored = lanes.laid((keys, values), dtype)
+    key_changes, value_changes = lanes.laid(changes.keys, dtype), lanes.laid(changes.values, dtype)
     shares, bins = changes.entry.shape[2], changes.budgets + 1
     bin_of = torch.zeros(heads, shares, stored.shape[2], dtype=torch.int32)
     bin_of[..., :length] = changes.entry.mT
@@ -88,13 +59,9 @@ def attention_effects(
     for one in asked:
         group, some = len(one.query) // heads, range(0, len(one.places), one.step)
         order = [*some, *(i for i in range(len(one.places)) if i % one.step)]  # those with other keys first
-        own = laid(one.own_keys, one.own_values)
-        # [H, T, G, D]: rows of a KV head one after another.
-        query, gradient = (
-            t[:, order].unflatten(0, (heads, group)).transpose(1, 2).to(dtype).contiguous()
-            for t in (one.query, one.gradient)
-        )
-        last = one.places[order].repeat_interleave(group).to(torch.int32).contiguous()
+        own = lanes.laid((one.own_keys, one.own_values), dtype)
+        query, gradient = (lanes.rows(t[:, order], heads, dtype) for t in (one.query, one.gradient))
+        last = one.places[order].repeat_interleave(group).to(torch.int32)
         out = torch.empty(heads, len(order), group, sets + others + len(changes.values))
         steps = stored.shape[2], own.shape[2]
         call = _Call(
@@ -103,13 +70,10 @@ def attention_effects(
             *(t.data_ptr() for t in (key_changes, value_changes, bin_of, last, out)),
             heads, len(order) * group, len(some) * group,
             (ctypes.c_int64 * 2)(length, one.own_keys.shape[1]), (ctypes.c_int64 * 2)(*steps),
-            head_dim, pairs, len(changes.keys), len(changes.values), shares, bins, 0, torch.get_num_threads(),
-            scaling / math.log(2),
+            head_dim, dtype == torch.bfloat16, len(changes.keys), len(changes.values), shares, bins, 0,
+            torch.get_num_threads(), scaling / math.log(2),
         )  # fmt: skip
-        at = ctypes.byref(call)
-        call.room = library.kvc_effects_room(at)
-        scratch = torch.empty(call.threads * call.room + ALIGNED, dtype=torch.uint8)
-        library.kvc_effects(at, ctypes.c_void_p(-(-scratch.data_ptr() // ALIGNED) * ALIGNED))
+        lanes.run(library, "effects", call)
         found.append(_effects(out, changes, len(some), order))
     return found
 

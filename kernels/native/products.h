@@ -1,4 +1,4 @@
-/* Products of packed rows with columns, for `prompt.c` and `effects.c`. */
+/* Products of packed rows with columns, for `prompt.c`, `effects.c` and `peaks.c`. */
 
 #pragma once
 
@@ -10,10 +10,18 @@
 #define TILE 4
 #endif
 #define WIDE 3
+#ifdef __AVX512BF16__
+#define PAIRED 1
+#else
+#define PAIRED 0
+#endif
 #define HIDDEN -1e30f /* logit of what is not seen; below BELOW, so that rows that have seen nothing yet give it no weight */
 #define BELOW -1e29f  /* the largest logit before there is any */
 #define EACH(i, j, wide) \
     _Pragma("GCC unroll 8") for (int i = 0; i < TILE; i++) _Pragma("GCC unroll 3") for (int j = 0; j < (wide); j++)
+
+/* Whether a processor multiplies bfloat16 two at once. */
+int64_t kvc_pairs(void) { return PAIRED; }
 
 /* sums[i][j] = over x of a[x][j] * b[i * across + x * along]. */
 ALWAYS void products(
@@ -22,6 +30,14 @@ ALWAYS void products(
     EACH(i, j, wide) sums[i][j] = every(0);
     for (int x = 0; x < depth; x++, a += wide, b += along)
         EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], a[j], b[i * across], pairs);
+}
+
+/* Rows of vectors as lanes, the other way round; the last row fills the vector. */
+static inline void lay(vec *to, const lane *rows, int64_t count, int wide, int depth, lane *stage) {
+    for (int i = 0; i < wide * WIDTH; i++) {
+        memcpy(stage + (ptrdiff_t)(i % WIDTH) * depth, rows + (i < count ? i : count - 1) * depth, sizeof(lane) * depth);
+        if (i % WIDTH == WIDTH - 1) turn(stage, depth, (lane *)(to + i / WIDTH), (ptrdiff_t)wide * WIDTH, depth);
+    }
 }
 
 /* A share of a thread's scratch. */

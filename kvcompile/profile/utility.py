@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import Scorer
-from kvcompile.profile.attention import BLOCK, Attention, visible
+from kvcompile.kernels import attention_peaks
+from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
 
 LEAST = 1e-7
@@ -25,31 +26,14 @@ RIDGE = 1e-3
 
 def utilities(call: Attention, context: Context, packed: Packed) -> Tensor:
     """Largest attention on each token of the context, float32 [H, n]."""
-    keys = context.keys[call.layer].float()
-    num_kv_heads, length, head_dim = keys.shape
-    most = keys.new_full((num_kv_heads, length), -torch.inf)
+    keys = context.keys[call.layer]
+    found = []
     for block in packed.blocks:
-        own = call.key[:, block.start : block.stop].float()
-        for places in torch.split(torch.arange(block.judged, block.stop, device=keys.device), BLOCK):
-            query = call.query[:, places].float().reshape(num_kv_heads, -1, head_dim) * call.scaling
-            # Later tokens of the follow-up are seen by none of these rows.
-            seen = int(places[-1]) + 1 - block.start
-            at = (places - block.start + length).repeat(query.shape[1] // len(places))
-            # [H, G T, n] and [H, G T, seen]: logits on the context and on the follow-up itself, apart, because only the
-            # first are of interest and both are in the softmax.
-            past = call.softmax.bent(query @ keys.mT)
-            rest = call.softmax.bent(query @ own[:, :seen].mT)
-            every = torch.arange(length + seen, device=keys.device)
-            if call.window is not None:
-                past.masked_fill_(~visible(at, every[:length], call.window), -torch.inf)
-            rest.masked_fill_(~visible(at, every[length:], call.window), -torch.inf)
-            # log P[t, j] = logit[t, j] - log sum exp; the largest logarithm is that of the largest probability.
-            total = torch.logaddexp(past.logsumexp(-1), rest.logsumexp(-1))
-            if call.softmax.sinks is not None:
-                by_row = call.softmax.sinks.view(num_kv_heads, -1).repeat_interleave(len(places), 1)
-                total = torch.logaddexp(total, by_row)
-            torch.maximum(most, past.sub_(total[..., None]).amax(1), out=most)
-    return most.exp_()
+        rows, own = slice(block.judged, block.stop), call.key[:, block.start : block.stop]
+        places = torch.arange(block.judged - block.start, block.stop - block.start, device=keys.device)
+        window = call.window or 0
+        found.append(attention_peaks(call.query[:, rows], keys, own, places, call.scaling, window, call.softmax))
+    return torch.stack(found).amax(0)
 
 
 def normal_sums(

@@ -1,0 +1,1 @@
+"""The largest attention that rows pay to each token of a context."""
