@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.append.api import append
     from kvcompile.kernels.attention_effects.api import attention_effects
     from kvcompile.kernels.attention_effects.values import Asked, Changes, Effects
+    from kvcompile.kernels.attention_gradient.api import followable, followed
     from kvcompile.kernels.attention_peaks.api import attention_peaks
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.codecs.api import decode, encode
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform",
-    "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "new_token",
-    "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "followable",
+    "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -55,6 +56,8 @@ _MODULES = {
     "compact": "compact.api",
     "decode": "codecs.api",
     "encode": "codecs.api",
+    "followable": "attention_gradient.api",
+    "followed": "attention_gradient.api",
     "new_token": "new_token.api",
     "overwrite": "overwrite.api",
     "prompt_attention": "prompt_attention.api",

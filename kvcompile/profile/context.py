@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvcompile.kernels import prompt_attention
+from kvcompile.kernels import followable, followed, prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
 from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
@@ -119,6 +119,10 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
                 window = call.window or 0
                 seen = None, window, call.scaling, alive, call.softmax
                 outputs.append(prompt_attention(own_query, own_keys, own_values, *seen)[0])
+                continue
+            if alive is None and followable(own_query[0], keys, call.window or 0, call.softmax):
+                given = keys, values, call.key[:, own], call.value[:, own]
+                outputs.append(followed(own_query[0], *given, call.scaling))
                 continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:
