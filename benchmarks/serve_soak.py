@@ -1,10 +1,11 @@
 """The OpenAI server with a compiled cache under many clients: every greedy answer is the one given alone.
 
-    python benchmarks/serve_soak.py MODEL ARTIFACT --clients 64 --minutes 10
+    python benchmarks/serve_soak.py MODEL ARTIFACT --clients 64 --minutes 10 [--plain]
 
 Clients ask completions, streamed completions and chats, some give up half way. Answers to all prompts, asked one by
 one before, are what each has to be. Prints a line of JSON: requests, errors, wrong answers, and the server's resident
-memory minute by minute. The cache is small, so that all of it has been written to after a minute or two.
+memory minute by minute; with `--plain`, of vLLM's own cache of as much memory. The cache is small, so that all of it
+has been written to after a minute or two.
 """
 
 from __future__ import annotations
@@ -72,13 +73,15 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--megabytes", type=int, default=500, help="of the cache")
+    parser.add_argument("--plain", action="store_true", help="vLLM without the artifact")
     parser.add_argument("--new", type=int, default=16)
     parser.add_argument("--log", default=os.devnull, help="the server's output")
     options = parser.parse_args()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    found = arguments(options.artifact, context=min(2048, read(options.artifact).target.context))
+    context = min(2048, read(options.artifact).target.context)
+    found = {"max_model_len": context} if options.plain else arguments(options.artifact, context=context)
     words = [
         f"--{name.replace('_', '-')}={v if isinstance(v, int | str) else json.dumps(v)}" for name, v in found.items()
     ]
