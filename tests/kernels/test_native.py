@@ -207,23 +207,43 @@ def test_it_is_compiled_once(afresh: Path) -> None:
 @needs_compiler
 def test_it_has_no_memory_errors(tmp_path: Path) -> None:
     """The address sanitizer over the tests of all operations' shapes."""
+    tests = [
+        "test_ragged_decode.py::test_one_token", "test_append_compact.py::test_append",
+        "test_prompt_attention.py::test_the_reference_is_met", *MEASURED,
+    ]  # fmt: skip
+    run_compiled_with("-fsanitize=address", tests, tmp_path, LD_PRELOAD=sanitizer(), ASAN_OPTIONS="detect_leaks=0")
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler's options are those of x86")
+@pytest.mark.parametrize("option", ["-mno-avx512bf16", "-mno-avx2"])
+def test_measuring_on_processors_with_fewer_instructions(option: str, tmp_path: Path) -> None:
+    run_compiled_with(option, MEASURED, tmp_path)
+
+
+MEASURED = [f"test_attention_{name}.py::test_in_c" for name in ("effects", "gradient", "peaks")]
+"""Of what profiles measure."""
+
+
+def sanitizer() -> str:
     compiler = build.compiler()
+    assert compiler is not None
     found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     if not Path(found.stdout.strip()).is_file():
         pytest.skip("the compiler has no address sanitizer")
+    return found.stdout.strip()
+
+
+def run_compiled_with(option: str, tests: list[str], cache: Path, **environment: str) -> None:
+    """Run tests of this folder in a process of its own, with every C source compiled anew; none may be skipped."""
     code = (
-        "import kvcompile.kernels.native.library as n, kvcompile.kernels.native.prompt as p;"
-        "n.FLAGS += ('-fsanitize=address',); p.FLAGS += ('-fsanitize=address',);"
-        "import pytest, sys; sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', '-W', 'error', *sys.argv[1:]]))"
+        "import pytest, sys;"
+        "from kvcompile.kernels.native import lanes, library, prompt;"
+        f"[setattr(m, 'FLAGS', (*m.FLAGS, '{option}')) for m in (lanes, library, prompt)];"
+        "sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', '-W', 'error', *sys.argv[1:]]))"
     )
-    here = Path(__file__).parent
-    tests = [
-        f"{here / 'test_ragged_decode.py'}::test_one_token",
-        f"{here / 'test_append_compact.py'}::test_append",
-        f"{here / 'test_prompt_attention.py'}::test_the_reference_is_met",
-    ]
-    environment = os.environ | {
-        "LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0", "KVCOMPILE_CACHE": str(tmp_path),
-    }  # fmt: skip
-    ran = subprocess.run([sys.executable, "-c", code, *tests], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", code, *(str(Path(__file__).parent / test) for test in tests)]
+    variables = os.environ | {"KVCOMPILE_CACHE": str(cache)} | environment
+    ran = subprocess.run(command, capture_output=True, text=True, env=variables)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert "skipped" not in ran.stdout
