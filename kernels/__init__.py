@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.buffers import Buffers
     from kvcompile.kernels.codecs.api import decode, encode
     from kvcompile.kernels.compact.api import compact
+    from kvcompile.kernels.error_weights.api import error_weights
     from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
     from kvcompile.kernels.new_token.api import new_token
     from kvcompile.kernels.overwrite.api import overwrite
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform",
-    "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "followable",
-    "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "error_weights",
+    "followable", "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -56,6 +57,7 @@ _MODULES = {
     "compact": "compact.api",
     "decode": "codecs.api",
     "encode": "codecs.api",
+    "error_weights": "error_weights.api",
     "followable": "attention_gradient.api",
     "followed": "attention_gradient.api",
     "new_token": "new_token.api",

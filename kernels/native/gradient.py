@@ -44,8 +44,7 @@ def attention_gradient(
     dtype = lanes.dtype_of(keys, bool(library.kvc_pairs()))
     pairs = dtype == torch.bfloat16
     stored = [lanes.laid(both, dtype) for both in ((keys, values), (own_keys, own_values))]
-    # Two neighbouring tokens' elements side by side.
-    turned = [k.unflatten(1, (-1, 2)).mT.contiguous() if pairs else k for k, _ in stored]
+    turned = [lanes.turned(k, pairs) for k, _ in stored]
     rows, u = lanes.rows(query, heads, dtype), lanes.rows(upstream, heads, dtype)
     group = rows.shape[2]
     last = torch.arange(own, dtype=torch.int32).repeat_interleave(group)

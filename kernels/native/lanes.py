@@ -56,6 +56,11 @@ def laid(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     return out
 
 
+def turned(stored: Tensor, pairs: bool) -> Tensor:
+    """What `laid` gave of one tensor, [H, n, D], with the elements of two neighbouring tokens side by side."""
+    return stored.unflatten(1, (-1, 2)).mT.contiguous() if pairs else stored
+
+
 def rows(vectors: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """Vectors [num_heads, T, D] by KV head, token and query head of the group: [H, T, G, D]."""
     return vectors.unflatten(0, (heads, -1)).transpose(1, 2).to(dtype).contiguous()

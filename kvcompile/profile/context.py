@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -151,53 +151,10 @@ def follow(model: Any, context: Context, packed: Packed, attend: Handler, tick: 
         return forward(model, packed.ids, tick, packed.positions)
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Attention of some judged rows of one follow-up, by KV head: `query` [H, G, T, D], scaled; `probability`
-    [H, G, T, n + m] over the context's n tokens and the follow-up's own m, `sink` [H, G, T, 1] what a learned sink
-    takes of it (None: there is none). float32."""
-
-    kind: str
-    places: Tensor
-    query: Tensor
-    probability: Tensor
-    sink: Tensor | None
-
-
 def judged(block: Block, most: int) -> Tensor:
     """Packed rows of a follow-up that are judged, at most `most`, evenly spread: int64."""
     count = min(most, block.stop - block.judged)
     return torch.from_numpy(np.linspace(block.judged, block.stop - 1, count).round().astype(np.int64))
-
-
-def judged_rows(
-    call: Attention,
-    context: Context,
-    packed: Packed,
-    most: int,
-    at_once: int = 1 << 30,
-) -> Iterator[Rows]:
-    """Attention of every follow-up's judged rows, at most `most` of each, `at_once` in one piece."""
-    stored = context.keys[call.layer].float()
-    num_kv_heads, length, head_dim = stored.shape
-    for block in packed.blocks:
-        own = torch.cat([stored, call.key[:, block.start : block.stop].float()], dim=1)
-        for places in torch.split(judged(block, most).to(stored.device), at_once):
-            # Query head h G + g belongs to KV head h: [Hq, T, D] to [H, G, T, D].
-            query = call.query[:, places].float().reshape(num_kv_heads, -1, len(places), head_dim) * call.scaling
-            weights = (query.flatten(1, 2) @ own.mT).view(*query.shape[:3], -1)
-            # All of the context is seen, but for a sliding window.
-            first = length if call.window is None else 0
-            hidden = ~visible(
-                places - block.start + length, torch.arange(first, own.shape[1], device=own.device), call.window
-            )
-            if call.softmax.plain:
-                weights[..., first:].masked_fill_(hidden, -torch.inf)
-                yield Rows(block.kind, places, query, weights.softmax(-1), None)
-            else:
-                yield Rows(
-                    block.kind, places, query, *call.softmax.parted(weights, F.pad(~hidden, (first, 0), value=True))
-                )
 
 
 def _mask(length: int, own: int, window: int | None, device: torch.device) -> Tensor:

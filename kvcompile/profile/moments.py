@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import ModelError, Quantiser
+from kvcompile.kernels import error_weights
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, Packed, judged_rows
+from kvcompile.profile.context import Context, Packed, judged
 from kvcompile.profile.rotation import unrotated
 from kvcompile.quantiser import TINY, Positions, about, balanced, fit_keys, key_moments, unit_trace
 from kvcompile.stages import KeyMoments, Rotary
@@ -69,32 +70,23 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
     # M = W_O' W_O of every query head, [H, G, D, D]: x'Mx is the squared length of what x adds to the residual stream.
     outward = projection.float().view(len(projection), num_kv_heads, -1, head_dim)
     metric = torch.einsum("dhgi,dhgj->hgij", outward, outward)
-    moved = torch.einsum("hgij,hnj->hgni", metric, values)
-    energy = (moved * values[:, None]).sum(-1)  # v'Mv, [H, G, n]
-
     key_weight = keys.new_zeros(num_kv_heads, length)
     value_weight = torch.zeros_like(key_weight)
     query = keys.new_zeros(num_kv_heads, head_dim, head_dim)
     output = torch.zeros_like(query)
-    for rows in judged_rows(call, context, packed, ROWS):
-        p = rows.probability[..., :length]
-        mixed = p.flatten(1, 2) @ values
-        mixed = mixed.view(*p.shape[:3], head_dim)
-        # By the softmax's derivative, error e of logit (t, j) moves the output o_t by p (v_j - o_t) e: squared, the
-        # residual stream by e^2 p^2 ||W_O (v_j - o_t)||^2. The norm is o'Mo + v'Mv - 2 o'Mv, [H, G, T, n].
-        apart = torch.einsum("hgti,hgij,hgtj->hgt", mixed, metric, mixed)[..., None] + energy[:, :, None]
-        apart.flatten(0, 1).baddbmm_(mixed.flatten(0, 1), moved.mT.flatten(0, 1), alpha=-2)
-        squared = p.square()
-        weight = apart.clamp_min_(0).mul_(squared)  # the difference of equal numbers may come out below 0
-        # Token 0 is never quantised. As a sink it often gets most attention, and would drown the others.
-        weight[..., 0], squared[..., 0] = 0, 0
-        count = p.shape[2]  # a mean over rows: follow-ups count alike, however long
-        # Error e of key j is error q_t . e of logits (t, j); error e of value j moves the residual stream by p W_O e.
-        key_weight += weight.sum((1, 2)) / count
-        value_weight += squared.sum((1, 2)) / count
-        queries = unrotated(rows.query, asked[rows.places], rotary, call.layer)
-        query += torch.einsum("hgt,hgti,hgtj->hij", weight.sum(-1) / count, queries, queries)
-        output += torch.einsum("hg,hgij->hij", squared.sum((2, 3)) / count, metric)
+    for block in packed.blocks:
+        chosen = judged(block, ROWS).to(values.device)
+        own, asking = call.key[:, block.start : block.stop], call.query[:, chosen]
+        args = asking, context.keys[call.layer], context.values[call.layer], own, chosen - block.start
+        found = error_weights(*args, metric.flatten(0, 1), call.scaling, call.window or 0, call.softmax)
+        count = len(chosen)  # a mean over rows: follow-ups count alike, however long
+        key_weight += found.keys / count
+        value_weight += found.values / count
+        # Error e of key j is error q_t . e of logits (t, j).
+        queries = unrotated(asking.float() * call.scaling, asked[chosen], rotary, call.layer)
+        grouped = queries.view(num_kv_heads, -1, *queries.shape[1:])
+        query += torch.einsum("hgt,hgti,hgtj->hij", found.queries.view(grouped.shape[:3]) / count, grouped, grouped)
+        output += torch.einsum("hg,hgij->hij", found.outputs.view(num_kv_heads, -1) / count, metric)
     plain = keys.new_ones(num_kv_heads, length)
     plain[:, 0] = 0
 

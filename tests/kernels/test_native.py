@@ -221,7 +221,10 @@ def test_measuring_on_processors_with_fewer_instructions(option: str, tmp_path: 
     run_compiled_with(option, MEASURED, tmp_path)
 
 
-MEASURED = [f"test_attention_{name}.py::test_in_c" for name in ("effects", "gradient", "peaks")]
+MEASURED = [
+    f"test_{name}.py::test_in_c"
+    for name in ("attention_effects", "attention_gradient", "attention_peaks", "error_weights")
+]
 """Of what profiles measure."""
 
 

@@ -1,0 +1,1 @@
+"""How much errors of keys, of queries and of values matter."""

@@ -1,0 +1,76 @@
+"""Weights of errors, in C and in torch, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompile.kernels import Softmax, error_weights
+from kvcompile.kernels.error_weights import dense, reference
+from kvcompile.kernels.error_weights.values import Weights
+from kvcompile.kernels.native import errors
+
+HEADS = 2
+SHAPES = [  # tokens of the context, own tokens, rows, group, head size
+    (1, 1, 1, 1, 8),
+    (13, 9, 5, 5, 16),
+    (130, 60, 60, 7, 64),
+    (257, 20, 1, 3, 80),
+]
+IDS = ["one", "few", "blocks", "odd"]
+
+
+def setting(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+    length, own, rows, group, dim = shape
+    generator = torch.Generator().manual_seed(length + dim)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator)
+
+    query, keys, values, own_keys = (
+        draw(heads, n, dim).to(dtype) for heads, n in ((HEADS * group, rows), *[(HEADS, length)] * 2, (HEADS, own))
+    )
+    outward = draw(HEADS * group, dim + 3, dim)
+    return query * 2, keys, values, own_keys, torch.arange(own - rows, own), outward.mT @ outward / dim, dim**-0.5
+
+
+def compare(found: Weights, wanted: Weights, tolerance: float) -> None:
+    for name in ("keys", "values", "queries", "outputs"):
+        one, other = getattr(found, name), getattr(wanted, name)
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.max()))
+    assert (found.keys[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
+def test_in_c(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
+    args = setting(shape, dtype)
+    if not errors.usable(args[0], args[1], args[3], 0, Softmax()):
+        pytest.skip("no compiler")
+    compare(errors.error_weights(*args), reference.error_weights(*args, 0, Softmax()), tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+def test_in_torch(shape: tuple[int, ...]) -> None:
+    args = setting(shape, torch.float32)
+    compare(dense.error_weights(*args, 0, Softmax()), reference.error_weights(*args, 0, Softmax()), 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("window", "softmax"),
+    [(7, Softmax()), (0, Softmax(cap=2.0)), (0, Softmax(sinks=torch.linspace(-1, 2, 10)))],
+    ids=["window", "cap", "sinks"],
+)
+def test_other_attention(window: int, softmax: Softmax) -> None:
+    args = setting(SHAPES[1], torch.float32)
+    assert not errors.usable(args[0], args[1], args[3], window, softmax)
+    compare(error_weights(*args, window, softmax), reference.error_weights(*args, window, softmax), 5e-5)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    query, keys, values, own_keys, places, metric, scaling = setting(SHAPES[1], torch.float32)
+    with pytest.raises(ValueError, match="a row for each place"):
+        error_weights(query, keys, values, own_keys, places[1:], metric, scaling)
+    with pytest.raises(ValueError, match="metric"):
+        error_weights(query, keys, values, own_keys, places, metric[1:], scaling)
