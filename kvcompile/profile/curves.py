@@ -90,10 +90,11 @@ class Curves:
 
     def _turn(self, number: int, _: Sums, held: Held) -> None:
         model, reading, top = self.setting.model, self.readings[number], len(layers(self.setting.model))
-        gradient = head_gradient(model, held.one(reading.asked.at(top))[0], (self.setting.seed, number))
-        for block in reading.packed.blocks:
-            # What the model says inside a question is not judged; how its rows serve the answer's still is.
-            gradient[block.start : block.judged] = 0
+        final = held.one(reading.asked.at(top))[0]
+        # What the model says inside a question is not judged; how its rows serve the answer's still is.
+        rows = torch.cat([torch.arange(block.judged, block.stop) for block in reading.packed.blocks]).to(final.device)
+        gradient = torch.zeros_like(final)
+        gradient[rows] = head_gradient(model, final[rows], (self.setting.seed, number))
         held.put(reading.gradient(top), gradient=gradient[None])
         if number not in self.kept:
             held.drop(reading.asked.at(top))
