@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import Asked, Changes, attention_effects, attention_peaks, followed
+from kvcompile.kernels import Asked, Changes, attention_effects, attention_peaks, error_weights, followed
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.profile.attention import Attention, masked, visible
 
@@ -40,7 +40,7 @@ def main() -> None:
                     start = time.process_time()
                     call()
                     best[way] = min(best[way], 1000 * (time.process_time() - start))
-            print(f"{name:<12} {what:<20} torch {best['torch']:7.1f}   C {best['C']:7.1f}", flush=True)
+            print(f"{name:<12} {what:<24} torch {best['torch']:7.1f}   C {best['C']:7.1f}", flush=True)
 
 
 def operations(
@@ -64,6 +64,10 @@ def operations(
 
     query, own_keys = draw(num_heads, REPLAY, dim), draw(heads, REPLAY, dim)
     yield "attention_peaks", both(lambda: attention_peaks(query, keys, own_keys, torch.arange(REPLAY), scaling))
+
+    outward = draw(num_heads, num_heads * dim, dim).float()
+    args = asked[0].query, keys, values, asked[0].own_keys, asked[0].places, outward.mT @ outward, scaling
+    yield f"error_weights, {len(asked[0].places)} rows", both(lambda: error_weights(*args))
 
     upstream = [draw(num_heads, own, dim) for own in FOLLOW_UPS]
     given = [[draw(n, own, dim).requires_grad_() for n in (num_heads, heads, heads)] for own in FOLLOW_UPS]

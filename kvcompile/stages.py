@@ -17,7 +17,7 @@ from kvcompile.artifacts import Quantiser, Scorer, anchor_bytes, slot_bytes
 DEFAULT_SINK = 4
 """First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
 
-PROFILE_TOKENS = 2048
+PROFILE_TOKENS = 1280
 """Longest calibration context by default; a longer one is profiled at this length and its curves are stretched."""
 
 

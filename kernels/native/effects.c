@@ -33,16 +33,6 @@ typedef struct {
 
 static int64_t numbers(const Call *c) { return 2 * c->shares * c->bins + 2 * c->key_sets + c->value_sets; }
 
-/* to[k][j] = a[j] . b[k], on top of `more` where there is any. */
-ALWAYS void dots(vec *to, const vec *more, const vec *a, const lane *b, int columns, int depth, int wide, int pairs) {
-    vec sums[TILE][WIDE];
-    for (int k = 0; k < columns; k += TILE) {
-        products(sums, a, b + (ptrdiff_t)k * depth, depth, 1, depth, wide, pairs);
-        if (more) EACH(i, j, wide) sums[i][j] += more[(k + i) * wide + j];
-        EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
-    }
-}
-
 /* Logits become weights: what a row does not see has none. Returns by what the sums before are to be multiplied. */
 ALWAYS vec weigh(vec *logits, vec *largest, ivec last, int count, int wide, float scale) {
     vec highest = every(BELOW);

@@ -27,15 +27,6 @@ typedef struct {
     ivec *last;
 } Strip;
 
-/* to[k][j] = a[j] . b[k] */
-ALWAYS void dots(vec *to, const vec *a, const lane *b, int64_t columns, int depth, int wide, int pairs) {
-    vec sums[TILE][WIDE];
-    for (int64_t k = 0; k < columns; k += TILE) {
-        products(sums, a, b + k * depth, depth, 1, depth, wide, pairs);
-        EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
-    }
-}
-
 ALWAYS float total_of(vec x) {
     float sum = x[0];
     for (int i = 1; i < WIDTH; i++) sum += x[i];
@@ -48,8 +39,8 @@ ALWAYS void meet(const Call *c, const Strip *s, int64_t q, int64_t first, int64_
     const int64_t h = q / c->group, before = c->counts[0], padded = c->steps[0];
     vec *rest = s->logits + padded * wide;
     const lane *values = c->values + h * padded * depth, *turned = c->turned + h * padded * depth;
-    dots(s->logits, s->query, c->keys[0] + h * padded * depth, padded, depth, wide, pairs);
-    dots(rest, s->query, c->keys[1] + h * c->steps[1] * depth, own, depth, wide, pairs);
+    dots(s->logits, 0, s->query, c->keys[0] + h * padded * depth, padded, depth, wide, pairs);
+    dots(rest, 0, s->query, c->keys[1] + h * c->steps[1] * depth, own, depth, wide, pairs);
     for (int j = 0; j < wide; j++) {
         vec highest = every(BELOW), total = every(0), *logits = s->logits + j;
         for (int64_t k = 0; k < before; k++) highest = larger(highest, logits[k * wide]);
@@ -93,7 +84,7 @@ ALWAYS void meet(const Call *c, const Strip *s, int64_t q, int64_t first, int64_
         for (int d = 0; d < depth; d++)
             for (int j = 0; j < wide; j++)
                 s->moved[d * wide + j] = pair(s->moved[2 * d * wide + j], s->moved[(2 * d + 1) * wide + j]);
-    dots(s->other, s->moved, values, before, depth, wide, pairs);
+    dots(s->other, 0, s->moved, values, before, depth, wide, pairs);
     float *keys = c->by_token + (first / (WIDE * WIDTH) * c->num_heads + q) * 2 * before;
     keys[0] = keys[before] = 0; /* token 0 is stored as it is */
     for (int64_t k = 1; k < before; k++) {

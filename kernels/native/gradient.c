@@ -25,22 +25,13 @@ typedef struct {
     ivec *last;
 } Strip;
 
-/* to[k][j] = a[j] . b[k] */
-ALWAYS void dots(vec *to, const vec *a, const lane *b, int64_t columns, int depth, int wide, int pairs) {
-    vec sums[TILE][WIDE];
-    for (int64_t k = 0; k < columns; k += TILE) {
-        products(sums, a, b + k * depth, depth, 1, depth, wide, pairs);
-        EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
-    }
-}
-
 ALWAYS void meet(const Call *c, const Strip *s, int64_t h, int64_t first_row, int64_t count, int wide, int pairs) {
     const int dim = (int)c->dim, depth = pairs ? dim / 2 : dim;
     const int64_t before = c->counts[0], padded = c->steps[0], own = c->counts[1], all = padded + c->steps[1];
     for (int part = 0; part < 2; part++) {
         const int64_t from = part ? padded : 0, columns = c->steps[part];
-        dots(s->logits + from * wide, s->query, c->keys[part] + h * columns * depth, columns, depth, wide, pairs);
-        dots(s->gains + from * wide, s->upstream, c->values[part] + h * columns * depth, columns, depth, wide, pairs);
+        dots(s->logits + from * wide, 0, s->query, c->keys[part] + h * columns * depth, columns, depth, wide, pairs);
+        dots(s->gains + from * wide, 0, s->upstream, c->values[part] + h * columns * depth, columns, depth, wide, pairs);
     }
     for (int j = 0; j < wide; j++) {
         vec highest = every(BELOW), total = every(0), effect = every(0);

@@ -19,23 +19,14 @@ typedef struct {
     float scale; /* of logits to base 2 */
 } Call;
 
-/* to[k][j] = a[j] . b[k] */
-ALWAYS void dots(vec *to, const vec *a, const lane *b, int64_t columns, int depth, int wide, int pairs) {
-    vec sums[TILE][WIDE];
-    for (int64_t k = 0; k < columns; k += TILE) {
-        products(sums, a, b + k * depth, depth, 1, depth, wide, pairs);
-        EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
-    }
-}
-
 ALWAYS void meet(
     const Call *c, int64_t h, const vec *query, const ivec *last, int64_t own, vec *logits, float *out, int wide, int pairs
 ) {
     const int depth = (int)(pairs ? c->dim / 2 : c->dim);
     const int64_t before = c->counts[0], first = c->steps[0];
     vec *const rest = logits + first * wide;
-    dots(logits, query, c->keys[0] + h * c->steps[0] * depth, before, depth, wide, pairs);
-    dots(rest, query, c->keys[1] + h * c->steps[1] * depth, own, depth, wide, pairs);
+    dots(logits, 0, query, c->keys[0] + h * c->steps[0] * depth, before, depth, wide, pairs);
+    dots(rest, 0, query, c->keys[1] + h * c->steps[1] * depth, own, depth, wide, pairs);
     vec largest[WIDE], base[WIDE];
     for (int j = 0; j < wide; j++) {
         vec highest = every(BELOW), total = every(0);

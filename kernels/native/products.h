@@ -32,6 +32,16 @@ ALWAYS void products(
         EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], a[j], b[i * across], pairs);
 }
 
+/* to[k][j] = a[j] . b[k], on top of `more` where there is any. */
+ALWAYS void dots(vec *to, const vec *more, const vec *a, const lane *b, int64_t columns, int depth, int wide, int pairs) {
+    vec sums[TILE][WIDE];
+    for (int64_t k = 0; k < columns; k += TILE) {
+        products(sums, a, b + k * depth, depth, 1, depth, wide, pairs);
+        if (more) EACH(i, j, wide) sums[i][j] += more[(k + i) * wide + j];
+        EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
+    }
+}
+
 /* Rows of vectors as lanes, the other way round; the last row fills the vector. */
 static inline void lay(vec *to, const lane *rows, int64_t count, int wide, int depth, lane *stage) {
     for (int i = 0; i < wide * WIDTH; i++) {
