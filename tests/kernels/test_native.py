@@ -211,7 +211,7 @@ def test_it_has_no_memory_errors(tmp_path: Path) -> None:
         "test_ragged_decode.py::test_one_token", "test_append_compact.py::test_append",
         "test_prompt_attention.py::test_the_reference_is_met", *MEASURED,
     ]  # fmt: skip
-    run_compiled_with("-fsanitize=address", tests, tmp_path, LD_PRELOAD=sanitizer(), ASAN_OPTIONS="detect_leaks=0")
+    run_compiled_with("-fsanitize=address -O1", tests, tmp_path, LD_PRELOAD=sanitizer(), ASAN_OPTIONS="detect_leaks=0")
 
 
 @needs_compiler
@@ -242,7 +242,7 @@ def run_compiled_with(option: str, tests: list[str], cache: Path, **environment:
     code = (
         "import pytest, sys;"
         "from kvcompile.kernels.native import lanes, library, prompt;"
-        f"[setattr(m, 'FLAGS', (*m.FLAGS, '{option}')) for m in (lanes, library, prompt)];"
+        f"[setattr(m, 'FLAGS', (*m.FLAGS, *'{option}'.split())) for m in (lanes, library, prompt)];"
         "sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', '-W', 'error', *sys.argv[1:]]))"
     )
     command = [sys.executable, "-c", code, *(str(Path(__file__).parent / test) for test in tests)]
