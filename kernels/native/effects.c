@@ -4,11 +4,7 @@
  *
  * A set is given by when each of its tokens comes in: sets that grow are sums of bins up to one of them. */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-#include "products.h"
+#include "strips.h"
 
 #define COLUMNS 128 /* that are met at once */
 
@@ -103,13 +99,8 @@ typedef void Meet(const Call *, const Strip *, int64_t, int, int64_t, int, int);
     static void meet_##W##_##P(const Call *c, const Strip *s, int64_t h, int part, int64_t first, int count, int coded) { \
         meet(c, s, h, part, first, count, coded, W, P); \
     }
-MADE(1, 0) MADE(2, 0) MADE(3, 0)
-#ifdef __AVX512BF16__
-MADE(1, 1) MADE(2, 1) MADE(3, 1)
-static Meet *const MEET[2][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}, {meet_1_1, meet_2_1, meet_3_1}};
-#else
-static Meet *const MEET[1][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}};
-#endif
+EACH_KIND(MADE)
+static Meet *const MEET[][WIDE] = KINDS;
 
 /* Rows [first, stop) of a KV head, WIDE vectors at most. With `scratch` NULL: no work, but the bytes of it. */
 static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char *scratch) {
@@ -144,19 +135,4 @@ static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char
     return 0;
 }
 
-/* Bytes of scratch that a thread needs. */
-int64_t kvc_effects_room(const Call *c) { return strip(c, 0, 0, WIDE * WIDTH, 0); }
-
-/* `scratch` has `c->room` bytes for every thread, a multiple of 64, and is aligned to as many. */
-void kvc_effects(const Call *c, char *scratch) {
-    const int64_t each = WIDE * WIDTH, strips = (c->rows + each - 1) / each;
-#pragma omp parallel for schedule(dynamic) num_threads((int)c->threads)
-    for (int64_t i = 0; i < strips * c->heads; i++) {
-        const int64_t first = i / c->heads * each, stop = first + each < c->rows ? first + each : c->rows;
-        int thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        strip(c, i % c->heads, first, stop, scratch + thread * c->room);
-    }
-}
+LAUNCHED(effects, heads)

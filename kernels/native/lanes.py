@@ -1,4 +1,4 @@
-"""How `effects.c` and `peaks.c` take vectors, and how they are called."""
+"""How the C sources with strips of rows (`strips.h`) take vectors, and how they are called."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvcompile.kernels.native import build
 from kvcompile.kernels.native.prompt import ALIGNED, FLAGS
 from kvcompile.kernels.softmax import Softmax
 
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("products", "rows", "transpose"))
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("strips", "products", "rows", "transpose"))
 STEP = 8
 """Of as many tokens there is a multiple."""
 

@@ -1,12 +1,9 @@
 /* The largest attention that rows pay to each token of a context: what `attention_peaks/dense.py` computes. Threads are
  * torch's own; see `peaks.py`. As in `prompt.c` a vector has one number for each of several rows. */
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #include <math.h>
 
-#include "products.h"
+#include "strips.h"
 
 /* Vectors are floats or, with `pairs`, bfloat16: `query` [heads, rows, dim], `keys` [heads, count, dim] of the context, then
  * [heads, own, dim] of what follows it, padded with zeros to multiples of 8 tokens, which `steps` count. `last` [rows]: the
@@ -58,13 +55,8 @@ typedef void Meet(const Call *, int64_t, const vec *, const ivec *, int64_t, vec
     ) { \
         meet(c, h, query, last, own, logits, out, W, P); \
     }
-MADE(1, 0) MADE(2, 0) MADE(3, 0)
-#ifdef __AVX512BF16__
-MADE(1, 1) MADE(2, 1) MADE(3, 1)
-static Meet *const MEET[2][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}, {meet_1_1, meet_2_1, meet_3_1}};
-#else
-static Meet *const MEET[1][WIDE] = {{meet_1_0, meet_2_0, meet_3_0}};
-#endif
+EACH_KIND(MADE)
+static Meet *const MEET[][WIDE] = KINDS;
 
 /* Rows [first, stop) of a KV head, WIDE vectors at most. With `scratch` NULL: no work, but the bytes of it. */
 static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char *scratch) {
@@ -82,22 +74,4 @@ static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char
     return 0;
 }
 
-/* Rows of a strip. */
-int64_t kvc_peaks_rows(void) { return WIDE * WIDTH; }
-
-/* Bytes of scratch that a thread needs. */
-int64_t kvc_peaks_room(const Call *c) { return strip(c, 0, 0, WIDE * WIDTH, 0); }
-
-/* `scratch` has `c->room` bytes for every thread, a multiple of 64, and is aligned to as many. */
-void kvc_peaks(const Call *c, char *scratch) {
-    const int64_t each = WIDE * WIDTH, strips = (c->rows + each - 1) / each;
-#pragma omp parallel for schedule(dynamic) num_threads((int)c->threads)
-    for (int64_t i = 0; i < strips * c->heads; i++) {
-        const int64_t first = i / c->heads * each, stop = first + each < c->rows ? first + each : c->rows;
-        int thread = 0;
-#ifdef _OPENMP
-        thread = omp_get_thread_num();
-#endif
-        strip(c, i % c->heads, first, stop, scratch + thread * c->room);
-    }
-}
+LAUNCHED(peaks, heads)

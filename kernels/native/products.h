@@ -1,4 +1,4 @@
-/* Products of packed rows with columns, for `prompt.c`, `effects.c` and `peaks.c`. */
+/* Products of packed rows with columns, for `prompt.c` and what profiles measure (`strips.h`). */
 
 #pragma once
 

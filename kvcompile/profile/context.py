@@ -113,16 +113,16 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
         for block in packed.blocks:
             own = slice(block.start, block.stop)
             own_query = call.query[None, :, own]
+            if not call.quick and alive is None and followable(own_query[0], keys, call.window or 0, call.softmax):
+                given = keys, values, call.key[:, own], call.value[:, own]
+                outputs.append(followed(own_query[0], *given, call.scaling))
+                continue
             own_keys = torch.cat([keys, call.key[:, own]], dim=1)[None]
             own_values = torch.cat([values, call.value[:, own]], dim=1)[None]
             if call.quick:
                 window = call.window or 0
                 seen = None, window, call.scaling, alive, call.softmax
                 outputs.append(prompt_attention(own_query, own_keys, own_values, *seen)[0])
-                continue
-            if alive is None and followable(own_query[0], keys, call.window or 0, call.softmax):
-                given = keys, values, call.key[:, own], call.value[:, own]
-                outputs.append(followed(own_query[0], *given, call.scaling))
                 continue
             shape = (block.stop - block.start, call.window)
             if shape not in masks:

@@ -64,7 +64,7 @@ def test_in_torch(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
-@pytest.mark.parametrize("where", ["", "dense"])
+@pytest.mark.parametrize("where", ["", "torch"])
 def test_through_autograd(shape: tuple[int, ...], where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if where:
         monkeypatch.setenv("KVCOMPILE_KERNELS", where)
