@@ -1,8 +1,9 @@
 """The launch table of `ragged_decode` (`kernels/ragged_decode/tuning.py`), measured on a GPU.
 
-    python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--rounds 9]
+    python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--share 0.25] [--early 0,64,128] [--rounds 9]
 
 A line a variant: microseconds of a layer of Qwen2.5-7B's shape, 16 sequences of 32,768 tokens at 25 % of the bytes.
+With `--early` the table's own lines are varied in that alone.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+from dataclasses import replace
 
 import torch
 
 from kvcompile.bench.layers import ragged_layers
 from kvcompile.bench.subjects import ragged_plan, shape_of
 from kvcompile.bench.timing import medians
-from kvcompile.kernels.ragged_decode.tuning import Tuning
+from kvcompile.kernels.ragged_decode.pairs import pairs_of
+from kvcompile.kernels.ragged_decode.tuning import Tuning, entry
 
 # `kvcompile.kernels.ragged_decode` is the function too.
 kernel = importlib.import_module("kvcompile.kernels.ragged_decode.triton")
@@ -30,31 +33,44 @@ VARIANTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="16,8,4,mixed,mix3,mix2", help="parted by commas")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--share", type=float, default=0.25, help="of the full cache's bytes")
+    parser.add_argument("--early", type=_numbers, help="KiB a processor, parted by commas")
+    parser.add_argument("--rounds", type=int, default=9, help="0: compile, and measure nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a GPU")
     for widths in args.widths.split(","):
-        measure(widths, args.rounds)
+        measure(widths, args.share, args.early, args.rounds)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 @torch.inference_mode()
-def measure(widths: str, rounds: int) -> None:
-    """All variants on the same stores."""
+def measure(widths: str, share: float, early: list[int] | None, rounds: int) -> None:
+    """All variants on the same stores, and whether all find the same."""
     device = torch.device("cuda")
-    plan = ragged_plan(shape_of("qwen2.5-7b"), 32768, 16, 0.25, "bfloat16", widths)
+    plan = ragged_plan(shape_of("qwen2.5-7b"), 32768, 16, share, "bfloat16", widths)
     layers = ragged_layers(plan, device)
     stores = list(zip(layers.keys, layers.values, layers.layouts, strict=True))
     query = torch.randn(16, 28, 1, 128, dtype=torch.bfloat16, device=device)
-    for chosen in VARIANTS:
+    layout = layers.layouts[0]
+    own = entry(128, torch.bfloat16, pairs_of((row.k_codec, row.v_codec) for row in layout.rows))
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    for chosen in VARIANTS if early is None else [replace(own, early=count << 10) for count in early]:
         calls = [
             lambda one=one, chosen=chosen: kernel.ragged_decode(
                 query, *one, layers.seen, layers.scaling, None, None, None, chosen=chosen
             )
             for one in stores
         ]
-        seconds = medians({"": calls}, device, rounds)[""]
-        print(f"{widths}: {chosen}: {seconds * 1e6:.1f} us, {layers.bytes / seconds / 1e12:.2f} TB/s", flush=True)
+        out = calls[0]()
+        differs = (out - found.setdefault((chosen.block, chosen.waves), out)).abs().max().item()
+        if rounds:
+            seconds = medians({"": calls}, device, rounds)[""]
+            print(f"{widths}, {share:.4f}: {chosen}: {seconds * 1e6:.1f} us, {layers.bytes / seconds / 1e12:.2f} TB/s, "
+                  f"differs by {differs}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from kvcompile.kernels.ragged_decode.pairs import codecs_of
 @dataclass(frozen=True)
 class Tuning:
     """`block` slots a step of a program, in how many `halves`, its warps and stages, how many programs a processor is
-    taken to hold where it cannot be asked (`occupancy`), the most items of a head, and the `waves` of programs that the
-    items make on the device."""
+    taken to hold where it cannot be asked (`occupancy`), the most items of a head, the `waves` of programs that the
+    items make on the device, and how many bytes the programs of a processor fetch `early`, while the launch before
+    theirs ends."""
 
     block: int
     halves: int
@@ -22,6 +23,7 @@ class Tuning:
     programs: int = 8
     most: int = 128
     waves: int = 1
+    early: int = 128 << 10
 
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}

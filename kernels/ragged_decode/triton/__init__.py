@@ -80,28 +80,32 @@ def ragged_decode(
     if not isinstance(seen, torch.Tensor):
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
 
+    constant = places is None  # and not written by the launch before, where it could be anything yet
     places = in_order(layout, batch, device) if places is None else places
     done = _done(layout, batch, blocks, fixed["MOST"], device)
 
-    def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor) -> tuple[Any, ...]:
+    def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor, early: int) -> tuple[Any, ...]:
         return (
             query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values),
             *steps(keys), *steps(values), scaling, heads, used, length, int(new_keys is None),
+            early,
         )  # fmt: skip
 
     with on_device(device):
         key = ("ragged_decode", device, batch, blocks, chosen, *fixed.values(), *options.values())
         if key not in layout.memo:
             some = torch.empty(1, dtype=torch.float32, device=device)
-            like = arguments(_Tables(seen, seen, seen), some, some)
+            like = arguments(_Tables(seen, seen, seen), some, some, 0)
             more, programs = _fitted(like, fixed | options) if device.type == "cuda" else ({}, chosen.programs)
+            early = chosen.early // programs
             programs = items_of(programs * chosen.waves, device, batch * blocks)
-            layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), options | more
-        tables, options = layout.memo[key]
+            layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), early, options | more
+        tables, early, options = layout.memo[key]
         items = len(tables.items)
         partial = torch.empty(batch, items, used, head_dim, dtype=torch.float32, device=device)
         stats = torch.empty(batch, items, 2, used, dtype=torch.float32, device=device)
-        _decode[(items, batch, blocks)](*arguments(tables, partial, stats), **fixed, **options)
+        found = arguments(tables, partial, stats, early if constant else 0)
+        _decode[(items, batch, blocks)](*found, **fixed, **options)
     return out
 
 

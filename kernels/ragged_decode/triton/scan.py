@@ -13,6 +13,7 @@ import triton.language as tl
 from kvcompile.kernels.arguments import COLUMNS, SIZES
 from kvcompile.kernels.overlap import let_next_begin, wait_for_previous
 from kvcompile.kernels.ragged_decode.pairs import key_codec, pair_count, value_codec
+from kvcompile.kernels.ragged_decode.triton.early import affordable, begin
 from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
 from kvcompile.kernels.tiles import columns, of_head
@@ -43,15 +44,16 @@ def _scan(
     l = tl.zeros([R], tl.float32)
     # Where one side is quantised and slot 0 is a sink, that slot is taken from its exact copy, before all others.
     taken = (start == 0) & anchored & (KC + VC > 0)
+    acc = first(v_first, False, VC, D, DP, R)
     if KC + VC > 0:
-        d = tl.arange(0, DP)
-        key = tl.load(k_first + d, mask=(d < D) & taken, other=0.0).to(tl.float32)
-        logit = tl.sum(columns(query, rows, used, 1, D, DP, D) * key[:, None], 0) * scale
-        m = tl.where(taken, logit, m)
-        l = tl.where(taken, 1.0, l)
+        if taken:
+            d = tl.arange(0, DP)
+            key = tl.load(k_first + d, mask=d < D, other=0.0).to(tl.float32)
+            m = tl.sum(columns(query, rows, used, 1, D, DP, D) * key[:, None], 0) * scale
+            l = tl.full([R], 1.0, tl.float32)
+            acc = first(v_first, True, VC, D, DP, R)
     most = m
     parts, sums = asked(query, rows, used, KC, D, DP, KT)
-    acc = first(v_first, taken, VC, D, DP, R)
     for i in tl.range(start, stop, HALVES * N, num_stages=STAGES):
         slots = ()
         valid = ()
@@ -91,12 +93,23 @@ def _scan(
     tl.store(stats + used + rows, l, mask=rows < used)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def span(part, most, filled, BLOCK: tl.constexpr):
+    """What is stored now, cut into at most `most` equal items, none of which is empty (of a short text, the last ones
+    are not used): their number, and the slots [start, stop) of item `part`."""
+    blocks = (filled + BLOCK - 1) // BLOCK
+    count = tl.maximum(tl.minimum(most, blocks), 1)
+    start = blocks * part // count * BLOCK
+    stop = tl.minimum(blocks * (part + 1) // count * BLOCK, filled)
+    return tl.minimum(count, blocks), start, stop
+
+
+@triton.jit(do_not_specialize=[*SIZES, "early"])
 def _decode(
     query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
-    scale, num_heads, used, length, before,
+    scale, num_heads, used, length, before, early,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
     VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
@@ -104,7 +117,8 @@ def _decode(
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
-    `PAIRS` are the pairs of codecs in the layer (see `pairs`); no head has more than `MOST` items."""
+    A program fetches `early` bytes before it waits for the launch before it (0: none, where that one may write
+    `places`). `PAIRS` are the pairs of codecs in the layer (see `pairs`); no head has more than `MOST` items."""
     let_next_begin(OVERLAP)
     item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
@@ -116,15 +130,27 @@ def _decode(
     anchored = tl.load(row + SINK) > 0
     k_codec = tl.load(row + K_CODEC)
     v_codec = tl.load(row + V_CODEC)
+    if OVERLAP:
+        if early > 0:
+            # By the `seen` of now, which the launch before may change: good enough for what is only a hint.
+            _, start, stop = span(part, most, tl.minimum(capacity, tl.load(seen_by + b, volatile=True)), N * HALVES)
+            place = tl.load(places + b, volatile=True).to(tl.int64)
+            for i in tl.static_range(pair_count(PAIRS)):
+                if (k_codec == key_codec(PAIRS, i)) & (v_codec == value_codec(PAIRS, i)):
+                    slots = affordable(early, k_exact, key_codec(PAIRS, i), value_codec(PAIRS, i), D)
+                    slots = tl.minimum(stop - start, slots)
+                    begin(
+                        place, k_exact, k_codes, k_scales, k_rows, k_codes_step, k_scales_step, tl.load(row + K_ROW),
+                        tl.load(row + K_CODES), tl.load(row + K_SCALES), start, slots, key_codec(PAIRS, i), D, KU, KS,
+                    )  # fmt: skip
+                    begin(
+                        place, v_exact, v_codes, v_scales, v_rows, v_codes_step, v_scales_step, tl.load(row + V_ROW),
+                        tl.load(row + V_CODES), tl.load(row + V_SCALES), start, slots, value_codec(PAIRS, i), D, VU, VS,
+                    )  # fmt: skip
     wait_for_previous(OVERLAP)  # tables never change
-    seen = tl.load(seen_by + b)
-    # What is stored now is cut into equal items, none of which is empty: of a short text, the last ones are not used.
-    filled = tl.minimum(capacity, seen)
-    blocks = (filled + HALVES * N - 1) // (HALVES * N)
-    count = tl.minimum(most, blocks)
+    seen = tl.load(seen_by + b, volatile=True)
+    count, start, stop = span(part, most, tl.minimum(capacity, seen), N * HALVES)
     if part < count:
-        start = blocks * part // count * (HALVES * N)
-        stop = tl.minimum(blocks * (part + 1) // count * (HALVES * N), filled)
         place = tl.load(places + b).to(tl.int64)
         k_exact, k_codes, k_scales, k_anchors = of_head(
             place, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,

@@ -25,7 +25,7 @@ from kvcompile.kernels.codecs.integers.triton.split import (
     tile_first,
     tile_groups,
 )  # fmt: skip
-from kvcompile.kernels.codecs.integers.triton.spread import offset
+from kvcompile.kernels.codecs.integers.triton.spread import centre, offset
 from kvcompile.kernels.tiles import product
 
 
@@ -51,15 +51,33 @@ def _asked(query, rows, used, TILE: tl.constexpr, K: tl.constexpr, CODEC: tl.con
     G: tl.constexpr = tile_first(CODEC, D, TILE) + K
     UNITS: tl.constexpr = group_units(CODEC, D, G)
     PER: tl.constexpr = per_unit(bits_of(CODEC, D, G))
-    d = tl.arange(0, padded(UNITS * tile_groups(CODEC, D, TILE), 16)) - K * UNITS
+    BITS: tl.constexpr = bits_of(CODEC, D, G)
+    START: tl.constexpr = start_of(CODEC, D, G)
+    COUNT: tl.constexpr = padded(UNITS * tile_groups(CODEC, D, TILE), 16)
+    d = tl.arange(0, COUNT) - K * UNITS
     mask = ((d >= 0) & (d < UNITS))[:, None] & (rows < used)[None, :]
+    TOGETHER: tl.constexpr = PER <= 4 and D % PER == 0 and query.dtype.element_ty.primitive_bitwidth == 16
+    if TOGETHER:
+        # All of a unit's elements in one load: four short ones would take as long as a block of slots.
+        at = query.to(tl.pointer_type(tl.int64 if PER == 4 else tl.int32)) + START // PER
+        words = tl.load(at + rows[None, :] * (D // PER) + d[:, None], mask=mask, other=0)
     parts = ()
-    high = rows * 0.0
     for j in tl.static_range(PER):
-        at = query + rows[None, :] * D + start_of(CODEC, D, G) + j + d[:, None] * PER
-        part = tl.load(at, mask=mask, other=0.0).to(tl.float32).to(DTYPE)
+        if TOGETHER:
+            part = (words >> 16 * j).to(tl.int16).to(query.dtype.element_ty, bitcast=True)
+        else:
+            part = tl.load(query + START + j + rows[None, :] * D + d[:, None] * PER, mask=mask, other=0.0)
+        part = part.to(tl.float32).to(DTYPE)
         parts = parts + (part,)
-        high += tl.sum(part.to(tl.float32), 0) * offset(bits_of(CODEC, D, G), j, DTYPE)
+        # Products with constants leave the sums where those with codes will need them. An offset is not a number of
+        # half precision, but what it consists of is.
+        for i in tl.static_range(2 if DTYPE == tl.float16 else 1):
+            own = tl.full([16, COUNT], offset(BITS, j, DTYPE) - centre(BITS) if i == 1 else centre(BITS), DTYPE)
+            if i + j == 0:
+                high = product(own, part)
+            else:
+                high = tl.dot(own, part, high, input_precision="tf32x3")
+    high = tl.max(high, 0)
     return parts, high
 
 

@@ -1,0 +1,36 @@
+"""What a program will read first, on its way while it waits for the launch before it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kvcompile.kernels.codecs.integers.triton.split import group_count, row_bytes
+from kvcompile.kernels.overlap import fetch
+
+
+@triton.constexpr_function
+def slot_bytes(codec, head_dim, exact_bits):
+    """Bytes of a slot on one side, its codes and scales or its vector."""
+    return row_bytes(codec, head_dim) + 2 * group_count(codec, head_dim) if codec else head_dim * exact_bits // 8
+
+
+@triton.jit
+def affordable(size, exact, KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr):
+    """How many slots `size` bytes are."""
+    BITS: tl.constexpr = exact.dtype.element_ty.primitive_bitwidth
+    return size // (slot_bytes(KC, D, BITS) + slot_bytes(VC, D, BITS))
+
+
+@triton.jit
+def begin(place, exact, codes, scales, rows, codes_step, scales_step, row, first_code, first_scale, start, count,
+          CODEC: tl.constexpr, D: tl.constexpr, U: tl.constexpr, S: tl.constexpr):  # fmt: skip
+    """Fetch `count` slots of a head from slot `start` on; the rest is as in `tiles.of_head`."""
+    if CODEC == 0:
+        BITS: tl.constexpr = exact.dtype.element_ty.primitive_bitwidth
+        fetch(exact + (place * rows + row + start) * D, count * slot_bytes(CODEC, D, BITS))
+    else:
+        CODE_BYTES: tl.constexpr = row_bytes(CODEC, D)
+        GROUPS: tl.constexpr = group_count(CODEC, D)
+        fetch(codes + (place * codes_step + first_code) * U + start * CODE_BYTES, count * CODE_BYTES)
+        fetch(scales + (place * scales_step + first_scale) * S + start * GROUPS, count * GROUPS * 2)
