@@ -1,9 +1,10 @@
 """The launch table of `ragged_decode` (`kernels/ragged_decode/tuning.py`), measured on a GPU.
 
-    python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--share 0.25] [--early 0,64,128] [--rounds 9]
+    python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--share 0.25] [--rounds 9]
+    python benchmarks/tuning.py --widths 4 --vary lag=0 --vary lag=1 --vary block=32,halves=1
 
 A line a variant: microseconds of a layer of Qwen2.5-7B's shape, 16 sequences of 32,768 tokens at 25 % of the bytes.
-With `--early` the table's own lines are varied in that alone.
+With `--vary` the table's own line is varied in that alone.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="16,8,4,mixed,mix3,mix2", help="parted by commas")
     parser.add_argument("--share", type=float, default=0.25, help="of the full cache's bytes")
-    parser.add_argument("--early", type=_numbers, help="KiB a processor, parted by commas")
+    parser.add_argument("--vary", type=_fields, action="append", help="fields of a Tuning, parted by commas")
     parser.add_argument("--rounds", type=int, default=9, help="0: compile, and measure nothing")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("tuning needs a GPU")
     for widths in args.widths.split(","):
-        measure(widths, args.share, args.early, args.rounds)
+        measure(widths, args.share, args.vary, args.rounds)
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(number) for number in text.split(",")]
+def _fields(text: str) -> dict[str, int]:
+    pairs = (field.split("=") for field in text.split(",") if field)
+    return {name: int(value) for name, value in pairs}
 
 
 @torch.inference_mode()
-def measure(widths: str, share: float, early: list[int] | None, rounds: int) -> None:
+def measure(widths: str, share: float, varied: list[dict[str, int]] | None, rounds: int) -> None:
     """All variants on the same stores, and whether all find the same."""
     device = torch.device("cuda")
     plan = ragged_plan(shape_of("qwen2.5-7b"), 32768, 16, share, "bfloat16", widths)
@@ -57,8 +59,8 @@ def measure(widths: str, share: float, early: list[int] | None, rounds: int) -> 
     query = torch.randn(16, 28, 1, 128, dtype=torch.bfloat16, device=device)
     layout = layers.layouts[0]
     own = entry(128, torch.bfloat16, pairs_of((row.k_codec, row.v_codec) for row in layout.rows))
-    found: dict[tuple[int, int], torch.Tensor] = {}
-    for chosen in VARIANTS if early is None else [replace(own, early=count << 10) for count in early]:
+    found: dict[tuple[int, ...], torch.Tensor] = {}
+    for chosen in VARIANTS if varied is None else [replace(own, **one) for one in varied]:
         calls = [
             lambda one=one, chosen=chosen: kernel.ragged_decode(
                 query, *one, layers.seen, layers.scaling, None, None, None, chosen=chosen
@@ -66,7 +68,7 @@ def measure(widths: str, share: float, early: list[int] | None, rounds: int) -> 
             for one in stores
         ]
         out = calls[0]()
-        differs = (out - found.setdefault((chosen.block, chosen.waves), out)).abs().max().item()
+        differs = (out - found.setdefault((chosen.block, chosen.halves, chosen.waves), out)).abs().max().item()
         if rounds:
             seconds = medians({"": calls}, device, rounds)[""]
             print(f"{widths}, {share:.4f}: {chosen}: {seconds * 1e6:.1f} us, {layers.bytes / seconds / 1e12:.2f} TB/s, "

@@ -24,10 +24,12 @@ class Tuning:
     most: int = 128
     waves: int = 1
     early: int = 128 << 10
+    lag: bool = False
 
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
 DEEP = ONE_PAIR | {128: Tuning(64, 2, num_stages=3)}
+BEHIND = ONE_PAIR | {128: Tuning(64, 2, num_stages=3, lag=True)}
 SHALLOW = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
 SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in SHALLOW.items()}
 """By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones and
@@ -53,7 +55,7 @@ def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
     elif THREE in values or (EIGHT in keys | values and keys != values):
         table = SHALLOW
     else:
-        table = DEEP if (keys, values) in ((set(), set()), ({FOUR}, {FOUR})) else ONE_PAIR
+        table = {(): DEEP, (FOUR,): BEHIND}.get((*keys,), ONE_PAIR) if keys == values else ONE_PAIR
     chosen = table[min(size for size in table if size >= head_dim)]
     if dtype != torch.float32:
         return chosen

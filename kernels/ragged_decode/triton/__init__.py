@@ -43,7 +43,7 @@ def constants(
         "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
-        "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked,
+        "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked, "LAG": chosen.lag,
         **unit_sizes(codecs_of(pairs), head_dim),
     }  # fmt: skip
     return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}

@@ -34,7 +34,7 @@ def _scan(
     start, stop, capacity, anchored, seen, newest, scale, used, length,
     KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
     """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC
     and VC are the codecs of its keys and values."""
@@ -54,10 +54,13 @@ def _scan(
             acc = first(v_first, True, VC, D, DP, R)
     most = m
     parts, sums = asked(query, rows, used, KC, D, DP, KT)
-    for i in tl.range(start, stop, HALVES * N, num_stages=STAGES):
-        slots = ()
-        valid = ()
-        logits = ()
+    # Values are one block behind keys where they `LAG`, so that the products of both wait for nothing of each other.
+    before: tl.constexpr = HALVES * N if LAG else 0
+    logits = ()
+    for _ in tl.static_range(HALVES):
+        logits = logits + (tl.full([N, R], float("-inf"), tl.float32),)
+    for i in tl.range(start, stop + before, HALVES * N, num_stages=STAGES):
+        found = ()
         for half in tl.static_range(HALVES):
             slot = i + half * N + tl.arange(0, N)
             inside = slot < stop
@@ -68,9 +71,15 @@ def _scan(
                 # ring.
                 token = seen - 1 - (seen - 1 - slot) % capacity
                 visible = visible & (token[:, None] > (newest + rows % length)[None, :] - WINDOW)
+            found = found + (tl.where(visible, one, float("-inf")),)
+        if not LAG:
+            logits = found
+        slots = ()
+        valid = ()
+        for half in tl.static_range(HALVES):
+            slot = i - before + half * N + tl.arange(0, N)
             slots = slots + (slot,)
-            valid = valid + (inside,)
-            logits = logits + (tl.where(visible, one, float("-inf")),)
+            valid = valid + ((slot >= start) & (slot < stop) if LAG else slot < stop,)
         top = tl.max(logits[0] if HALVES == 1 else tl.maximum(logits[0], logits[1]), 0)
         most = tl.maximum(most, top)
         # Weights are relative to the highest logit of this block, and not of all so far: beside a sink with nearly all
@@ -85,6 +94,8 @@ def _scan(
         l = l * alpha + tl.sum(weights[0] if HALVES == 1 else weights[0] + weights[1], 0)
         acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, VS, VT, N)
         m = above
+        if LAG:
+            logits = found
     # Where the results go is worked out here, and not before the loop: registers are scarce there.
     index = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     keep(acc, partial + index * used * D, rows, used, VC, D, DP, VT)
@@ -113,7 +124,7 @@ def _decode(
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
     VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
-    MASKED: tl.constexpr, OVERLAP: tl.constexpr,
+    MASKED: tl.constexpr, LAG: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
@@ -168,7 +179,7 @@ def _decode(
                     v_exact, v_codes, v_scales, v_exact if value_codec(PAIRS, i) == 0 else v_anchors,
                     start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
                     key_codec(PAIRS, i), value_codec(PAIRS, i), D, DP, KS, VS, R, N, HALVES, STAGES, WINDOW, EXACT,
-                    CODE,
+                    CODE, LAG,
                 )  # fmt: skip
     # The last program of `FAN` neighbours joins what they have found, and the last of a head to do so joins that. The
     # barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
