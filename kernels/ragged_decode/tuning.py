@@ -13,8 +13,8 @@ from kvcompile.kernels.ragged_decode.pairs import codecs_of
 class Tuning:
     """`block` slots a step of a program, in how many `halves`, its warps and stages, how many programs a processor is
     taken to hold where it cannot be asked (`occupancy`), the most items of a head, the `waves` of programs that the
-    items make on the device, and how many bytes the programs of a processor fetch `early`, while the launch before
-    theirs ends."""
+    items make on the device, how many bytes the programs of a processor fetch `early`, while the launch before theirs
+    ends, and whether values `lag` one block behind keys."""
 
     block: int
     halves: int
@@ -23,24 +23,25 @@ class Tuning:
     programs: int = 8
     most: int = 128
     waves: int = 1
-    early: int = 128 << 10
+    early: int = 0
     lag: bool = False
 
 
 ONE_PAIR = {64: Tuning(64, 2, num_stages=3), 96: Tuning(32, 1, num_stages=3), 128: Tuning(64, 2), 256: Tuning(16, 1)}
 DEEP = ONE_PAIR | {128: Tuning(64, 2, num_stages=3)}
-BEHIND = ONE_PAIR | {128: Tuning(64, 2, num_stages=3, lag=True)}
 SHALLOW = ONE_PAIR | {128: Tuning(32, 1, num_stages=3)}
+BEHIND = SHALLOW | {128: replace(SHALLOW[128], lag=True, early=128 << 10)}
 SEVERAL_PAIRS = {size: replace(chosen, waves=3) for size, chosen in SHALLOW.items()}
-"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones and
-those of 4 bits load `DEEP`er; those with values of 3 bits, and those of 8 bits with others, hold fewer slots in
-registers), and several. Those for 128 were measured on an H200 with Triton 3.6 (benchmarks/measured), but for 8 bits
+"""By head size, the next larger one for those between, for layers whose heads have one pair of codecs (exact ones load
+`DEEP`er; those with values of 3 bits, and those of 8 bits, hold fewer slots in registers; of 4 bits, values are
+`BEHIND`), and several. Those for 128 were measured on an H200 with Triton 3.6 (benchmarks/measured), but for 8 bits
 with others. The others are not measured; no register is spilled in their loops.
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
 that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs 7
-to 40 %); of several pairs some take longer for their bytes, and processors that are done take more."""
+to 40 %); of several pairs some take longer for their bytes, and processors that are done take more. To fetch early, and
+values one block behind keys, pay for 4 bits alone (1 to 3 % each)."""
 
 THREE, FOUR, EIGHT = 3, 4, 8
 """The ids of int3, int4 and int8."""
@@ -52,14 +53,17 @@ def entry(head_dim: int, dtype: torch.dtype, pairs: int) -> Tuning:
     keys, values = codecs_of(pairs)
     if pairs.bit_count() > 1:
         table = SEVERAL_PAIRS
-    elif THREE in values or (EIGHT in keys | values and keys != values):
+    elif THREE in values or EIGHT in keys | values:
         table = SHALLOW
+    elif keys == values == {FOUR}:
+        table = BEHIND
     else:
-        table = {(): DEEP, (FOUR,): BEHIND}.get((*keys,), ONE_PAIR) if keys == values else ONE_PAIR
+        table = ONE_PAIR if keys | values else DEEP
     chosen = table[min(size for size in table if size >= head_dim)]
     if dtype != torch.float32:
         return chosen
-    return replace(chosen, block=max(16, chosen.block // 4), halves=1, num_warps=2 if keys | values else 1)
+    block, warps = max(16, chosen.block // 4), 2 if keys | values else 1
+    return replace(chosen, block=block, halves=1, num_warps=warps, lag=False)
 
 
 def items_of(programs: int, device: torch.device, batch: int) -> int:
