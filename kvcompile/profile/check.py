@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,11 +65,12 @@ class Check:
             yield Item(run, part, asked_tokens(reading.episode), reading.number, meets)
 
     def verdicts(self) -> Iterator[Item]:
-        """Items that compare with the full cache, once the plans are through all layers."""
-        part = head(self.setting.model)
-        return (
-            Item(partial(self._compare, plan, reading), part, owner=reading.number) for plan, reading in self._runs()
-        )
+        """Items that compare with the full cache, once the plans are through all layers: one an episode, with all plans
+        that were run on it."""
+        part, runs = head(self.setting.model), list(self._runs())
+        for number in dict.fromkeys(reading.number for _, reading in runs):
+            plans = [plan for plan, reading in runs if reading.number == number]
+            yield Item(partial(self._compare, plans, self.curves.readings[number]), part, owner=number)
 
     def _runs(self) -> Iterator[tuple[int, Reading]]:
         """Every plan's number, and what it is run on: the episodes in turn."""
@@ -102,13 +103,16 @@ class Check:
             held.drop(_state(number, layer))
 
     @torch.no_grad()
-    def _compare(self, number: int, reading: Reading, sums: Sums, held: Held) -> Additions:
+    def _compare(self, plans: Sequence[int], reading: Reading, sums: Sums, held: Held) -> Additions:
         model, top = self.setting.model, len(layers(self.setting.model))
-        full, cut = held.one(reading.asked.at(top))[0], held.one(_state(number, top))[0]
-        found = kinds(model, [(kind, full[rows], cut[rows]) for kind, rows in compared(reading.packed)])
-        text = (found["continuation"] + found["quote"]) / 2
-        predicted = self._sample(sums, number).losses[list(self.setting.rows(reading.episode))].mean()
-        return [("checks", number, np.array([predicted, (text + found["question"]) / 2]))]
+        full, cut = held.one(reading.asked.at(top))[0], [held.one(_state(plan, top))[0] for plan in plans]
+        states = [(kind, full[rows], [one[rows] for one in cut]) for kind, rows in compared(reading.packed)]
+        additions = []
+        for plan, found in zip(plans, kinds(model, states), strict=True):
+            text = (found["continuation"] + found["quote"]) / 2
+            predicted = self._sample(sums, plan).losses[list(self.setting.rows(reading.episode))].mean()
+            additions.append(("checks", plan, np.array([predicted, (text + found["question"]) / 2])))
+        return additions
 
 
 def _state(number: int, layer: int) -> str:

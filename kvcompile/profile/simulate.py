@@ -23,7 +23,7 @@ from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift, matrices, quantised
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, attends, embedding, frozen, head, layers, logits, place_of
+from kvcompile.profile.structure import Tick, attends, embedding, frozen, head, head_blocks, layers, logits, place_of
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.stages import Parts, Plan, Problem
@@ -44,15 +44,22 @@ def compared(packed: Packed) -> Rows:
     ]
 
 
-def kinds(model: Any, states: Sequence[tuple[str, Tensor, Tensor]]) -> dict[str, float]:
-    """Mean KL by kind of follow-up, in nats a token, from (kind, final states [T, d] with the full cache, and with
-    another one). Log-probabilities are made anew each time, as they would take more memory than everything else."""
-    found: dict[str, list[float]] = {}
-    for kind, full, other in states:
-        before, after = _log_probabilities(model, full), _log_probabilities(model, other)
-        # KL(full || other) = sum_y p (log p - log q), mean over rows
-        found.setdefault(kind, []).append((before.exp() * (before - after)).sum(-1).mean().item())
-    return {kind: float(np.mean(values)) for kind, values in found.items()}
+def kinds(model: Any, states: Sequence[tuple[str, Tensor, Sequence[Tensor]]]) -> list[dict[str, float]]:
+    """Mean KL by kind of follow-up, in nats a token, of every other cache: from (kind, final states [T, d] with the
+    full cache, and with each of the others). Log-probabilities are made a few rows at a time, as those of all would
+    take more memory than everything else."""
+    found: list[dict[str, list[float]]] = [{} for _ in states[0][2]]
+    for kind, full, others in states:
+        lost = torch.empty(len(others), len(full))
+        for block in head_blocks(model, len(full)):
+            before = _log_probabilities(model, full[block])
+            shares = before.exp()
+            for i, other in enumerate(others):
+                # KL(full || other) = sum_y p (log p - log q), mean over rows
+                lost[i, block] = (shares * (before - _log_probabilities(model, other[block]))).sum(-1).cpu()
+        for one, mean in zip(found, lost.mean(1).tolist(), strict=True):
+            one.setdefault(kind, []).append(mean)
+    return [{kind: float(np.mean(values)) for kind, values in one.items()} for one in found]
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def divergence(
     whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
     cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
     final = follow(model, known.context, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
-    return kinds(model, [(kind, known.final[rows], final[rows]) for kind, rows in compared(known.packed)])
+    return kinds(model, [(kind, known.final[rows], [final[rows]]) for kind, rows in compared(known.packed)])[0]
 
 
 @dataclass(frozen=True)
@@ -215,7 +222,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                     run.full = through(part, run.full, later, whole)
                     run.cut = through(part, run.cut, later, attend)
         with resident(head(model)):
-            found = [_mean(kinds(model, run.compared())) for run in runs]
+            found = [_mean(kinds(model, run.compared())[0]) for run in runs]
     return float(np.mean(found))
 
 
@@ -230,8 +237,8 @@ class _Run:
     full: Tensor
     cut: Tensor
 
-    def compared(self) -> list[tuple[str, Tensor, Tensor]]:
-        return [(kind, self.full[0, rows], self.cut[0, rows]) for kind, rows in compared(self.packed)]
+    def compared(self) -> list[tuple[str, Tensor, list[Tensor]]]:
+        return [(kind, self.full[0, rows], [self.cut[0, rows]]) for kind, rows in compared(self.packed)]
 
 
 def _only(tables: Scorer | Quantiser, layer: int) -> dict[str, NDArray[Any]]:
