@@ -57,7 +57,8 @@ class Compiled:
     """What the compiler made of a kernel: `registers` a thread, `stack` and `local` bytes a thread, `shared` bytes. Of
     the longest loop with products, `instructions` a warp for `SLOTS` slots shared by `WARPS` warps, and how many of
     them are `short_loads`, reads of less than 32 bits from global memory, and `spills` (0 where there is no such loop).
-    `waits`: how often it waits for the launch before it, with which it overlaps (see `overlap`).
+    `waits`: how often it waits for the launch before it, with which it overlaps (see `overlap`); `fetches`: how many
+    instructions fetch memory before that, and how many after it.
     """
 
     kernel: str
@@ -71,6 +72,7 @@ class Compiled:
     short_loads: int = 0
     spills: int = 0
     waits: int = 0
+    fetches: tuple[int, int] = (0, 0)
 
 
 def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Compiled]:
@@ -162,7 +164,7 @@ def _compile(
     return Compiled(
         kernel.fn.__name__.removeprefix("_"), shape, arch, used.registers, used.stack, used.local, made.metadata.shared,
         counted, sum(map(machine_code.is_short_load, body)), sum(map(machine_code.is_spill, body)),
-        machine_code.waits(made.asm["cubin"]),
+        machine_code.waits(made.asm["cubin"]), machine_code.fetches(made.asm["cubin"]),
     )  # fmt: skip
 
 

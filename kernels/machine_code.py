@@ -66,6 +66,15 @@ def waits(cubin: bytes) -> int:
     return sum(text.startswith("ACQBULK") for _, text in INSTRUCTION.findall(_printed("-sass", cubin)))
 
 
+def fetches(cubin: bytes) -> tuple[int, int]:
+    """How many instructions of the one kernel in a cubin bring memory into the second-level cache before it waits for
+    the launch before it, and how many after that."""
+    code = [text for _, text in INSTRUCTION.findall(_printed("-sass", cubin))]
+    places = [i for i, text in enumerate(code) if "UBLKPF" in text]
+    wait = next((i for i, text in enumerate(code) if text.startswith("ACQBULK")), 0)
+    return sum(i < wait for i in places), sum(i > wait for i in places)
+
+
 def main_loops(cubin: bytes) -> list[list[str]]:
     """The loops that have products."""
     return [body for body in loops(cubin) if any(map(is_product, body))]

@@ -26,7 +26,7 @@ UNKNOWN = 4 << 30
 ROWS = 128
 """Rows of attention that are looked at together, of all heads."""
 
-LOGITS = 1 << 22
+LOGITS = 1 << 24
 """Elements of the logits that are looked at together."""
 
 
@@ -85,7 +85,7 @@ def working(config: Any, tokens: int, itemsize: int) -> int:
     solving = (3 * 4 + 2 * 8) * (width + 1) ** 2
     attention = 6 * 4 * ROWS * heads * tokens
     layer = tokens * (inner + 6 * width) * itemsize
-    logits = 6 * 4 * LOGITS
+    logits = 4 * 4 * LOGITS
     return int(max(solving, attention + layer, logits))
 
 

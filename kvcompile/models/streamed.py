@@ -29,6 +29,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from kvcompile.artifacts.errors import ModelError
+from kvcompile.models.allocator import give_back
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.implementation import attention_of
 from kvcompile.models.progress import no_progress_bars
@@ -46,6 +47,7 @@ def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, devi
 
     `dtype` defaults to the checkpoint's own. Raises ModelError for a checkpoint that cannot be read or lacks a tensor.
     """
+    give_back()
     checkpoint = Checkpoint(folder, name)
     own = config.dtype or next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
     with torch.device("meta"):

@@ -62,3 +62,11 @@ def test_whoever_overlaps_waits_once(kernels: list[dict[str, Any]]) -> None:
     overlapping = {"decode", "new_token", "restore", "add_norm", "silu_mul"}
     waits = {(one["kernel"], one["arch"]): one["waits"] for one in kernels}
     assert waits == {(k, arch): int(arch == "sm_90" and k in overlapping) for k, arch in waits}
+
+
+def test_whoever_fetches_early_does_so_before_it_waits(kernels: list[dict[str, Any]]) -> None:
+    """Keys and values of every pair of codecs: vectors, or codes and scales."""
+    for one in kernels:
+        before, after = one["fetches"]
+        assert after == 0
+        assert (before >= 2) == (one["kernel"] == "decode" and one["arch"] == "sm_90"), one
