@@ -18,6 +18,7 @@ from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
 from kvcompile.runtime.attach import BINDING
 from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.counting import Lengths, count_step, one_more
 from kvcompile.runtime.joined import Linear, joinable, joined
 from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.policies import POLICIES
@@ -61,11 +62,16 @@ class FusedStep:
         total, delta = self._decoder.embed_tokens(token)[:, 0], None
         cos, sin = (part[:, 0] for part in self._decoder.rotary_emb(total[:, None], position))
         still = torch.ones_like(cos), torch.zeros_like(sin)  # layers without rotary embedding, of SmolLM3
+        # All layers count alike, so that one launch says what each will have, and one counts for all of them.
+        stores = [layer.store for layer in cache.ragged]
+        after = one_more(stores[0].lengths())
         for parts, layer in zip(self._layers, cache.ragged, strict=True):
             total, x = add_norm(total, delta, parts.input_norm, self._epsilon)
-            delta = linear(_attended(parts, layer, x, *((cos, sin) if parts.rotates else still)), *parts.output)
+            attended = _attended(parts, layer, x, *((cos, sin) if parts.rotates else still), after)
+            delta = linear(attended, *parts.output)
             total, x = add_norm(total, delta, parts.mlp_norm, self._epsilon)
             delta = linear(silu_mul(linear(x, *parts.gate_up)), *parts.down)
+        count_step(stores)
         _, x = add_norm(total, delta, self._decoder.norm.weight, self._epsilon)
         logits: torch.Tensor = self._head(x)
         return logits
@@ -131,9 +137,10 @@ def _parts(layer: Any) -> LayerParts:
 
 
 def _attended(
-    parts: LayerParts, layer: RaggedLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    parts: LayerParts, layer: RaggedLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, after: Lengths
 ) -> torch.Tensor:
-    """Attention [B, Hq D] of the token whose normed hidden state is `x` [B, d], stored on the way."""
+    """Attention [B, Hq D] of the token whose normed hidden state is `x` [B, d], stored on the way. Sequences have
+    `after` tokens then."""
     store = layer.store
     stored = (store.keys, store.values)
     query = new_token(
@@ -141,8 +148,7 @@ def _attended(
         transform=store.transform, norms=parts.head_norms, hidden=x, scorer=parts.scorer,
     )  # fmt: skip
     layer.columns += 1
-    store.count_step()
-    out = ragged_decode(query, *stored, store.layout, store.lengths(), scaling=parts.scaling)
+    out = ragged_decode(query, *stored, store.layout, after, scaling=parts.scaling)
     if store.transform is not None:
         out = restore(out, store.transform, store.layout)
     return out.flatten(1)

@@ -11,6 +11,7 @@ from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact
 from kvcompile.kernels.buffers import Make
 from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime import in_one, new_tokens
+from kvcompile.runtime.counting import Lengths, count_step
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt
@@ -111,12 +112,12 @@ class LayerStore:
         flat = None if score is None else score[:, 0]
         if in_one.usable(self, query, keys):
             out = in_one.step(self, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scaling, flat, self.seen)
-            self.count_step()
+            count_step([self])
             return out.unsqueeze(2)
         query, keys, values = self.transformed(query, keys, values)
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], flat, self.lengths())
         new_tokens.place(self, keys, values)
-        self.count_step()
+        count_step([self])
         out = weighed(self, query, self.lengths(), scaling)
         new_tokens.observe(self, query, scaling)
         return out
@@ -190,13 +191,7 @@ class LayerStore:
         self.counts.copy_(torch.tensor(self.seen, dtype=torch.int32))
         self._stale = False
 
-    def count_step(self) -> None:
-        """Count a token that every sequence has got, on the host and on the device."""
-        self.advance(1)
-        if self.counts is not None:
-            self.counts.add_(1)
-
-    def lengths(self) -> Sequence[int] | torch.Tensor:
+    def lengths(self) -> Lengths:
         """`seen` where the kernels want it: on a GPU a tensor that steps keep up, so that none waits for the host."""
         self.ready()
         return self.seen if self.counts is None else self.counts
