@@ -122,6 +122,7 @@ def memcheck(compiling: subprocess.Popen[bytes], log: Path, limit: float) -> Fou
         raise RuntimeError("compute-sanitizer is not installed")
     with contextlib.suppress(subprocess.TimeoutExpired):
         compiling.wait(timeout=max(limit - FAREWELL, 1))
+    compiling.kill()  # if it is still there
     command = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", *smoke()]
     text, status = run(command, log, limit - (time.time() - start), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     lines = [line for line in text.splitlines() if "ERROR SUMMARY" in line or "FAILED" in line]

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _fields(text: str) -> dict[str, int]:
-    pairs = (field.split("=") for field in text.split(",") if field)
+    pairs = (field.split("=") for field in text.split(","))
     return {name: int(value) for name, value in pairs}
 
 

@@ -44,7 +44,7 @@ def wait_for_previous(OVERLAP: tl.constexpr):
 
 @triton.jit
 def fetch(start, size):
-    """Bring `size` bytes from the pointer `start` on (16 less at either end, where they are no multiple of 16) into the
+    """Bring `size` bytes from the pointer `start` on (up to 15 less at either end, as it takes 16 at a time) into the
     second-level cache, without waiting for them. All memory accesses meet there: what another kernel writes after that
     is not missed. (PTX ISA, "cp.async.bulk.prefetch".)"""
     first = (start.to(tl.int64) + 15) // 16 * 16

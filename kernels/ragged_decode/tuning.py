@@ -41,7 +41,7 @@ A program is one warp: a second one would exchange logits through shared memory,
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
 that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs 7
 to 40 %); of several pairs some take longer for their bytes, and processors that are done take more. To fetch early, and
-values one block behind keys, pay for 4 bits alone (1 to 3 % each)."""
+values one block behind keys, pay for 4 bits alone (up to 2 % each)."""
 
 THREE, FOUR, EIGHT = 3, 4, 8
 """The ids of int3, int4 and int8."""

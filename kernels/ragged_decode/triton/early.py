@@ -23,14 +23,13 @@ def affordable(size, exact, KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr)
 
 
 @triton.jit
-def begin(place, exact, codes, scales, rows, codes_step, scales_step, row, first_code, first_scale, start, count,
-          CODEC: tl.constexpr, D: tl.constexpr, U: tl.constexpr, S: tl.constexpr):  # fmt: skip
-    """Fetch `count` slots of a head from slot `start` on; the rest is as in `tiles.of_head`."""
+def begin(exact, codes, scales, start, count, CODEC: tl.constexpr, D: tl.constexpr):
+    """Fetch `count` slots from slot `start` on; pointers are those of the head in this sequence."""
     if CODEC == 0:
         BITS: tl.constexpr = exact.dtype.element_ty.primitive_bitwidth
-        fetch(exact + (place * rows + row + start) * D, count * slot_bytes(CODEC, D, BITS))
+        fetch(exact + start * D, count * slot_bytes(CODEC, D, BITS))
     else:
         CODE_BYTES: tl.constexpr = row_bytes(CODEC, D)
         GROUPS: tl.constexpr = group_count(CODEC, D)
-        fetch(codes + (place * codes_step + first_code) * U + start * CODE_BYTES, count * CODE_BYTES)
-        fetch(scales + (place * scales_step + first_scale) * S + start * GROUPS, count * GROUPS * 2)
+        fetch(codes + start * CODE_BYTES, count * CODE_BYTES)
+        fetch(scales + start * GROUPS, count * GROUPS * 2)

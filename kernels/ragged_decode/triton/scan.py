@@ -55,11 +55,11 @@ def _scan(
     most = m
     parts, sums = asked(query, rows, used, KC, D, DP, KT)
     # Values are one block behind keys where they `LAG`, so that the products of both wait for nothing of each other.
-    before: tl.constexpr = HALVES * N if LAG else 0
+    BEHIND: tl.constexpr = HALVES * N if LAG else 0
     logits = ()
     for _ in tl.static_range(HALVES):
         logits = logits + (tl.full([N, R], float("-inf"), tl.float32),)
-    for i in tl.range(start, stop + before, HALVES * N, num_stages=STAGES):
+    for i in tl.range(start, stop + BEHIND, HALVES * N, num_stages=STAGES):
         found = ()
         for half in tl.static_range(HALVES):
             slot = i + half * N + tl.arange(0, N)
@@ -77,7 +77,7 @@ def _scan(
         slots = ()
         valid = ()
         for half in tl.static_range(HALVES):
-            slot = i - before + half * N + tl.arange(0, N)
+            slot = i - BEHIND + half * N + tl.arange(0, N)
             slots = slots + (slot,)
             valid = valid + ((slot >= start) & (slot < stop) if LAG else slot < stop,)
         top = tl.max(logits[0] if HALVES == 1 else tl.maximum(logits[0], logits[1]), 0)
@@ -146,18 +146,20 @@ def _decode(
             # By the `seen` of now, which the launch before may change: good enough for what is only a hint.
             _, start, stop = span(part, most, tl.minimum(capacity, tl.load(seen_by + b, volatile=True)), N * HALVES)
             place = tl.load(places + b, volatile=True).to(tl.int64)
+            keys, key_codes, key_scales, _ = of_head(
+                place, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
+                tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), 0, D, KU, KS,
+            )  # fmt: skip
+            values, value_codes, value_scales, _ = of_head(
+                place, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
+                tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), 0, D, VU, VS,
+            )  # fmt: skip
             for i in tl.static_range(pair_count(PAIRS)):
                 if (k_codec == key_codec(PAIRS, i)) & (v_codec == value_codec(PAIRS, i)):
                     slots = affordable(early, k_exact, key_codec(PAIRS, i), value_codec(PAIRS, i), D)
                     slots = tl.minimum(stop - start, slots)
-                    begin(
-                        place, k_exact, k_codes, k_scales, k_rows, k_codes_step, k_scales_step, tl.load(row + K_ROW),
-                        tl.load(row + K_CODES), tl.load(row + K_SCALES), start, slots, key_codec(PAIRS, i), D, KU, KS,
-                    )  # fmt: skip
-                    begin(
-                        place, v_exact, v_codes, v_scales, v_rows, v_codes_step, v_scales_step, tl.load(row + V_ROW),
-                        tl.load(row + V_CODES), tl.load(row + V_SCALES), start, slots, value_codec(PAIRS, i), D, VU, VS,
-                    )  # fmt: skip
+                    begin(keys, key_codes, key_scales, start, slots, key_codec(PAIRS, i), D)
+                    begin(values, value_codes, value_scales, start, slots, value_codec(PAIRS, i), D)
     wait_for_previous(OVERLAP)  # tables never change
     seen = tl.load(seen_by + b, volatile=True)
     count, start, stop = span(part, most, tl.minimum(capacity, seen), N * HALVES)

@@ -50,8 +50,8 @@ def _asked(query, rows, used, TILE: tl.constexpr, K: tl.constexpr, CODEC: tl.con
     """Those of group K of a tile."""
     G: tl.constexpr = tile_first(CODEC, D, TILE) + K
     UNITS: tl.constexpr = group_units(CODEC, D, G)
-    PER: tl.constexpr = per_unit(bits_of(CODEC, D, G))
     BITS: tl.constexpr = bits_of(CODEC, D, G)
+    PER: tl.constexpr = per_unit(BITS)
     START: tl.constexpr = start_of(CODEC, D, G)
     COUNT: tl.constexpr = padded(UNITS * tile_groups(CODEC, D, TILE), 16)
     d = tl.arange(0, COUNT) - K * UNITS

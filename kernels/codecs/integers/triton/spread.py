@@ -172,7 +172,7 @@ def _spread3(unit, high, upper):
 def offset(bits, part, dtype):
     """What tile `part` of `spread` lies above the numbers that its codes stand for, in steps."""
     half = {8: (1024,), 4: (1024, 64), 3: (1024, 256, 64, 16), 2: (1024, 256, 64, 16)}[bits]
-    return 2 ** (bits - 1) - 0.5 + (half[part % len(half)] if dtype == tl.float16 else 0)
+    return centre(bits) + (half[part % len(half)] if dtype == tl.float16 else 0)
 
 
 @triton.constexpr_function
