@@ -31,7 +31,7 @@ class Effort:
     fit: int = 2
     measure: int = 2
     probes: int = 6
-    checks: int = 12
+    checks: int = 8
     gives_up: str = ""
 
     def at(self, tokens: int | None) -> Effort:

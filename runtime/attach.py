@@ -146,9 +146,10 @@ class Attachment:
         self.ranks = TensorParallel.of(model)
         self.ranks.check(model, artifact)
         self._orders = self.ranks.orders(artifact)
-        own = [self.ranks.own(order) for order in self._orders]
+        self.orders = own = [self.ranks.own(order) for order in self._orders]
+        """By layer, the model's KV heads in the order in which they are stored here."""
         self.layouts = layer_layouts(artifact, own)
-        scorers = self._scorers(own)
+        self.scorers = self._scorers(own)
         self._transforms = [
             layer_transform(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
             for i, (order, layout, module) in enumerate(zip(own, self.layouts, self._attention, strict=True))
@@ -157,7 +158,7 @@ class Attachment:
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
-        for module, scorer in zip(self._attention, scorers, strict=True):
+        for module, scorer in zip(self._attention, self.scorers, strict=True):
             setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
         model.set_attn_implementation(IMPLEMENTATION)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcompile.artifacts import Artifact
 from kvcompile.calibration import FollowUp
+from kvcompile.runtime import ReadPrompt
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,14 @@ class FullCache:
     budget: str = ""
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Cached]:
+    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Cached]:
         from transformers import DynamicCache
 
         from kvcompile.runtime import generate_full
 
+        if before is not None:
+            yield Cached(model, before.full_cache(model), 1.0, generate_full)
+            return
         cache: Any = DynamicCache(config=model.config)
         with torch.inference_mode():
             model(ids_of(model, context), past_key_values=cache, logits_to_keep=1)
@@ -71,12 +75,15 @@ class Contender:
     artifact: Artifact
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Cached]:
-        from kvcompile.runtime import Decoder, attach, generate
+    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Cached]:
+        from kvcompile.runtime import Decoder, attach, filled, generate, looks_at_queries
 
         with attach(model, self.artifact) as kv:
-            cache = kv.new_cache()
-            Decoder(model, cache).prefill(ids_of(model, context))
+            if before is None or looks_at_queries(kv):
+                cache = kv.new_cache()
+                Decoder(model, cache).prefill(ids_of(model, context))
+            else:
+                cache = filled(kv, before)
             share = cache.nbytes * self.artifact.target.batch / self.artifact.bytes.full
             yield Cached(model, cache, share, generate)
 

@@ -24,6 +24,7 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, follow, over_context, pack, read_context
 from kvcompile.profile.structure import logits
 from kvcompile.profile.utility import utilities
+from kvcompile.runtime import ReadPrompt
 from kvcompile.stages import DEFAULT_SINK
 
 CHUNK = 2048
@@ -44,7 +45,7 @@ class KVzip:
     dtype: str
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Masked]:
+    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Masked]:
         ids = np.asarray(context)
         read = read_context(model, ids)
         stored = getattr(torch, self.dtype)

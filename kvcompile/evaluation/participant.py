@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.calibration import FollowUp
+from kvcompile.runtime import ReadPrompt
 
 
 class Held(Protocol):
@@ -36,6 +37,9 @@ class Participant(Protocol):
     def method(self) -> str: ...
     @property
     def budget(self) -> str: ...
-    def read(self, model: Any, context: NDArray[np.int64]) -> AbstractContextManager[Held]:
-        """Read a context [n]; inside of the block it can be asked. Afterwards the model is as before."""
+    def read(
+        self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None
+    ) -> AbstractContextManager[Held]:
+        """Read a context [n]; inside of the block it can be asked. Afterwards the model is as before. `before` is the
+        same context as the model itself has read it, for whoever can go by that."""
         ...

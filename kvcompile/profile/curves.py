@@ -21,7 +21,7 @@ from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
-from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
@@ -74,7 +74,13 @@ class Curves:
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> None:
         model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
         part, before, asked = layers(model)[layer], reading.context, reading.asked
-        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        given = held.one(before.at(layer)), calls.at(before.positions)[layer]
+        if (last := layer == len(layers(model)) - 1) and attends(part):
+            context = left_in_last(part, *given)
+        else:
+            states, context = read_layer(model, part, *given)
+            if not last:
+                held.put(before.at(layer + 1), hidden=states)
         left = tensors_of(context.states, part)
         if attends(part):
             scorer, _ = self.fit.of_layer(sums, layer)
@@ -84,8 +90,6 @@ class Curves:
         with after(model, part, reading.packed, left):
             later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
         held.put(asked.at(layer + 1), hidden=later)
-        if layer < len(layers(model)) - 1:
-            held.put(before.at(layer + 1), hidden=states)
         held.drop(before.at(layer))
 
     def _turn(self, number: int, _: Sums, held: Held) -> None:

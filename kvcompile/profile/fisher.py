@@ -2,7 +2,11 @@
 
 With y ~ p(. | context) and g the gradient of log p(y), the Fisher matrix E[g g'] is the Hessian of the KL divergence
 from the model's own distribution. A change d of an output then costs KL of about 1/2 d' E[g g'] d = 1/2 E[(g . d)^2]: a
-mean of squares over rows, each with one label drawn, estimates it without ever forming the matrix.
+mean of squares over rows estimates it without ever forming the matrix.
+
+g is the gradient of the label's logit less that of all logits' mean under p. With two labels y and y', drawn apart,
+the gradient of (z_y - z_y') / sqrt(2) has the same second moments, E[g g'], as the mean drops out of the difference.
+It takes two rows of the head's weights, where the mean takes all of them once more.
 
 Layers are gone through one by one, last to first, each recomputed from its input: there is never more than one layer's
 graph.
@@ -10,6 +14,7 @@ graph.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,42 +25,44 @@ from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal
 from kvcompile.profile.layerwise import through
-from kvcompile.profile.structure import head_blocks, logits
+from kvcompile.profile.structure import chosen_logits, head_blocks, logits
+from kvcompile.profile.unread import unread_output
 
 BACKWARD_TICKS = 3
 """Work of the backward pass through a layer, recomputation and curves included, in forward passes."""
 
 Visit = Callable[[Attention, Tensor], None]
-"""Is given a layer's attention and the gradient [Hq, n, D] of the log-likelihood with respect to its output."""
+"""Is given a layer's attention and the gradient [Hq, n, D] with respect to its output."""
 
 
 def head_gradient(model: Any, final: Tensor, seed: tuple[int, ...]) -> Tensor:
-    """Gradient [n, d] at the last layer's output of the summed log-likelihood of one sampled label a position.
+    """Gradient [n, d] at the last layer's output of the difference of two sampled labels' logits a position, over the
+    root of 2, summed.
 
     The labels follow the model's own distribution (true Fisher, not empirical). They are drawn by inverting its
-    cumulative distribution at one uniform number a position, so they depend neither on blocks nor on the device's
+    cumulative distribution at two uniform numbers a position, so they depend neither on blocks nor on the device's
     random numbers.
     """
-    uniform = torch.from_numpy(np.random.default_rng(seed).random(len(final), dtype=np.float32)).to(final.device)
+    uniform = torch.from_numpy(np.random.default_rng(seed).random((len(final), 2), dtype=np.float32)).to(final.device)
     gradient = torch.empty_like(final)
     for block in head_blocks(model, len(final)):
+        with torch.no_grad():
+            scores = logits(model, final[block]).float()
+            labels = draw(scores.sub_(scores.amax(-1, keepdim=True)).exp_(), uniform[block])
         hidden = final[block].detach().requires_grad_()
         with torch.enable_grad():
-            scores = logits(model, hidden)
-        probability = scores.detach().float().softmax(-1)
-        labels = draw(probability, uniform[block])
-        # d log softmax(z)[y] / dz = onehot(y) - softmax(z)
-        slope = probability.neg_().scatter_add_(-1, labels, torch.ones_like(labels, dtype=torch.float32))
-        (gradient[block],) = torch.autograd.grad(scores, hidden, slope.to(scores.dtype))
+            first, second = chosen_logits(model, hidden, labels).unbind(-1)
+            difference = (first - second).sum() / math.sqrt(2)
+        (gradient[block],) = torch.autograd.grad(difference, hidden)
     return gradient
 
 
-def draw(probability: Tensor, uniform: Tensor) -> Tensor:
-    """Labels i64 [m, 1] from distributions [m, vocab]: the first whose cumulative probability exceeds `uniform` [m]."""
-    cumulative = probability.cumsum(-1)
-    # In float32 it does not end at 1, so the uniform number is scaled to where it ends.
-    labels = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)
-    return labels.clamp_(max=probability.shape[-1] - 1)
+def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Labels i64 [m, k] with probabilities in proportion to `weights` [m, vocab]: the first whose cumulative share of
+    them exceeds `uniform` [m, k]."""
+    cumulative = weights.cumsum(-1)
+    labels = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+    return labels.clamp_(max=weights.shape[-1] - 1)
 
 
 def backward(
@@ -78,7 +85,7 @@ def backward(
 
     # The forward pass kept no graph: this layer's is made anew from its input, and freed after use.
     inputs = below.detach().requires_grad_()
-    with torch.enable_grad():
+    with torch.enable_grad(), unread_output(layer):
         output = through(layer, inputs, arguments, watched)
     (gradient,) = torch.autograd.grad(output, inputs, upstream)
     return gradient

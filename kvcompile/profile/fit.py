@@ -18,7 +18,7 @@ from kvcompile.profile.context import over_context
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
-from kvcompile.profile.layerwise import after, read_layer, through
+from kvcompile.profile.layerwise import after, as_far_as_attention, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.moments import MOMENTS, Moments, fit_quantiser, keys_of, moments
 from kvcompile.profile.resume import Sums
@@ -113,16 +113,23 @@ class Fit:
         attend = over_context(context, packed)
         found: dict[str, NDArray[Any]] = {}
 
-        def watch(call: Attention) -> Tensor:
+        def watch(call: Attention) -> None:
             utility = utilities(call, context, packed)
             found["squares"], found["products"] = normal_sums(
                 context.hidden[0], utility, reading.episode.replayed, setting.sink
             )
             projection = part.get_parameter("self_attn.o_proj.weight")
             found.update(vars(moments(call, context, packed, projection, of_layer(setting.rotary, place))))
+
+        def attending(call: Attention) -> Tensor:
+            watch(call)
             return attend(call)
 
-        asked = through(part, held.one(later.at(layer)), setting.calls.at(later.positions)[layer], watch)
+        asked = held.one(later.at(layer)), setting.calls.at(later.positions)[layer]
+        if last:
+            as_far_as_attention(part, *asked, watch)
+        else:
+            held.put(later.at(layer + 1), hidden=through(part, *asked, attending))
         if number > 0 and setting.ranks.count == 1:
             # Alone, there is no need to hold every episode's numbers until all are there.
             found = _added(held.get(_sums(layer, number - 1)), found)
@@ -130,7 +137,6 @@ class Fit:
         held.put(_sums(layer, number), **{name: torch.from_numpy(np.asarray(value)) for name, value in found.items()})
         if not last:
             held.put(before.at(layer + 1), hidden=states)
-            held.put(later.at(layer + 1), hidden=asked)
         held.drop(before.at(layer), later.at(layer))
         return [("value_cosine", place, cosines.value), ("residual_cosine", place, cosines.residual)]
 

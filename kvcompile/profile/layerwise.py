@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -59,6 +59,24 @@ def through(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend:
     return output
 
 
+def as_far_as_attention(
+    layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], watch: Callable[[Attention], None]
+) -> None:
+    """Have `watch` see the attention of a layer, of which nothing else is wanted: that, and all that comes after it, is
+    left out."""
+
+    def seen(call: Attention) -> NoReturn:
+        watch(call)
+        raise _SeenError
+
+    with suppress(_SeenError):
+        through(layer, hidden, arguments, seen)
+
+
+class _SeenError(Exception):
+    pass
+
+
 @torch.no_grad()
 def read_layer(
     model: Any, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any], attend: Handler = causal
@@ -68,20 +86,39 @@ def read_layer(
     if not attends(layer):
         with left_behind(model, [layer]) as states:
             return through(layer, hidden, arguments, attend), Context([], [], [], states)
+    with _keeping(layer) as (context, keep):
+
+        def attending(call: Attention) -> Tensor:
+            keep(call)
+            return attend(call)
+
+        return through(layer, hidden, arguments, attending), context
+
+
+@torch.no_grad()
+def left_in_last(layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]) -> Context:
+    """What `read_layer` says that a context leaves in a layer of attention, where no layer comes after it."""
+    with _keeping(layer) as (context, keep):
+        as_far_as_attention(layer, hidden, arguments, keep)
+    return context
+
+
+@contextmanager
+def _keeping(layer: nn.Module) -> Iterator[tuple[Context, Callable[[Attention], None]]]:
+    """A `Context` of one layer, and what adds the keys and values of its attention."""
     context = Context([], [], [])
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         context.hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
 
-    def attending(call: Attention) -> Tensor:
+    def keep(call: Attention) -> None:
         # Laid out as they are stored, whether they will be or not: products of other layouts differ in the last bits.
         context.keys.append(call.key.contiguous())
         context.values.append(call.value.contiguous())
-        return attend(call)
 
-    hook = layer.get_submodule("self_attn").register_forward_pre_hook(keep, with_kwargs=True)
+    hook = layer.get_submodule("self_attn").register_forward_pre_hook(enter, with_kwargs=True)
     try:
-        return through(layer, hidden, arguments, attending), context
+        yield context, keep
     finally:
         hook.remove()
 

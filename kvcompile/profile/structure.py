@@ -90,7 +90,18 @@ def head_blocks(model: Any, length: int) -> Iterator[slice]:
 
 def logits(model: Any, hidden: Tensor) -> Tensor:
     """Logits [m, vocab] of residual streams [m, d] as they leave the last layer, before the last norm."""
-    scores: Tensor = model.get_output_embeddings()(decoder_of(model).norm(hidden[None]))[0]
+    return _bounded(model, model.get_output_embeddings()(decoder_of(model).norm(hidden[None]))[0])
+
+
+def chosen_logits(model: Any, hidden: Tensor, tokens: Tensor) -> Tensor:
+    """Those of some tokens, i64 [m, k], alone: f32 [m, k]."""
+    head = model.get_output_embeddings()
+    scores = (decoder_of(model).norm(hidden[None])[0, :, None].float() * head.weight[tokens].float()).sum(-1)
+    return _bounded(model, scores if head.bias is None else scores + head.bias[tokens].float())
+
+
+def _bounded(model: Any, scores: Tensor) -> Tensor:
+    """What becomes of the head's products."""
     config = model.config.get_text_config()
     scores = scores / (getattr(config, "logits_scaling", None) or 1.0)  # Granite's
     cap = getattr(config, "final_logit_softcapping", None)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompile.evaluation.caches import FullCache
+from kvcompile.evaluation.caches import FullCache, ids_of
 from kvcompile.evaluation.participant import Participant
 from kvcompile.evaluation.ruler.sample import Sample
 from kvcompile.evaluation.ruler.scoring import string_match_all
@@ -39,17 +39,20 @@ def answer(
 ) -> list[Answered]:
     """Every sample's answers, those of the full cache first (method `full cache`); the model is as before afterwards.
 
-    Each reads the sample's context once, exactly, and brings it down to its budget. Question and answer's prefix come
-    to the compressed cache, which then takes greedy tokens as any other: until one that ends the answer, or as many as
-    the task gives. A context is asked one question alone, so its cache needs no fork to be kept for another.
+    A sample's context is read exactly, by the model itself and once for all plans that need no more than its keys and
+    values, and each brings it down to its budget. Question and answer's prefix come to the compressed cache, which then
+    takes greedy tokens as any other: until one that ends the answer, or as many as the task gives. A context is asked
+    one question alone, so its cache needs no fork to be kept for another.
     """
     from kvcompile.models import ending_tokens
+    from kvcompile.runtime import read_prompt
 
     ends, everyone, found = ending_tokens(model, tokenizer), [FullCache(), *plans], list[Answered]()
     # The plans take turns on each sample: to attach one takes no time beside reading a context.
     for sample in samples:
+        before = read_prompt(model, ids_of(model, sample.context))
         for plan in everyone:
-            with plan.read(model, sample.context) as held:
+            with plan.read(model, sample.context, before) as held:
                 new = held.answer(sample.question, sample.new_tokens, ends).tolist()
                 share = held.share(len(sample.question) + len(new))
             said = tokenizer.decode(new, skip_special_tokens=True)

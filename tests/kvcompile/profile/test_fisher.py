@@ -39,7 +39,7 @@ def test_our_attention_is_the_models_own(tiny: Tiny, family: str) -> None:
 
 
 def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
-    """The change of the sampled labels' log-likelihood when one head's output moves at one position."""
+    """The change of the difference of sampled labels' logits when one head's output moves at one position."""
     model, ids = tiny(family), ids_of(24)
     # A step far above float32's rounding, to which norms and rotary embeddings would come down in float64 as well.
     layer, head, place, step = 1, 2, 13, 0.01
@@ -53,29 +53,46 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
                 slope = backward(part, trace.inputs[number], trace.arguments[number], slope, visit)
     predicted = seen[layer][head, place].norm()
     direction = seen[layer][head, place] / predicted
-    uniform = torch.from_numpy(np.random.default_rng((7,)).random(24, dtype=np.float32))
+    uniform = torch.from_numpy(np.random.default_rng((7,)).random((24, 2), dtype=np.float32))
     with torch.no_grad():
         labels = draw(logits(model, trace.final).float().softmax(-1), uniform)
 
-    def likelihood(size: float) -> float:
+    def difference(size: float) -> float:
         def nudge(call: Attention) -> Tensor:
             output = causal(call).clone()
             if call.layer == layer:
                 output[head, place] += size * direction
             return output
 
-        return float(log_probabilities(model, ids, nudge).gather(-1, labels).sum())
+        first, second = log_probabilities(model, ids, nudge).gather(-1, labels).sum(0)
+        return float(first - second) / 2**0.5
 
-    measured = (likelihood(step) - likelihood(-step)) / (2 * step)
+    measured = (difference(step) - difference(-step)) / (2 * step)
     assert measured == pytest.approx(predicted.item(), rel=0.01)
+
+
+def test_mean_square_is_the_curvature_of_the_divergence(tiny: Tiny, family: str) -> None:
+    """(g . d)^2 on average is d' F d: the variance, under the model, of the slope of a label's logit along d."""
+    model, rows = tiny(family), 20_000
+    generator = torch.Generator().manual_seed(3)
+    final, along = torch.randn(2, 1, model.config.get_text_config().hidden_size, generator=generator)
+    with frozen(model):
+        gradient = head_gradient(model, final.expand(rows, -1).contiguous(), (7,))
+        _, slope = torch.func.jvp(lambda hidden: logits(model, hidden), (final,), (along,))
+        probability = logits(model, final).double().softmax(-1)
+    variance = (probability * slope.double() ** 2).sum() - (probability * slope.double()).sum() ** 2
+    squares = (gradient.double() @ along[0].double()) ** 2
+    error = squares.std() / rows**0.5
+    assert error < 0.05 * variance
+    assert abs(squares.mean() - variance) < 4 * error
 
 
 def test_labels_follow_the_models_distribution() -> None:
     probability = torch.tensor([0.1, 0.0, 0.6, 0.3]).expand(4000, 4)
-    uniform = (torch.arange(4000) + 0.5) / 4000
+    uniform = (torch.arange(4000)[:, None] + 0.5) / 4000
     counts = draw(probability, uniform).ravel().bincount()
     assert counts.tolist() == pytest.approx([400, 0, 2400, 1200], abs=1)
-    assert draw(probability[:1], torch.tensor([1.0])).item() == 3
+    assert draw(probability[:1], torch.tensor([[1.0]])).item() == 3
 
 
 def test_labels_depend_on_the_seed_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
         assert (profile.loss[:, :2] == 0).all(), "layers that keep their own sliding window have no curve"
     hidden_size = model.config.get_text_config().hidden_size
     assert (result.scorer.weight.shape, result.scorer.bias.shape) == ((3, 2, hidden_size), (3, 2))
-    assert len(result.checks) == 12
+    assert len(result.checks) == 8
     assert profile.factor > 0
 
 
@@ -108,7 +108,7 @@ def stopping_after(calls: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("calls", [0, 1, 4, 11, 24, 25, 31, 37, 44, 70])
+@pytest.mark.parametrize("calls", [0, 1, 4, 11, 24, 25, 31, 37, 44, 56])
 @pytest.mark.parametrize("room", [Room(0, 0), Room(0, 40_000), UNLIMITED])
 def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int, room: Room) -> None:
     """Stopped in any of the passes, with all, some or nothing of what is held in memory."""

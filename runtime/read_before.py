@@ -1,0 +1,79 @@
+"""A prompt that the model has read already, for caches of several artifacts: read once, and not once for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
+
+from kvcompile.runtime.attach import Attachment
+from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.parts import attention_modules
+from kvcompile.runtime.policies import POLICIES
+
+
+@dataclass(frozen=True)
+class ReadPrompt:
+    """One prompt of n tokens as the model itself has read it, by layer: `hidden` [1, n, d], what goes into its
+    attention, and `keys` and `values` [1, num_kv_heads, n, D], rotary embedding applied, in the model's order of
+    heads."""
+
+    hidden: tuple[Tensor, ...]
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+    def full_cache(self, model: Any) -> Cache:
+        """Another cache of transformers that holds the prompt."""
+        cache = DynamicCache(config=model.config)
+        for layer, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+            cache.update(keys, values, layer)
+        return cache
+
+
+@torch.inference_mode()
+def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
+    """Have a model without an attachment read a prompt int64 [1, n]. None where a layer is left with less than all of
+    its keys and values: one with a sliding window, or of linear attention."""
+    hidden: list[Tensor] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+    cache: Any = DynamicCache(config=model.config)
+    hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in attention_modules(model)]
+    try:
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    stored = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
+    if any(keys is None or keys.shape[2] != ids.shape[1] for keys, _ in stored):
+        return None
+    keys, values = zip(*stored, strict=True)
+    return ReadPrompt(tuple(hidden), keys, values)
+
+
+def looks_at_queries(attachment: Attachment) -> bool:
+    """Whether a policy of the artifact goes by a prompt's attention, which a `ReadPrompt` does not have."""
+    policies = {POLICIES[cls.policy] for layout in attachment.layouts for cls in layout.classes}
+    return any(policy.queries or policy.sums for policy in policies)
+
+
+@torch.inference_mode()
+def filled(attachment: Attachment, prompt: ReadPrompt) -> RaggedCache:
+    """A new cache in which the policies have cut a prompt to the budget, as if the attached model had read it; of a
+    model in one process whose policies do not look at queries (`looks_at_queries`)."""
+    cache = attachment.new_cache()
+    for layer, order, scorer, *read in zip(
+        cache.ragged, attachment.orders, attachment.scorers, prompt.hidden, prompt.keys, prompt.values, strict=True
+    ):
+        hidden, keys, values = read
+        keys, values = keys[:, order], values[:, order]
+        no_queries = keys.new_empty(1, keys.shape[1], 0, keys.shape[3])
+        score = None if scorer is None else scorer(hidden)
+        layer.store.prefill(no_queries, keys, values, None, 1.0, score)
+        layer.columns = hidden.shape[1]
+    return cache
