@@ -9,6 +9,7 @@
 #include "chosen.h"
 #include "transform.h"
 #include "cut.h"
+#include "items.h"
 
 #define LEAST 50.0f /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */
 
@@ -101,29 +102,36 @@ static void decode_head(
         for (int i = 0; i < dim; i++) out[r * dim + i] = sums[r * stride + places[i]] / totals[r];
 }
 
+typedef struct {
+    const float *query;
+    const Side *keys, *values;
+    const int32_t *rows, *seen, *places;
+    float *out, *all;
+    int64_t window;
+    int heads, type, group, dim;
+} Decode;
+
+static void decode_item(const void *work, int i, float *scratch, int threads) {
+    const Decode *d = work;
+    const int b = i / d->heads, h = i % d->heads;
+    const int32_t *head = d->rows + h * FIELDS;
+    const int64_t first = (int64_t)i * d->group;
+    const Stored k = stored(d->keys, d->places[b], h, head + K_CODEC, d->type, d->dim);
+    const Stored v = stored(d->values, d->places[b], h, head + V_CODEC, d->type, d->dim);
+    decode_head(d->query + first * d->dim, &k, &v, head[CAPACITY], d->type, d->group, d->seen[b], d->window,
+                d->out + first * d->dim, d->all ? d->all + first * 2 : 0, scratch, threads, d->dim);
+}
+
 /* Attention of one stored token a sequence: `query` [batch, heads * group, dim], scaled already, `out` of the same
  * shape and `all` [batch, heads * group, 2] or NULL, see `decode_head`; `seen` and `places` [batch] say how much is stored
- * and where. The heads of few sequences are read by all threads together, those of many by one each; `scratch` has `room`
- * numbers a thread, those of `kvc_room` for the largest capacity. */
+ * and where; `scratch` has `room` numbers a thread, those of `kvc_room` for the largest capacity. */
 void kvc_decode(
     const float *query, const Side *keys, const Side *values, const int32_t *rows, int heads, int type, int group,
     int batch, const int32_t *seen, const int32_t *places, int64_t window, float *out, float *all, float *scratch,
     int64_t room, int threads, int dim
 ) {
-    const int items = batch * heads, together = items < threads || batch == 1, size = group * dim;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (!together)
-    for (int i = 0; i < items; i++) {
-        const int b = i / heads, h = i % heads;
-        const int32_t *head = rows + h * FIELDS;
-        float *mine = scratch;
-#ifdef _OPENMP
-        if (!together) mine += omp_get_thread_num() * room;
-#endif
-        const Stored k = stored(keys, places[b], h, head + K_CODEC, type, dim);
-        const Stored v = stored(values, places[b], h, head + V_CODEC, type, dim);
-        decode_head(query + (int64_t)i * size, &k, &v, head[CAPACITY], type, group, seen[b], window,
-                    out + (int64_t)i * size, all ? all + (int64_t)i * group * 2 : 0, mine, together ? threads : 1, dim);
-    }
+    const Decode work = {query, keys, values, rows, seen, places, out, all, window, heads, type, group, dim};
+    each_item(decode_item, &work, batch, heads, scratch, room, threads);
 }
 
 /* The new token of one head of one sequence: `new_key` and `new_value` [dim], its score and the sequence's `scores`. */
@@ -201,35 +209,31 @@ typedef struct {
     int heads, group, batch, type_in, type, threads, dim;
 } Step;
 
+static void step_item(const void *work, int i, float *room, int threads) {
+    const Step *s = work;
+    const int b = i / s->heads, h = i % s->heads, dim = s->dim, size = s->group * dim;
+    const int32_t *head = s->rows + h * FIELDS;
+    float *query = room, *out = query + size, *key = out + size, *value = key + dim, *spare = value + dim;
+    const Stored k = stored(s->keys, s->places[b], h, head + K_CODEC, s->type, dim);
+    const Stored v = stored(s->values, s->places[b], h, head + V_CODEC, s->type, dim);
+    read_vectors(key, &s->new_keys, b, h, 1, s->type_in, dim);
+    read_vectors(value, &s->new_values, b, h, 1, s->type_in, dim);
+    read_vectors(query, &s->query, b, h, s->group, s->type_in, dim);
+    transform(s->transform.key, s->transform.key_mean, h, key, spare, dim);
+    transform(s->transform.value, s->transform.value_mean, h, value, spare, dim);
+    append_head(&k, &v, head, s->type, key, value, s->score ? s->score[i] : 0.0f,
+                s->scores ? s->scores + s->places[b] * s->step : 0, s->seen[b], dim);
+    transform_queries(&s->transform, h, query, out, s->group, dim);
+    for (int j = 0; j < size; j++) query[j] = out[j] * s->scaling;
+    decode_head(query, &k, &v, head[CAPACITY], s->type, s->group, s->seen[b] + 1, s->window, out, 0, spare + dim,
+                threads, dim);
+    restore(&s->transform, h, out, query, s->group, dim);
+    for (int r = 0; r < s->group; r++)
+        for (int j = 0; j < dim; j++)
+            write_number(s->out.at, b * s->out.sequence + (h * s->group + r) * s->out.head + j, s->type_in,
+                         query[r * dim + j]);
+}
+
 void kvc_step(const Step *s) {
-    const int items = s->batch * s->heads, dim = s->dim, size = s->group * dim;
-    const int together = items < s->threads || s->batch == 1;
-#pragma omp parallel for schedule(dynamic) num_threads(s->threads) if (!together)
-    for (int i = 0; i < items; i++) {
-        const int b = i / s->heads, h = i % s->heads;
-        const int32_t *head = s->rows + h * FIELDS;
-        float *room = s->scratch;
-#ifdef _OPENMP
-        if (!together) room += omp_get_thread_num() * s->room;
-#endif
-        float *query = room, *out = query + size, *key = out + size, *value = key + dim, *spare = value + dim;
-        const Stored k = stored(s->keys, s->places[b], h, head + K_CODEC, s->type, dim);
-        const Stored v = stored(s->values, s->places[b], h, head + V_CODEC, s->type, dim);
-        read_vectors(key, &s->new_keys, b, h, 1, s->type_in, dim);
-        read_vectors(value, &s->new_values, b, h, 1, s->type_in, dim);
-        read_vectors(query, &s->query, b, h, s->group, s->type_in, dim);
-        transform(s->transform.key, s->transform.key_mean, h, key, spare, dim);
-        transform(s->transform.value, s->transform.value_mean, h, value, spare, dim);
-        append_head(&k, &v, head, s->type, key, value, s->score ? s->score[i] : 0.0f,
-                    s->scores ? s->scores + s->places[b] * s->step : 0, s->seen[b], dim);
-        transform_queries(&s->transform, h, query, out, s->group, dim);
-        for (int j = 0; j < size; j++) query[j] = out[j] * s->scaling;
-        decode_head(query, &k, &v, head[CAPACITY], s->type, s->group, s->seen[b] + 1, s->window, out, 0, spare + dim,
-                    together ? s->threads : 1, dim);
-        restore(&s->transform, h, out, query, s->group, dim);
-        for (int r = 0; r < s->group; r++)
-            for (int j = 0; j < dim; j++)
-                write_number(s->out.at, b * s->out.sequence + (h * s->group + r) * s->out.head + j, s->type_in,
-                             query[r * dim + j]);
-    }
+    each_item(step_item, s, s->batch, s->heads, s->scratch, s->room, s->threads);
 }

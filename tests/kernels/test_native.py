@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,57 @@ def full_store(bits: str, batch: int, head_dim: int, dtype: torch.dtype) -> Buff
         store.write(cls, new, slot, slot[:, :, :0], slot[:, :, :0])
         store.write_anchor(cls, new, slot)
     return store
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux says which threads there are")
+def test_one_sequence_is_read_by_threads_that_stay(two_threads: None) -> None:
+    """Threads that are started anew for every head cost a hundred times what they read meanwhile."""
+    layout = LayerLayout.from_heads([HeadSpec("full", 20_000, 4, 19_996, 4, 4)])
+    sides = [Buffers(layout, [4], 64, torch.float32, torch.device("cpu"), 1) for _ in range(2)]
+    query = torch.randn(1, 7, 1, 64, generator=torch.Generator().manual_seed(0))
+    assert native.usable(query, 64, layout)
+
+    def decode() -> None:
+        ragged_decode(query, *sides, layout, [20_000], scaling=1.0)
+
+    seen, done = set[str](), threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.update(os.listdir("/proc/self/task"))
+
+    watcher = threading.Thread(target=watch)
+    decode()
+    watcher.start()
+    before = set(os.listdir("/proc/self/task"))
+    try:
+        for _ in range(50):
+            decode()
+    finally:
+        done.set()
+        watcher.join()
+    assert seen <= before
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threads_share_heads_or_take_one_each(two_threads: None, batch: int) -> None:
+    generator = torch.Generator().manual_seed(batch)
+    query = 3 * torch.randn(batch, LAYOUT.num_kv_heads * 7, 1, 64, generator=generator)
+    sides = full_store("k_bits", batch, 64, torch.float32), full_store("v_bits", batch, 64, torch.float32)
+    seen = [2000, 290][:batch]
+    out = ragged_decode(query, *sides, LAYOUT, seen, scaling=0.125)
+    expected = reference.ragged_decode(query, *sides, LAYOUT, seen, scaling=0.125)
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @needs_compiler
