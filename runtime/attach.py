@@ -12,9 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.artifacts import Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
 from kvcompile.artifacts.schema import chunk_of
-from kvcompile.kernels import prompt_attention
 from kvcompile.runtime.cache import RaggedCache
-from kvcompile.runtime.exact import exact_attention, softmax_of
+from kvcompile.runtime.exact import exact_attention, own_attention, softmax_of
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.layouts import layer_layouts
@@ -102,18 +101,12 @@ def attention_forward(
     """Through the ragged cache where one is in use, else as the model's own attention."""
     scale, softmax = query.shape[-1] ** -0.5 if scaling is None else scaling, softmax_of(kwargs)
 
-    def exact() -> torch.Tensor:
-        return exact_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs)
-
     binding: Binding | None = getattr(module, BINDING, None)
     if binding is None or binding.layer is None:
-        return exact(), None
+        return exact_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs), None
 
     def prompt() -> torch.Tensor:
-        # Without a mask it is plain causal attention, which is in C on a CPU.
-        if attention_mask is None and query.device.type == "cpu" and not kwargs.get("dropout"):
-            return prompt_attention(query, key, value, None, 0, scale, softmax=softmax).transpose(1, 2)
-        return exact()
+        return own_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs)
 
     return binding.layer.attend(query, key, value, attention_mask, scale, prompt, softmax), None
 

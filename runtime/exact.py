@@ -9,7 +9,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from kvcompile.artifacts import CacheError
-from kvcompile.kernels import LayerLayout, Softmax
+from kvcompile.kernels import LayerLayout, Softmax, prompt_attention
 from kvcompile.kernels.softmax import PLAIN, attended
 from kvcompile.runtime.policies import POLICIES
 
@@ -53,3 +53,19 @@ def exact_attention(
     else:
         seen = mask[:, :, None, :, :count]
     return attended(query, keys, values, seen, scaling, softmax).transpose(1, 2)
+
+
+def own_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softmax: Softmax,
+    **options: Any,
+) -> torch.Tensor:
+    """As `exact_attention`; plain causal attention of a prompt, which has no mask, in C on a CPU."""
+    if mask is None and query.device.type == "cpu" and not options.get("dropout"):
+        return prompt_attention(query, keys, values, None, 0, scaling, softmax=softmax).transpose(1, 2)
+    return exact_attention(module, query, keys, values, mask, scaling, softmax, **options)

@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import AttentionMaskInterface
 
 from kvcompile.runtime.attach import Attachment
 from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.exact import own_attention, softmax_of
+from kvcompile.runtime.masks import mask
 from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.policies import POLICIES
+
+IMPLEMENTATION = "kvcompile_read"
+"""Name under which transformers knows the attention that a prompt is read with: the runtime's own."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,11 @@ class ReadPrompt:
 def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
     """Have a model without an attachment read a prompt int64 [1, n]. None where a layer is left with less than all of
     its keys and values: one with a sliding window, or of linear attention."""
+    # Here and not on import: transformers' module of models loads scipy where it is installed.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(IMPLEMENTATION, _forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask)
     hidden: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,9 +55,12 @@ def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
 
     cache: Any = DynamicCache(config=model.config)
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in attention_modules(model)]
+    previous = model.config._attn_implementation
     try:
+        model.set_attn_implementation(IMPLEMENTATION)
         model(ids, past_key_values=cache, logits_to_keep=1)
     finally:
+        model.set_attn_implementation(previous)
         for hook in hooks:
             hook.remove()
     stored = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
@@ -77,3 +91,16 @@ def filled(attachment: Attachment, prompt: ReadPrompt) -> RaggedCache:
         layer.store.prefill(no_queries, keys, values, None, 1.0, score)
         layer.columns = hidden.shape[1]
     return cache
+
+
+def _forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    scale, softmax = query.shape[-1] ** -0.5 if scaling is None else scaling, softmax_of(options)
+    return own_attention(module, query, key, value, attention_mask, scale, softmax, **options), None
