@@ -1,9 +1,9 @@
 """From attention and gradients to losses: tensors in, tensors out, nothing about models.
 
-Let a row t of a follow-up attend with probabilities P[t, j], and let u_t be the gradient of the log-likelihood with
+Let a row t of a follow-up attend with probabilities P[t, j], and let u_t be the gradient (of what `fisher` says) with
 respect to that head's attention output at t: W_O^T times the gradient at the residual stream. Entry (t, j) contributes
 S[t, j] = P[t, j] (u_t . v_j) to the first-order effect of the output, and keeping only a set K of the context's tokens,
-with the softmax renormalised over them and the follow-up's own, changes the log-likelihood by
+with the softmax renormalised over them and the follow-up's own, changes what u is the gradient of by
 
     err[t] = sum_K S[t] / sum_K P[t] - sum S[t],         summed over the query heads that share the KV head.
 
