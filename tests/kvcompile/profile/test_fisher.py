@@ -73,7 +73,7 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
 
 def test_mean_square_is_the_curvature_of_the_divergence(tiny: Tiny, family: str) -> None:
     """(g . d)^2 on average is d' F d: the variance, under the model, of the slope of a label's logit along d."""
-    model, rows = tiny(family), 20_000
+    model, rows = tiny(family), 8_000
     generator = torch.Generator().manual_seed(3)
     final, along = torch.randn(2, 1, model.config.get_text_config().hidden_size, generator=generator)
     with frozen(model):
@@ -83,7 +83,7 @@ def test_mean_square_is_the_curvature_of_the_divergence(tiny: Tiny, family: str)
     variance = (probability * slope.double() ** 2).sum() - (probability * slope.double()).sum() ** 2
     squares = (gradient.double() @ along[0].double()) ** 2
     error = squares.std() / rows**0.5
-    assert error < 0.05 * variance
+    assert error < 0.1 * variance
     assert abs(squares.mean() - variance) < 4 * error
 
 

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 
 from kvcompile.profile.attention import attended, causal
@@ -16,9 +15,8 @@ from kvcompile.profile.unread import unread_output
 Tiny = Callable[..., Any]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_the_whole_layer(tiny: Tiny, family: str, dtype: torch.dtype) -> None:
-    model = tiny(family).to(dtype)
+def test_gradients_are_those_of_the_whole_layer(tiny: Tiny, family: str) -> None:
+    model, dtype = tiny(family).bfloat16(), torch.bfloat16
     generator = torch.Generator().manual_seed(3)
     width = model.config.get_text_config().hidden_size
     below, upstream = (torch.randn(1, 20, width, generator=generator).to(dtype) for _ in range(2))
@@ -43,7 +41,7 @@ def test_a_layer_computes_what_it_did_afterwards(tiny: Tiny) -> None:
 
 
 def test_a_layer_whose_output_is_normed_is_left_whole(tiny: Tiny) -> None:
-    part = layers(tiny("gemma3"))[0]
+    part = layers(tiny("gemma2"))[0]
     x = torch.randn(5, part.mlp.down_proj.in_features, generator=torch.Generator().manual_seed(3))
     with unread_output(part):
         assert part.mlp.down_proj(x).any()
