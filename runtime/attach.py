@@ -19,7 +19,7 @@ from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.layouts import layer_layouts
 from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
-from kvcompile.runtime.parts import attention_modules, decoder_of
+from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.tensor_parallel import TensorParallel
 from kvcompile.runtime.transforms import layer_transform
@@ -71,7 +71,7 @@ class Binding:
             return
         if cache.attachment != self.attachment:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        hidden = attention_input(args, kwargs)
         layer: RaggedLayer = cache.layers[module.layer_idx]
         if self.chunk is not None and layer.get_seq_length() + hidden.shape[1] > self.chunk:
             found = (

@@ -15,3 +15,8 @@ def decoder_of(model: Any) -> Any:
 def attention_modules(model: Any) -> list[Any]:
     """The attention modules of the decoder layers that have keys and values, first to last."""
     return [layer.self_attn for layer in decoder_of(model).layers if hasattr(layer, "self_attn")]
+
+
+def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The hidden states [B, n, d] that an attention module is called with, whichever way they are handed on."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

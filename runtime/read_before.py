@@ -14,7 +14,7 @@ from kvcompile.runtime.attach import Attachment
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import own_attention, softmax_of
 from kvcompile.runtime.masks import mask
-from kvcompile.runtime.parts import attention_modules
+from kvcompile.runtime.parts import attention_input, attention_modules
 from kvcompile.runtime.policies import POLICIES
 
 IMPLEMENTATION = "kvcompile_read"
@@ -51,7 +51,7 @@ def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
     hidden: list[Tensor] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+        hidden.append(attention_input(args, kwargs))
 
     cache: Any = DynamicCache(config=model.config)
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in attention_modules(model)]
@@ -81,10 +81,8 @@ def filled(attachment: Attachment, prompt: ReadPrompt) -> RaggedCache:
     """A new cache in which the policies have cut a prompt to the budget, as if the attached model had read it; of a
     model in one process whose policies do not look at queries (`looks_at_queries`)."""
     cache = attachment.new_cache()
-    for layer, order, scorer, *read in zip(
-        cache.ragged, attachment.orders, attachment.scorers, prompt.hidden, prompt.keys, prompt.values, strict=True
-    ):
-        hidden, keys, values = read
+    own, read = (attachment.orders, attachment.scorers), (prompt.hidden, prompt.keys, prompt.values)
+    for layer, order, scorer, hidden, keys, values in zip(cache.ragged, *own, *read, strict=True):
         keys, values = keys[:, order], values[:, order]
         no_queries = keys.new_empty(1, keys.shape[1], 0, keys.shape[3])
         score = None if scorer is None else scorer(hidden)

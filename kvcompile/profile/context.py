@@ -17,6 +17,7 @@ from kvcompile.kernels import followable, followed, prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
 from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
+from kvcompile.runtime.parts import attention_input
 
 
 class FollowUp(Protocol):
@@ -84,7 +85,7 @@ def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None
     context = Context([], [], [])
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        context.hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
+        context.hidden.append(attention_input(args, kwargs)[0])
 
     def attend(call: Attention) -> Tensor:
         context.keys.append(call.key)

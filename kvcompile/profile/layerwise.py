@@ -21,7 +21,7 @@ from kvcompile.profile.attention import Attention, Handler, causal, handling
 from kvcompile.profile.context import Context, Packed
 from kvcompile.profile.linear import going_on, left_behind, states_of
 from kvcompile.profile.structure import attends, device_of
-from kvcompile.runtime.parts import decoder_of
+from kvcompile.runtime.parts import attention_input, decoder_of
 
 Arguments = list[dict[str, Any]]
 """What every layer is called with beside the hidden states, for sequences at the same positions."""
@@ -109,7 +109,7 @@ def _keeping(layer: nn.Module) -> Iterator[tuple[Context, Callable[[Attention], 
     context = Context([], [], [])
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        context.hidden.append((kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])[0])
+        context.hidden.append(attention_input(args, kwargs)[0])
 
     def keep(call: Attention) -> None:
         # Laid out as they are stored, whether they will be or not: products of other layouts differ in the last bits.
