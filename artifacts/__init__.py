@@ -44,6 +44,7 @@ from kvcompile.artifacts.schema import (
     vector_bytes,
 )
 from kvcompile.artifacts.serialize import to_bytes, write
+from kvcompile.artifacts.shapes import heads_of, is_planned, planned_heads
 from kvcompile.artifacts.validate import validate
 
 __all__ = [
@@ -76,8 +77,11 @@ __all__ = [
     "from_bytes",
     "full_bytes",
     "head_bytes",
+    "heads_of",
     "identify",
+    "is_planned",
     "loaded_bytes",
+    "planned_heads",
     "prefill_bytes",
     "push",
     "read",

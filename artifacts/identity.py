@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.artifacts.schema import DTYPE_BITS, ModelIdentity
+from kvcompile.artifacts.shapes import SHAPE, shape_of
 
 SAMPLES = 16
 """Numbers read of every tensor."""
@@ -20,19 +21,6 @@ ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 SMALLEST_STEP = 2.0**-24
 """The distance of float16's subnormal numbers: below it, a weight may vanish in float16."""
-
-SHAPE = (
-    "architecture", "num_layers", "num_attention_heads", "num_kv_heads", "head_dim", "hidden_size", "windows", "states",
-)  # fmt: skip
-
-
-LINEAR = "linear_attention"
-"""The type of layers that have a state of fixed size in place of keys and values."""
-
-
-CHUNKED = "chunked_attention"
-"""The type of layers in which a token sees the chunk of a sequence that it is in, as far as that goes, and nothing
-before (Llama-4's)."""
 
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
 """Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
@@ -53,24 +41,6 @@ def identify(model: Any, name: str, sampler: Sampler | None = None) -> ModelIden
         raise ModelError(f"{name} has weights of type {dtype}, expected one of {', '.join(DTYPE_BITS)}")
     fingerprint, samples = _fingerprint(model, name, sampler)
     return ModelIdentity(name=name, **shape, dtype=dtype, fingerprint=fingerprint, samples=samples)
-
-
-def shape_of(config: Any, name: str) -> dict[str, Any]:
-    """The fields `SHAPE` of a model's identity, by their names, from its transformers configuration.
-
-    Raises ModelError for a model without the usual shape.
-    """
-    config = config.get_text_config()
-    try:
-        heads, hidden = int(config.num_attention_heads), int(config.hidden_size)
-        _check_alike(config, name)
-        windows, states = _windows(config), _states(config)
-    except AttributeError as error:
-        raise ModelError(f"{name} is a {config.model_type} model, expected a decoder of attention layers") from error
-    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
-    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-    fields = (str(config.model_type), len(windows), heads, kv_heads, head_dim, hidden, windows, states)
-    return dict(zip(SHAPE, fields, strict=True))
 
 
 def check_identity(expected: ModelIdentity, found: ModelIdentity) -> None:
@@ -118,53 +88,6 @@ def same_numbers(was: NDArray[np.float32], now: NDArray[np.float32], was_dtype: 
     relative = ROUNDING[was_dtype] + ROUNDING[now_dtype]
     allowed = relative * np.maximum(np.abs(was_exact), np.abs(now_exact)) + SMALLEST_STEP
     return bool(np.all(np.abs(was_exact - now_exact) <= allowed))
-
-
-def _windows(config: Any) -> tuple[int, ...]:
-    """The sliding window of each layer with keys and values, or the chunk of one of chunked attention, 0 for full
-    attention, read from the config as transformers' own caches read it."""
-    widths = {"full_attention": 0, "sliding_attention": int(getattr(config, "sliding_window", None) or 0)}
-    if config.model_type == "llama4_text":
-        widths[CHUNKED] = int(config.attention_chunk_size or 0)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention"] * config.num_hidden_layers
-    for kind in kinds:
-        if kind not in widths and kind != LINEAR:
-            raise ModelError(
-                f"the model has a layer of type {kind}, expected full_attention, sliding_attention or {LINEAR}"
-            )
-    return tuple(widths[kind] for kind in kinds if kind != LINEAR)
-
-
-def _states(config: Any) -> tuple[int, int]:
-    """Elements of one sequence's states in layers of linear attention: of convolutions, in the cache dtype, and of the
-    gated delta rule (arXiv 2412.06464), in float32."""
-    count = (getattr(config, "layer_types", None) or []).count(LINEAR)
-    if not count:
-        return 0, 0
-    keys = config.linear_num_key_heads * config.linear_key_head_dim
-    values = config.linear_num_value_heads * config.linear_value_head_dim
-    return (
-        count * (2 * keys + values) * config.linear_conv_kernel_dim,
-        count * values * config.linear_key_head_dim,
-    )
-
-
-def _check_alike(config: Any, name: str) -> None:
-    """Refuse what one size of heads for all layers, and keys and values for each, cannot describe: Gemma-4, Gemma-3n.
-
-    Raises ModelError."""
-    own = getattr(config, "per_layer_config", None) or ()
-    layers = range(config.num_hidden_layers if own else 0)
-    sizes = sorted({int(getattr(own[i], "head_dim", None) or 0) for i in layers})
-    if len(sizes) > 1:
-        found = f"layers with heads of different sizes ({' and '.join(map(str, sizes))})"
-    elif getattr(config, "num_kv_shared_layers", None):
-        found = "layers that share keys and values"
-    else:
-        return
-    raise ModelError(f"{name} is a {config.model_type} model, which has {found}, and a plan by head has one for all")
 
 
 def _dtype_name(tensor: Any) -> str:

@@ -10,16 +10,25 @@ import torch
 from torch import nn
 from transformers.masking_utils import AttentionMaskInterface
 
-from kvcompile.artifacts import Artifact, CacheError, ModelError, Scorer, check_identity, fetch, identify
+from kvcompile.artifacts import (
+    Artifact,
+    CacheError,
+    ModelError,
+    Scorer,
+    check_identity,
+    fetch,
+    heads_of,
+    identify,
+)
 from kvcompile.artifacts.schema import chunk_of
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import exact_attention, own_attention, softmax_of
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.layer import RaggedLayer
-from kvcompile.runtime.layouts import layer_layouts
+from kvcompile.runtime.layouts import layer_layouts, window_layout
 from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
-from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of
+from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of, planned, windowed
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.tensor_parallel import TensorParallel
 from kvcompile.runtime.transforms import layer_transform
@@ -130,6 +139,7 @@ class Attachment:
                 f"cannot reorder the heads of a {architecture!r} model, expected one of {', '.join(ARCHITECTURES)}"
             )
         self._attention = attention_modules(model)
+        self._windowed = [layer.self_attn for layer in decoder_of(model).layers if windowed(layer)]
         if any(hasattr(module, BINDING) for module in self._attention):
             raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
         check_identity(artifact.model, identify(model, artifact.model.name))
@@ -151,7 +161,8 @@ class Attachment:
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
         self._permute(undo=False)
-        for module, scorer in zip(self._attention, self.scorers, strict=True):
+        bound = [*zip(self._attention, self.scorers, strict=True), *((module, None) for module in self._windowed)]
+        for module, scorer in bound:
             setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
         model.set_attn_implementation(IMPLEMENTATION)
 
@@ -175,9 +186,7 @@ class Attachment:
             for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
         )
         layers = [
-            next(ragged)
-            if hasattr(layer, "self_attn")
-            else LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch_size)
+            next(ragged) if planned(layer) else self._left_alone(layer, dtype, batch_size)
             for layer in decoder_of(self.model).layers
         ]
         return RaggedCache(layers, self._id)
@@ -186,7 +195,7 @@ class Attachment:
         """Give the model back as it was, bit for bit; its ragged caches cannot be used any more. Safe to repeat."""
         if not hasattr(self._attention[0], BINDING):
             return
-        for module in self._attention:
+        for module in (*self._attention, *self._windowed):
             for hook in getattr(module, BINDING).hooks:
                 hook.remove()
             delattr(module, BINDING)
@@ -199,6 +208,15 @@ class Attachment:
 
     def __exit__(self, *exception: object) -> None:
         self.detach()
+
+    def _left_alone(self, layer: Any, dtype: torch.dtype, batch: int) -> RaggedLayer | LinearLayer:
+        """What a cache has of a layer that a plan is not for."""
+        if not windowed(layer):
+            return LinearLayer(layer.linear_attn, dtype, layer.linear_attn.out_proj.weight.device, batch)
+        module = layer.self_attn
+        num_kv_heads, head_dim = heads_of(module.config, module.layer_idx)
+        layout = window_layout(num_kv_heads, module.config.sliding_window, self.artifact.target.dtype)
+        return RaggedLayer(layout, head_dim, dtype, module.o_proj.weight.device, batch)
 
     def _scorers(self, own: list[list[int]]) -> list[LayerScorer | None]:
         """By layer, for the heads that are here; None where none of them has the policy `scored`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcompile.artifacts import POLICIES, Artifact
+from kvcompile.artifacts import DTYPE_BITS, POLICIES, Artifact
 from kvcompile.kernels import HeadSpec, LayerLayout
 
 SIZES = ("capacity", "sink", "recent", "k_bits", "v_bits")
@@ -25,3 +25,10 @@ def layer_layout(artifact: Artifact, layer: int, order: Sequence[int]) -> LayerL
         HeadSpec(POLICIES[budgets.policy[layer, h]], **{name: row[h] for name, row in tables.items()}) for h in order
     ]
     return LayerLayout.from_heads(heads, window if window < artifact.target.context else 0)
+
+
+def window_layout(num_kv_heads: int, window: int, dtype: str) -> LayerLayout:
+    """Of a layer that a plan leaves alone: every head keeps the last `window` tokens in the cache dtype."""
+    bits = DTYPE_BITS[dtype]
+    head = HeadSpec("recent", capacity=window, sink=0, recent=window, k_bits=bits, v_bits=bits)
+    return LayerLayout.from_heads([head] * num_kv_heads, window)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kvcompile.artifacts import is_planned
+
 
 def decoder_of(model: Any) -> Any:
     """The module that has the decoder layers, the last norm and the rotary embedding."""
@@ -13,8 +15,19 @@ def decoder_of(model: Any) -> Any:
 
 
 def attention_modules(model: Any) -> list[Any]:
-    """The attention modules of the decoder layers that have keys and values, first to last."""
-    return [layer.self_attn for layer in decoder_of(model).layers if hasattr(layer, "self_attn")]
+    """The attention modules of the decoder layers that a plan is for, first to last."""
+    return [layer.self_attn for layer in decoder_of(model).layers if planned(layer)]
+
+
+def planned(layer: Any) -> bool:
+    """Whether a plan has rows for the heads of a decoder layer (`kvcompile.artifacts.is_planned`)."""
+    module = getattr(layer, "self_attn", None)
+    return module is not None and is_planned(module.config, module.layer_idx)
+
+
+def windowed(layer: Any) -> bool:
+    """Whether a decoder layer has a sliding window of keys and values that a plan leaves alone."""
+    return hasattr(layer, "self_attn") and not planned(layer)
 
 
 def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -136,7 +136,7 @@ def _in_chunks(model: Any, cache: RaggedCache, pad: torch.Tensor | None, chunk: 
 def _chunked(
     forward: Callable[..., Any], stored: RaggedLayer | LinearLayer, pad: torch.Tensor | None, chunk: int, last: bool
 ) -> Callable[..., torch.Tensor]:
-    def read(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    def read(hidden_states: torch.Tensor, *given: Any, **arguments: Any) -> torch.Tensor:
         batch, columns, _ = hidden_states.shape
         reading = nullcontext() if isinstance(stored, LinearLayer) else stored.reading(batch, columns, pad)
         with reading:
@@ -145,7 +145,7 @@ def _chunked(
                 part = _part(arguments, now)
                 if isinstance(stored, LinearLayer) and pad is not None:
                     part["attention_mask"] = torch.arange(columns, device=pad.device)[now] >= pad[:, None]
-                out = forward(hidden_states[:, now], **part)
+                out = forward(hidden_states[:, now], *given, **part)
                 hidden_states[:, now] = out[0] if isinstance(out, tuple) else out
         return hidden_states[:, -1:] if last else hidden_states
 

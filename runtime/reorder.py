@@ -56,6 +56,15 @@ def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) ->
     yield attention.get_submodule("o_proj").weight, 1, q
 
 
+def shared_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
+    """As `split_projections`, where values may come from the same product as keys, without `v_proj`."""
+    for name, index in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
+        projection = getattr(attention, name)
+        if projection is not None:
+            yield from _rows(projection, index)
+    yield attention.get_submodule("o_proj").weight, 1, q
+
+
 def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
     yield projection.weight, 0, index
     if projection.bias is not None:
@@ -65,6 +74,7 @@ def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
 ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
     "gemma2": split_projections,
     "gemma3_text": split_projections,
+    "gemma4_text": shared_projections,
     "gpt_oss": projections_with_sinks,
     "granite": split_projections,
     "llama": split_projections,

@@ -16,7 +16,6 @@ from transformers import AttentionInterface
 from kvcompile.kernels import Softmax, prompt_attention
 from kvcompile.kernels import softmax as softmaxes
 from kvcompile.profile.structure import attention_layers
-from kvcompile.runtime.parts import attention_modules
 
 BLOCK = 128
 """Queries handled at once wherever attention probabilities or masks are materialised."""
@@ -75,9 +74,9 @@ def attending(model: Any, handler: Handler) -> Iterator[None]:
 def attended(model: Any) -> Iterator[None]:
     """Have the layers of `model` ask whichever handler there is (`handling`) for their attention."""
     previous = model.config._attn_implementation
-    modules = attention_modules(model)
-    token = _places.set({int(module.layer_idx): place for place, module in enumerate(modules)})
-    hooks = [layer.register_forward_pre_hook(_tell_positions, with_kwargs=True) for layer in attention_layers(model)]
+    own: list[Any] = attention_layers(model)
+    token = _places.set({int(layer.self_attn.layer_idx): place for place, layer in enumerate(own)})
+    hooks = [layer.register_forward_pre_hook(_tell_positions, with_kwargs=True) for layer in own]
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         yield

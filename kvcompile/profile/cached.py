@@ -16,7 +16,7 @@ from kvcompile.profile.measure import Profiled, measure
 from kvcompile.profile.resume import Sums, load, profile_key, save
 from kvcompile.profile.rotation import read_rotaries
 from kvcompile.profile.setting import Material
-from kvcompile.profile.structure import attention_layers, device_of, head_dim
+from kvcompile.profile.structure import device_of, head_dim, planned_layers
 from kvcompile.stages import DEFAULT_SINK, THOROUGH, Report, Rotary
 
 
@@ -59,7 +59,7 @@ def profile(
 def _rotaries(model: Any, contexts: tuple[int, ...], store: Path) -> list[Rotary]:
     """The model's rotary embedding in sequences of so many tokens; kept in `store`, as reading it anew would read all
     of the model."""
-    num_layers, size = len(attention_layers(model)), head_dim(model)
+    num_layers, size = len(planned_layers(model)), head_dim(model)
     found: dict[int, Rotary] = {}
     for length in contexts:
         fresh: Sums = {

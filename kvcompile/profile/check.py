@@ -27,6 +27,7 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens
 from kvcompile.profile.simulate import compared, cut_layer, kinds, rows_of
 from kvcompile.profile.structure import attends, head, layers, place_of
+from kvcompile.runtime.parts import planned
 from kvcompile.stages import Plan, Profile
 
 PRICES = (3e-5, 3e-2)
@@ -92,7 +93,9 @@ class Check:
         before = held.one(_state(number, layer) if layer else asked.at(0))
         part, arguments = layers(setting.model)[layer], setting.calls.at(asked.positions)[layer]
         attend: Handler = causal
-        if attends(part):
+        if attends(part) and not planned(part):
+            attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
+        elif planned(part):
             rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, layer))
             _, quantiser = self.fit.of_layer(sums, layer)
             cut = cut_layer(cache["key"], cache["value"], cache["score"], rows, quantiser, setting.window)

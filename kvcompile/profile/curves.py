@@ -27,8 +27,9 @@ from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
-from kvcompile.profile.structure import attends, attention_layers, head, heads, layers, place_of
+from kvcompile.profile.structure import attends, head, heads, layers, place_of, planned_layers
 from kvcompile.profile.utility import scores
+from kvcompile.runtime.parts import planned
 
 
 class Curves:
@@ -45,7 +46,7 @@ class Curves:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        each = (len(self.setting.families), len(attention_layers(self.setting.model)), num_kv_heads)
+        each = (len(self.setting.families), len(planned_layers(self.setting.model)), num_kv_heads)
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
@@ -83,8 +84,10 @@ class Curves:
                 held.put(before.at(layer + 1), hidden=states)
         left = tensors_of(context.states, part)
         if attends(part):
+            left = {"key": context.keys[0], "value": context.values[0]}
+        if planned(part):
             scorer, _ = self.fit.of_layer(sums, layer)
-            left = {"key": context.keys[0], "value": context.values[0], "score": scores(scorer, 0, context.hidden[0])}
+            left["score"] = scores(scorer, 0, context.hidden[0])
         held.put(reading.cache(layer), **left)
         attend = over_context(context, reading.packed)
         with after(model, part, reading.packed, left):
@@ -114,7 +117,7 @@ class Curves:
         found: list[Losses] = []
 
         def visit(call: Attention, upstream: Tensor) -> None:
-            if call.window is not None and call.window < len(context):
+            if not planned(part) or (call.window is not None and call.window < len(context)):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
             _, quantiser = self.fit.of_layer(sums, layer)
             entry = entries(cache["score"], budgets, sink)

@@ -25,9 +25,10 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.scores import watching
 from kvcompile.profile.setting import Setting, tokens_of
-from kvcompile.profile.structure import attends, attention_layers, head_dim, heads, layers, place_of
+from kvcompile.profile.structure import attends, head_dim, heads, layers, place_of, planned_layers
 from kvcompile.profile.utility import fit_scorer, normal_sums, utilities
 from kvcompile.quantiser import Positions
+from kvcompile.runtime.parts import planned
 from kvcompile.stages import KeyMoments, Moment
 
 KEY_MOMENTS = ("plain", "attended", "query")
@@ -59,7 +60,7 @@ class Fit:
 
     def fresh(self) -> Sums:
         model = self.setting.model
-        num_layers, (num_heads, num_kv_heads), size = len(attention_layers(model)), heads(model), head_dim(model)
+        num_layers, (num_heads, num_kv_heads), size = len(planned_layers(model)), heads(model), head_dim(model)
         each, inputs = (num_layers, num_kv_heads), model.config.get_text_config().hidden_size
         fitted: Sums = {
             "scorer.weight": np.zeros((*each, inputs), np.float16),
@@ -80,20 +81,21 @@ class Fit:
     def at(self, layer: int) -> Iterator[Item]:
         """The items of one layer: an episode each, then what the layer's sums give."""
         part = layers(self.setting.model)[layer]
-        step = self._read if attends(part) else self._pass
+        step = self._read if planned(part) else self._pass
         for number, reading in enumerate(self.readings):
             yield Item(partial(step, layer, number), part, tokens_of(reading.episode), number)
-        if attends(part):
+        if planned(part):
             yield Item(partial(self._fit, layer), part, owner=None)
 
     @torch.no_grad()
     def _pass(self, layer: int, number: int, sums: Sums, held: Held) -> None:
-        """Through a layer without keys and values."""
+        """Through a layer that a plan is not for."""
         model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
         part, before, asked = layers(model)[layer], reading.context, reading.asked
         states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        attend = over_context(context, reading.packed) if attends(part) else causal
         with after(model, part, reading.packed, tensors_of(context.states, part)):
-            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], causal)
+            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
         if layer < len(layers(model)) - 1:
             held.put(before.at(layer + 1), hidden=states)
             held.put(asked.at(layer + 1), hidden=later)

@@ -152,7 +152,7 @@ class _Passing(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["layer"], name)
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, *_: Any, **arguments: Any) -> Tensor:
         self.note(hidden, arguments)
         return hidden
 

@@ -17,6 +17,7 @@ from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
 from kvcompile.profile.layerwise import Calls, embedded, through
 from kvcompile.profile.structure import embedding, frozen, head, head_blocks, layers, logits, place_of
+from kvcompile.runtime.parts import planned
 
 
 def recent_handler(budgets: NDArray[np.int32], sink: int) -> Handler:
@@ -52,7 +53,7 @@ def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArra
         with resident(embedding(model)):
             states = [embedded(model, ids) for ids in windows]
         for layer, part in enumerate(in_turn(layers(model))):
-            attend = partial(_at, handler, place_of(model, layer))
+            attend = partial(_at, handler, place_of(model, layer)) if planned(part) else causal
             states = [through(part, one, calls.at(np.arange(one.shape[1]))[layer], attend) for one in states]
         with resident(head(model)):
             for ids, one in zip(windows, states, strict=True):

@@ -18,7 +18,8 @@ from kvcompile.profile.lanes import Lane
 from kvcompile.profile.layerwise import through
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Probe, Setting
-from kvcompile.profile.structure import attention_layers, head, heads, layers, logits, place_of
+from kvcompile.profile.structure import head, heads, layers, logits, place_of, planned_layers
+from kvcompile.runtime.parts import planned
 
 TOP = 10
 """Positions of highest attention that count as what a head retrieves."""
@@ -34,7 +35,7 @@ class Probes:
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
-        table = (len(self.probes), len(attention_layers(self.setting.model)), num_kv_heads)
+        table = (len(self.probes), len(planned_layers(self.setting.model)), num_kv_heads)
         return {"answered": np.zeros(len(self.probes), np.bool_), "infsc": np.zeros(table)}
 
     def at(self, layer: int) -> Iterator[Item]:
@@ -50,13 +51,14 @@ class Probes:
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         model, lane, probe = self.setting.model, self.lanes[number], self.probes[number]
         before = held.one(lane.at(layer))
-        found: list[NDArray[np.float64]] = []
+        part, found = layers(model)[layer], list[NDArray[np.float64]]()
 
         def attend(call: Attention) -> Tensor:
-            found.append(layer_score(call, probe))
+            if planned(part):
+                found.append(layer_score(call, probe))
             return causal(call)
 
-        after = through(layers(model)[layer], before, self.setting.calls.at(lane.positions)[layer], attend)
+        after = through(part, before, self.setting.calls.at(lane.positions)[layer], attend)
         held.put(lane.at(layer + 1), hidden=after)
         held.drop(lane.at(layer))
         return [("infsc", (number, place_of(model, layer)), one) for one in found]

@@ -16,7 +16,8 @@ from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, attended
 from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
 from kvcompile.profile.linear import switched_off
-from kvcompile.profile.structure import attends, embedding, frozen, layers
+from kvcompile.profile.structure import embedding, frozen, layers
+from kvcompile.runtime.parts import planned
 from kvcompile.stages import Rotary
 
 Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -129,7 +130,7 @@ def _go_through(number: int, layer: nn.Module, one: _Sequence) -> None:
 
     with switched_off([layer]):
         one.hidden = through(layer, one.hidden, one.arguments[number], attend)
-    if not attends(layer):
+    if not planned(layer):
         return
     (key,) = keys
     layouts = list(_layouts(one.tables[number], key.shape[-1]))

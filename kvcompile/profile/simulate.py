@@ -23,9 +23,10 @@ from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift, matrices, quantised
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, attends, embedding, frozen, head, head_blocks, layers, logits, place_of
+from kvcompile.profile.structure import Tick, embedding, frozen, head, head_blocks, layers, logits, place_of
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
+from kvcompile.runtime.parts import planned
 from kvcompile.stages import Parts, Plan, Problem
 
 ROWS = 64
@@ -210,7 +211,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                 later = calls.at(run.packed.positions)[layer]
                 whole = over_context(left, run.packed)
                 attend = whole
-                if attends(part):
+                if planned(part):
                     score = None
                     if parts.scorer is not None:
                         score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kvcompile.runtime.parts import decoder_of
+from kvcompile.artifacts import planned_heads
+from kvcompile.runtime.parts import decoder_of, planned
 
 LOGITS_AT_ONCE = 1 << 24
 """Elements of the logits that are computed at once, whatever the vocabulary. With a quarter of them, products with the
@@ -38,8 +39,13 @@ def layers(model: Any) -> list[nn.Module]:
 
 
 def attention_layers(model: Any) -> list[nn.Module]:
-    """Those that have keys and values: a profile numbers these."""
+    """Those that have keys and values."""
     return [layer for layer in layers(model) if attends(layer)]
+
+
+def planned_layers(model: Any) -> list[nn.Module]:
+    """Those that a plan is for: a profile numbers these."""
+    return [layer for layer in layers(model) if planned(layer)]
 
 
 def attends(layer: nn.Module) -> bool:
@@ -48,8 +54,8 @@ def attends(layer: nn.Module) -> bool:
 
 
 def place_of(model: Any, layer: int) -> int:
-    """The number that a profile gives to a layer: how many layers of attention are before it."""
-    return sum(map(attends, layers(model)[:layer]))
+    """The number that a profile gives to a layer: how many that a plan is for are before it."""
+    return sum(map(planned, layers(model)[:layer]))
 
 
 def embedding(model: Any) -> nn.Module:
@@ -71,15 +77,13 @@ def device_of(model: Any) -> torch.device:
 
 
 def heads(model: Any) -> tuple[int, int]:
-    """Numbers of query heads and of KV heads in every layer."""
-    config = model.config.get_text_config()
-    return config.num_attention_heads, config.num_key_value_heads
+    """Numbers of query heads and of KV heads in every layer that a plan is for."""
+    return model.config.get_text_config().num_attention_heads, planned_heads(model.config)[0]
 
 
 def head_dim(model: Any) -> int:
-    """Components of a head's queries, keys and values."""
-    config = model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Components of a head's queries, keys and values in such a layer."""
+    return planned_heads(model.config)[1]
 
 
 def head_blocks(model: Any, length: int) -> Iterator[slice]:

@@ -213,8 +213,18 @@ def test_weights_that_are_not_finite(models, value):
     [
         (
             "gemma4_text",
-            {"num_hidden_layers": 6},
-            r"gemma4_text model, which has layers with heads of different sizes \(8",
+            {"num_hidden_layers": 6, "hidden_size_per_layer_input": 8},
+            "gemma4_text model, which has embeddings of the tokens for every layer",
+        ),
+        (
+            "gemma4_text",
+            {
+                "num_hidden_layers": 3,
+                "hidden_size_per_layer_input": 0,
+                "layer_types": ["full_attention"] * 3,
+                "per_layer_config": {1: {"head_dim": 16}},
+            },
+            r"gemma4_text model, which has layers of full attention with different heads \(\d of 8 and \d of 16\)",
         ),
         (
             "gemma3n_text",

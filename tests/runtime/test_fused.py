@@ -16,7 +16,7 @@ from kvcompile.runtime import attach
 from kvcompile.runtime.fused import FusedStep, fusable
 
 OTHERS = (
-    "gemma3", "llama4", "mixtral", "qwen3-moe", "granite", "gemma2", "gpt-oss", "olmo2", "olmo3", "qwen3-next",
+    "gemma3", "llama4", "mixtral", "qwen3-moe", "granite", "gemma2", "gemma4", "gpt-oss", "olmo2", "olmo3", "qwen3-next",
     "qwen3.5", "qwen3.5-moe",
 )  # fmt: skip
 KNOWN = [name for name in CONFIGS if name not in OTHERS]

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
@@ -94,6 +95,13 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "gemma2": Gemma2Config(
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim, layer_types=ALTERNATING,
             attn_logit_softcapping=0.8,
+        ),
+        "gemma4": Gemma4TextConfig(
+            **shape | {"num_key_value_heads": shape["num_attention_heads"]}, head_dim=8, global_head_dim=head_dim,
+            num_global_key_value_heads=shape["num_key_value_heads"], attention_k_eq_v=True, sliding_window=24,
+            layer_types=["full_attention", "sliding_attention", "full_attention"],
+            hidden_size_per_layer_input=0, final_logit_softcapping=4.0, enable_moe_block=True, num_experts=4,
+            top_k_experts=2, moe_intermediate_size=expert_size,
         ),
         "gpt-oss": GptOssConfig(
             **shape, head_dim=head_dim, sliding_window=24, layer_types=ALTERNATING, num_local_experts=4,

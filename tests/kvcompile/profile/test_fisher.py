@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompile.profile.attention import Attention, attended, attending, causal
 from kvcompile.profile.fisher import backward, draw, head_gradient
-from kvcompile.profile.structure import forward, frozen, logits, place_of
+from kvcompile.profile.structure import attends, forward, frozen, logits
 
 Tiny = Callable[..., Any]
 
@@ -47,8 +47,9 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
     with frozen(model):
         trace = trace_of(model, ids)
         slope = head_gradient(model, trace.final, (7,))[None]
+        places = [sum(map(attends, model.model.layers[:number])) for number in range(len(model.model.layers))]
         for number, part in reversed(list(enumerate(model.model.layers))):
-            visit = partial(lambda place, _, upstream: seen.update({place: upstream}), place_of(model, number))
+            visit = partial(lambda place, _, upstream: seen.update({place: upstream}), places[number])
             with attended(model):
                 slope = backward(part, trace.inputs[number], trace.arguments[number], slope, visit)
     predicted = seen[layer][head, place].norm()

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kvcompile.artifacts import heads_of
 from kvcompile.profile.attention import Attention, attending, causal
 from kvcompile.profile.retrieval import layer_score, retrieval, scaled
-from kvcompile.profile.structure import forward
+from kvcompile.profile.structure import attention_layers, forward
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Question:
     needles: tuple[tuple[int, int], ...]
 
 
-def scores(model: Any, question: Question) -> NDArray[np.float64]:
-    """The score of all layers, [L, H], from one forward pass."""
+def scores(model: Any, question: Question) -> list[NDArray[np.float64]]:
+    """The scores of all layers, [H] each, from one forward pass."""
     found = []
 
     def attend(call: Attention) -> Tensor:
@@ -32,7 +33,7 @@ def scores(model: Any, question: Question) -> NDArray[np.float64]:
 
     with attending(model, attend):
         forward(model, np.concatenate([question.prompt_ids, question.answer_ids[:-1]]))
-    return np.stack(found)
+    return found
 
 
 def test_retrieval_by_the_papers_formula() -> None:
@@ -60,16 +61,18 @@ def test_rows_are_those_that_predict_the_answer(tiny: Callable[..., Any], family
     question = Question(ids[:40], ids[40:], ((5, 9), (30, 33)))
     got = scores(model, question)
     monkeypatch.setattr("kvcompile.profile.retrieval.BLOCK", 4)
-    np.testing.assert_allclose(scores(model, question), got, atol=1e-6)
+    for again, before in zip(scores(model, question), got, strict=True):
+        np.testing.assert_allclose(again, before, atol=1e-6)
 
     model.set_attn_implementation("eager")
     with torch.no_grad():
         out = model(torch.as_tensor(ids[:-1])[None], output_attentions=True)
     needle = torch.zeros(45, dtype=torch.bool)
     needle[5:9] = needle[30:33] = True
-    rows = torch.stack([layer[0, :, 39:45] for layer in out.attentions])  # [L, Hq, 6, n]
-    expected = retrieval(rows.double(), needle).mean(-1).view(3, 2, 2).mean(-1)
-    np.testing.assert_allclose(got, expected.numpy(), atol=1e-5)
+    for layer, score, attention in zip(attention_layers(model), got, out.attentions, strict=True):
+        by_head = retrieval(attention[0, :, 39:45].double(), needle).mean(-1)
+        num_kv_heads, _ = heads_of(model.config, layer.self_attn.layer_idx)
+        np.testing.assert_allclose(score, by_head.view(num_kv_heads, -1).mean(-1).numpy(), atol=1e-5)
 
 
 def test_scaled_to_the_unit_interval() -> None:

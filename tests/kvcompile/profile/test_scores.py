@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kvcompile.artifacts import heads_of
 from kvcompile.profile.attention import attending, causal
 from kvcompile.profile.scores import baklava, watching
 from kvcompile.profile.structure import attention_layers, forward
@@ -29,7 +30,8 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
     decoder = [(i, layer) for i, layer in enumerate(model.model.layers) if hasattr(layer, "self_attn")]
     for _, layer in decoder:
         attention = layer.self_attn
-        projection = getattr(attention, "v_proj", None) or attention.qkv_proj
+        after_norm = getattr(attention, "v_norm", None)  # Gemma-4's, over every head by itself
+        projection = after_norm or getattr(attention, "v_proj", None) or attention.qkv_proj
         projection.register_forward_hook(lambda _, args, out: values.append(out[0].detach()))
         attention.o_proj.register_forward_pre_hook(lambda _, args: outputs.append(args[0][0].detach()))
         if family.startswith("qwen3_"):  # half of it are gates on the outputs
@@ -39,7 +41,9 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         result = model(torch.as_tensor(ids)[None], output_hidden_states=True)
     for index, (number, layer) in enumerate(decoder):
         head_dim = outputs[index].shape[-1] // 4
-        value = values[index][:, -2 * head_dim :].view(50, 2, head_dim).repeat_interleave(2, 1)
+        count, _ = heads_of(model.config, number)
+        own = values[index].reshape(50, -1)[:, -count * head_dim :]
+        value = own.view(50, count, head_dim).repeat_interleave(4 // count, 1)
         mixed = outputs[index].view(50, 4, head_dim)
         if gates and gates[index].shape[-1] == 8 * head_dim:
             mixed = mixed / gates[index].view(50, 4, 2 * head_dim)[..., head_dim:].sigmoid()
@@ -48,7 +52,7 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         with torch.no_grad():
             before = result.hidden_states[number][0]
             added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
-            if family in ("gemma2", "gemma3_text", "olmo2", "olmo3"):
+            if family in ("gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
         np.testing.assert_allclose(seen[index].residual, residual, atol=1e-5)
