@@ -40,6 +40,7 @@ from kvcompile.artifacts.schema import (
     resident_bytes,
     slot_bytes,
     state_bytes,
+    states_name,
     token_limits,
     vector_bytes,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "register_policy",
     "resident_bytes",
     "state_bytes",
+    "states_name",
     "slot_bytes",
     "to_bytes",
     "token_limits",

@@ -15,12 +15,22 @@ MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
-INNER = {"gpt_oss": 48, "llama4_text": 1220, "qwen3_5_moe_text": 72, "qwen3_5_text": 72, "qwen3_next": 72}
+INNER = {
+    "gemma4_text": 36,
+    "gpt_oss": 48,
+    "llama4_text": 1220,
+    "qwen3_5_moe_text": 72,
+    "qwen3_5_text": 72,
+    "qwen3_next": 72,
+}
 """Elements of the feed-forward block a token, over the hidden size, where the model's configuration is not known: of a
 family, or else 28, 4 x 7. Llama-4 sends every token through all of its experts, of which it has up to 128."""
 FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
 """Families whose attention weights torch has to form, as they are more than a softmax of logits: how many tensors of
 f32 there are of them at once, in prompts and in follow-ups."""
+LEFT_ALONE = {"gemma4_text": 2}
+"""Families with sliding layers that a plan leaves alone: how many times the bytes of a token's keys and values in the
+layers that it is for they have, at most, in the sizes that are published."""
 ROPE_BYTES = 12
 """Of a rotary table, an element, while it is made in float32."""
 NUMBERS = 32
@@ -46,14 +56,17 @@ def _linear_attention(config: Any) -> int:
 
 def _feed_forward(config: Any) -> int:
     width, hidden = int(config.intermediate_size), int(config.hidden_size)
-    experts = int(getattr(config, "num_experts_per_tok", None) or 0)
+    experts = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 0)
+    experts *= getattr(config, "enable_moe_block", True)
     if config.model_type == "llama4_text":  # every token goes to every expert, scaled by what the router says
         routed = int(config.num_local_experts) * (4 * width + 3 * hidden)
         return max(3 * int(config.intermediate_size_mlp), routed)
     if experts:  # every expert that a token goes to has its own input, gate, product and output
         width = int(getattr(config, "moe_intermediate_size", None) or width)
         gates = 10 if config.model_type == "gpt_oss" else 4  # clamped on the way, in tensors of their own
-        return experts * (gates * width + 2 * hidden)
+        # Gemma-4 has experts beside a dense block, whose output waits, and norms of either in float32.
+        beside = 6 * hidden if config.model_type == "gemma4_text" else 0
+        return experts * (gates * width + 2 * hidden) + beside
     return (4 if config.model_type == "phi3" else 3) * width  # gate and up as one matrix, or as two
 
 
@@ -94,7 +107,7 @@ def prefill_bytes(
     columns, rows = batch * tokens, batch * min(chunk, tokens)
     tables = (columns if padded or follow_up else tokens) * model.head_dim  # elements of a cosine or a sine
     kinds = 2 if 0 < sum(map(bool, model.windows)) < model.num_layers else 1  # of rotary embedding, at most
-    cached = 2 * columns * model.num_kv_heads * model.head_dim * size
+    cached = 2 * columns * model.num_kv_heads * model.head_dim * size * LEFT_ALONE.get(model.architecture, 1)
     kept = columns * model.hidden_size * size + kinds * 2 * tables * size + NUMBERS * columns
     inner = INNER.get(model.architecture, 28) * model.hidden_size if inner is None else inner
     projected = (model.hidden_size + (model.num_attention_heads + 2 * model.num_kv_heads) * model.head_dim) * size

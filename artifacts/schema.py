@@ -42,10 +42,9 @@ def register_policy(name: str, state_bytes: int) -> None:
 class ModelIdentity:
     """Which model an artifact is for.
 
-    `num_layers` counts the layers with keys and values, and `windows` has one entry for each: the width in tokens of
-    its sliding window, or of its chunks (`chunk_of`), 0 for full attention. `states` is what one sequence takes in
-    layers of linear attention, which have neither budgets nor a number here: elements in the cache dtype, and elements
-    in float32.
+    `num_layers` counts the layers that a plan is for (`is_planned`), and `windows` has one entry for each: the width in
+    tokens of its sliding window, or of its chunks (`chunk_of`), 0 for full attention. `states` is what one sequence
+    takes in the others, which have neither budgets nor a number here: elements in the cache dtype, and in float32.
     `fingerprint` is 32 hex digits over the names and shapes of all tensors, then 32 over a sample of each; `samples`
     (f32, flat) are those numbers, so that the same weights in another dtype are still recognised.
     """
@@ -226,8 +225,13 @@ def chunk_of(model: ModelIdentity) -> int | None:
 
 
 def state_bytes(model: ModelIdentity, dtype: str) -> int:
-    """Bytes of one sequence's states in layers of linear attention, which every cache of this dtype has."""
+    """Bytes of one sequence in layers that a plan is not for, which every cache of this dtype has."""
     return model.states[0] * DTYPE_BITS[dtype] // 8 + model.states[1] * 4
+
+
+def states_name(model: ModelIdentity) -> str:
+    """What `states` counts in a model that has any: those of linear attention have a part in float32."""
+    return "states of linear attention" if model.states[1] else "windows of layers that a plan leaves alone"
 
 
 def full_bytes(model: ModelIdentity, context: int, dtype: str) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcompile.artifacts import Artifact, ModelError
+from kvcompile.artifacts import Artifact, ModelError, states_name
 from kvcompile.runtime.parts import attention_modules
 
 STYLES = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "o_proj": "rowwise"}
@@ -83,7 +83,7 @@ def check_ranks(artifact: Artifact, ranks: int) -> None:
         return
     if any(artifact.model.states):
         raise ModelError(
-            f"every rank would hold all states of the linear attention of a {artifact.model.architecture!r} model: "
+            f"every rank would hold all {states_name(artifact.model)} of a {artifact.model.architecture!r} model: "
             "load it without tensor parallelism, over several devices with device_map"
         )
     if heads % ranks:

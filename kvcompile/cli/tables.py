@@ -9,7 +9,15 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from kvcompile.artifacts import POLICIES, PREFILL_CHUNK, Artifact, prefill_bytes, state_bytes, token_limits
+from kvcompile.artifacts import (
+    POLICIES,
+    PREFILL_CHUNK,
+    Artifact,
+    prefill_bytes,
+    state_bytes,
+    states_name,
+    token_limits,
+)
 from kvcompile.cli.output import human
 from kvcompile.kernels.codecs import label
 from kvcompile.report.summary import quantised_positions
@@ -104,7 +112,7 @@ def account(plan: Artifact) -> Table:
     table.add_row("target", human(target.bytes))
     table.add_row("resident", f"{human(size.resident)}, {size.resident / size.full:.1%} of the full cache")
     if states := state_bytes(model, target.dtype):
-        table.add_row("linear attention", f"{human(states)} of states a sequence, in layers beside these, all counted")
+        table.add_row("beside these", f"{human(states)} a sequence of {states_name(model)}, all counted")
     table.add_row("scorer", f"{human(size.scorer)} of scorer and quantiser, loaded once")
     positions = quantised_positions(plan)
     if positions is not None:

@@ -16,7 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import DTYPE_BITS, Artifact, TargetError, full_bytes, slot_bytes, state_bytes, token_limits
+from kvcompile.artifacts import (
+    DTYPE_BITS,
+    Artifact,
+    TargetError,
+    full_bytes,
+    slot_bytes,
+    state_bytes,
+    states_name,
+    token_limits,
+)
 from kvcompile.calibration import FollowUp
 from kvcompile.evaluation.repeating import repeats
 from kvcompile.problem import parse_memory, resolve_target
@@ -95,7 +104,8 @@ def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:
     """KVzip at a budget for the artifact's model.
 
     Raises:
-        TargetError: a budget that does not hold the sinks and the windows of sliding layers.
+        TargetError: a budget that does not hold the sinks and the windows of sliding layers, or a model with windows
+            that a plan leaves alone.
     """
     model, dtype = artifact.model, artifact.target.dtype
     target = resolve_target(model, parse_memory(budget), context, 1, "auto", dtype)
@@ -103,6 +113,8 @@ def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:
     limits = token_limits(model.windows, context)
     sliding = tuple(limit < context for limit in limits)
     states = state_bytes(model, dtype)  # of linear attention, which are kept whatever the budget
+    if states and not model.states[1]:
+        raise TargetError(f"{method} does not know the {states_name(model)} of a {model.architecture!r} model")
     full = (full_bytes(model, context, dtype) - states) // pair
     fixed = sum(limit for limit in limits if limit < context) * model.num_kv_heads
     pairs = min((target.bytes - states) // pair, full) - fixed

@@ -61,7 +61,8 @@ class KvcompilePress(BasePress):
         self._plan = self.artifact if isinstance(self.artifact, Artifact) else fetch(self.artifact)
         if any(self._plan.model.states):
             raise CacheError(
-                f"a press cannot number the layers of {self._plan.model.architecture} models, as some have no keys"
+                f"a press cannot number the layers of {self._plan.model.architecture} models, as a plan is not for all "
+                "of them"
             )
         if chunk_of(self._plan.model) is not None:
             raise CacheError("a press cannot end sequences with the model's first chunk: use kvcompile.runtime.attach")

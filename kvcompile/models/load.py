@@ -28,6 +28,16 @@ from kvcompile.models.room import fits, weight_bytes
 from kvcompile.models.streamed import lacking, stream
 from kvcompile.stages import PROFILE_TOKENS
 
+SEEING = ("gemma3", "gemma4")
+"""Families of which checkpoints that see too are loaded as decoders of text, under a `model_type` with `_text`."""
+
+DECODER = {
+    r"^language_model\.model\.": "model.",
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+"""How their tensors' names begin, as they were and are published, and in the decoder alone."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -125,7 +135,7 @@ def _load_gguf(file: Path, name: str, wanted: _Wanted) -> Loaded:
 
 def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = _text_alone(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         _check(config, name)
         if wanted.memory is not None and not _fits(folder, config, name, wanted):
             if _unpacked(config):
@@ -133,7 +143,7 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
                     f"{name} has weights packed in MXFP4, which cannot be unpacked part by part: expected "
                     "--profile-memory in which all of the model fits"
                 )
-            model = stream(folder, config, name, wanted.dtype, wanted.device)
+            model = stream(folder, config, name, wanted.dtype, wanted.device, _renamed(config))
             return Loaded(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False), name)
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -143,6 +153,7 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            key_mapping=_renamed(config),
             **_unpacked(config),
             **wanted.spread,
         )
@@ -158,6 +169,21 @@ def _load_folder(folder: Path, name: str, wanted: _Wanted) -> Loaded:
     if missing := sorted(report["missing_keys"]):
         raise ModelError(lacking(name, missing))
     return Loaded(model, tokenizer, name)
+
+
+def _text_alone(config: Any) -> Any:
+    """The configuration of the decoder of text in a checkpoint that sees too, where transformers would not take the
+    decoder alone of its own accord and this is known to be all that text goes through."""
+    if config.model_type not in SEEING:
+        return config
+    text = config.get_text_config()
+    text.dtype = text.dtype or config.dtype
+    return text
+
+
+def _renamed(config: Any) -> dict[str, str] | None:
+    """What the names of tensors begin with in a checkpoint that sees too, and in its decoder of text alone."""
+    return DECODER if f"{config.model_type}".removesuffix("_text") in SEEING else None
 
 
 def _fits(folder: Path, config: Any, name: str, wanted: _Wanted) -> bool:

@@ -39,13 +39,18 @@ from kvcompile.runtime.parts import decoder_of
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
 """Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
 
+Renamed = dict[str, str] | None
+
 _samplers: WeakKeyDictionary[nn.Module, Sampler] = WeakKeyDictionary()
 
 
-def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+def stream(
+    folder: Path, config: Any, name: str, dtype: torch.dtype | None, device: torch.device, renamed: Renamed = None
+) -> Any:
     """The causal LM of a folder, of which no more than norms and the like is in memory.
 
-    `dtype` defaults to the checkpoint's own. Raises ModelError for a checkpoint that cannot be read or lacks a tensor.
+    `dtype` defaults to the checkpoint's own; `renamed` are patterns of tensors' names, and what is to replace them.
+    Raises ModelError for a checkpoint that cannot be read or lacks a tensor.
     """
     give_back()
     checkpoint = Checkpoint(folder, name)
@@ -58,7 +63,7 @@ def stream(folder: Path, config: Any, name: str, dtype: torch.dtype | None, devi
             trust_remote_code=False,
         )
     model.eval().requires_grad_(False)
-    loader = _Loader(model, checkpoint, device)
+    loader = _Loader(model, checkpoint, device, renamed)
     _make_buffers(model, device)
     parts = [model.get_input_embeddings(), *decoder_of(model).layers, model.get_output_embeddings()]
     for part in parts:
@@ -100,9 +105,9 @@ def _slots(modules: Iterable[nn.Module]) -> list[_Slot]:
 class _Loader:
     """Puts tensors of a checkpoint into a model, under transformers' names and joined as transformers joins them."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, renamed: Renamed) -> None:
         self.model, self.checkpoint, self.device = model, checkpoint, device
-        self.mapping = get_model_conversion_mapping(model)
+        self.mapping = get_model_conversion_mapping(model, renamed)
         # Parameters without numbers, by what they are: tied ones have several names.
         self.empty = dict(model.named_parameters(remove_duplicate=False))
         self.slots = {key: _Slot(*_place(model, key)) for key in self.empty}

@@ -16,6 +16,7 @@ from kvcompile.artifacts import (
     chunk_of,
     full_bytes,
     state_bytes,
+    states_name,
 )
 from kvcompile.kernels.codecs import codec_of, names
 from kvcompile.problem.memory import Memory, parse_memory
@@ -103,10 +104,10 @@ def check(
     states = state_bytes(identity, target.dtype)
     least = target.batch * (least_bytes(problem) + states)
     if target.bytes < least:
-        linear = ", and the states of linear attention" if states else ""
+        beside = f", and the {states_name(identity)}" if states else ""
         raise TargetError(
             f"a target of {memory.text} ({target.bytes} bytes) is below the {least} bytes that the sinks and one "
-            f"recent token of every head, and the windows of sliding layers{linear}, take together: ask for more memory"
+            f"recent token of every head, and the windows of sliding layers{beside}, take together: ask for more memory"
         )
     return target
 

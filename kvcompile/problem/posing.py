@@ -78,7 +78,7 @@ def pose(
         dtype_bits=own,
         key_bits=k_bits,
         value_bits=v_bits,
-        # What is left for keys and values: the states of linear attention are there whatever the plan.
+        # What is left for keys and values: what other layers have is there whatever the plan.
         target=target.bytes // target.batch - state_bytes(model, target.dtype),
         context=target.context,
         key_growth=growth,

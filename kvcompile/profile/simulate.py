@@ -32,7 +32,6 @@ from kvcompile.stages import Parts, Plan, Problem
 ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""
 
-
 Rows = list[tuple[str, Tensor]]
 """By follow-up: its kind, and the packed rows at which distributions are compared."""
 
@@ -209,8 +208,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                 places = calls.at(np.arange(run.context.shape[1]))[layer]
                 run.context, left = read_layer(model, part, run.context, places)
                 later = calls.at(run.packed.positions)[layer]
-                whole = over_context(left, run.packed)
-                attend = whole
+                attend = whole = over_context(left, run.packed)
                 if planned(part):
                     score = None
                     if parts.scorer is not None:

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcompile.artifacts import ModelError, check_identity, chunk_of, identify
-from kvcompile.artifacts.identity import shape_of
+from kvcompile.artifacts.shapes import shape_of
 
 SIZES = {
     "hidden_size": 32,

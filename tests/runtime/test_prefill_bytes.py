@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
+    Gemma4TextConfig,
     GptOssConfig,
     Llama4TextConfig,
     LlamaConfig,
@@ -40,6 +41,17 @@ LARGER = {
     "gemma2": Gemma2Config(
         **WIDE, head_dim=16, sliding_window=64, query_pre_attn_scalar=16,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "gemma4": Gemma4TextConfig(
+        **WIDE | {"num_key_value_heads": 8}, head_dim=16, global_head_dim=32, num_global_key_value_heads=2,
+        attention_k_eq_v=True, sliding_window=64, hidden_size_per_layer_input=0,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+    "gemma4-moe": Gemma4TextConfig(
+        **WIDE | {"num_key_value_heads": 8}, head_dim=16, global_head_dim=32, num_global_key_value_heads=2,
+        attention_k_eq_v=True, sliding_window=64, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8,
+        top_k_experts=4, moe_intermediate_size=160,
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
     ),
     "gpt-oss": GptOssConfig(
         **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2,

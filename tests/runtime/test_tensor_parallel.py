@@ -126,7 +126,8 @@ def test_what_cannot_be_split_is_one_sentence(name: str, ranks: list[Any]) -> No
     ("family", "ranks", "sentence"),
     [
         ("llama", 2, "3 KV heads do not divide among 2 ranks of tensor parallelism: start as many"),
-        ("qwen3.5", 3, "every rank would hold all states of the linear attention of a 'qwen3_5_text' model"),
+        ("qwen3.5", 3, "every rank would hold all states of linear attention of a 'qwen3_5_text' model"),
+        ("gemma4", 3, "every rank would hold all windows of layers that a plan leaves alone of a 'gemma4_text' model"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(family: str, ranks: int, sentence: str) -> None:

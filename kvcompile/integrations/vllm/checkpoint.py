@@ -17,9 +17,9 @@ from kvcompile.artifacts.identity import (
     remedy,
     same_numbers,
     sample_places,
-    shape_of,
     structure_of,
 )
+from kvcompile.artifacts.shapes import shape_of
 from kvcompile.integrations.vllm.samples import samples
 from kvcompile.integrations.vllm.structure import empty_model
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from kvcompile.artifacts import DTYPE_BITS, Artifact, ModelError
-from kvcompile.artifacts.identity import shape_of
+from kvcompile.artifacts.shapes import shape_of
 from kvcompile.integrations.vllm.structure import empty_model
 from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.reorder import ARCHITECTURES

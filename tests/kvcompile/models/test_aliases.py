@@ -20,6 +20,8 @@ from kvcompile.models.aliases import ALIASES, closest, hub_id
         "mistral-7b",
         "smollm2-135m",
         "gemma-2-9b",
+        "gemma-3-4b",
+        "gemma-4-31b",
         "gpt-oss-20b",
         "granite-3.3-8b",
         "olmo-2-7b",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_missing_weights_are_not_made_up(broken: Path) -> None:
         load(str(broken))
 
 
-@pytest.mark.parametrize("model_type", ["t5", "clip", "gemma3", "vit"])
+@pytest.mark.parametrize("model_type", ["t5", "clip", "gemma3n", "vit"])
 def test_other_kinds_of_models_are_refused(tmp_path: Path, model_type: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(ModelError, match=f"is a {model_type} model: expected a text-only decoder"):
@@ -148,11 +149,31 @@ LLAMA_SIGHT = {
     "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 128, "image_size": 28,
     "vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32,
 }  # fmt: skip
+GEMMA = {
+    "vocab_size": 5, "hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": None, "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+LARGE_GEMMA = GEMMA | {
+    "num_key_value_heads": 4, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True, "hidden_size_per_layer_input": 0, "pad_token_id": 0,
+}  # fmt: skip
+GEMMA_SIGHT = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14, "position_embedding_size": 64,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("memory", [None, 1], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
-    ("family", "text", "sight"), [("qwen3_5", QWEN, QWEN_SIGHT), ("llama4", LLAMA, LLAMA_SIGHT)], ids=["qwen", "llama"]
+    ("family", "text", "sight"),
+    [
+        ("qwen3_5", QWEN, QWEN_SIGHT),
+        ("llama4", LLAMA, LLAMA_SIGHT),
+        ("gemma3", GEMMA, GEMMA_SIGHT),
+        ("gemma4", LARGE_GEMMA, GEMMA_SIGHT),
+    ],
+    ids=["qwen", "llama", "gemma", "large-gemma"],
 )
 def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(
     tiny_model: Path, tmp_path: Path, family: str, text: dict, sight: dict, memory: int | None
@@ -168,6 +189,26 @@ def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, whole(ids).logits)
     assert not any("vis" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("memory", [None, 1], ids=["whole", "streamed"])
+def test_names_that_tensors_had_before(tiny_model: Path, tmp_path: Path, memory: int | None) -> None:
+    """Gemma-3's checkpoints have the decoder's under `language_model.model`."""
+    for file in tiny_model.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    config = AutoConfig.for_model("gemma3", text_config=GEMMA, vision_config=GEMMA_SIGHT)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
+    now = load(str(tmp_path), device="cpu").model
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any("language_model" in name for name in tensors)
+    before = {
+        re.sub(r"^(model\.)?language_model\.(model\.)?", "language_model.model.", name): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(before, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ids = torch.tensor([[3, 4, 3, 1]])
+    with torch.no_grad():
+        torch.testing.assert_close(load(str(tmp_path), device="cpu", memory=memory).model(ids).logits, now(ids).logits)
 
 
 def test_code_of_a_checkpoint_is_not_run(broken: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from tiny_models import CONFIGS, make_artifact, tiny_model
 from transformers import GPT2Config, PreTrainedModel
 
-from kvcompile.artifacts import Artifact, ModelError
+from kvcompile.artifacts import Artifact, ModelError, planned_heads
 from kvcompile.assemble.placement import place
 from kvcompile.integrations.vllm.placement import head_orders, placed
 from kvcompile.runtime.parts import attention_modules
@@ -34,12 +34,14 @@ def test_every_architecture_is_tested() -> None:
 def test_a_placed_model_computes_what_it_did(name: str) -> None:
     model = tiny_model(CONFIGS[name])
     plain = model(IDS).logits
-    heads, rng = CONFIGS[name].num_key_value_heads, np.random.default_rng(2)
+    (heads, _), rng = planned_heads(CONFIGS[name]), np.random.default_rng(2)
     orders = [rng.permutation(heads).tolist() for _ in attention_modules(model)]
     weights = model.state_dict()
     moved = dict(placed(weights.items(), orders, model.config))
     assert list(moved) == list(weights)
-    projections = {key for key in weights if "_proj." in key and "self_attn" in key and "o_proj.bias" not in key}
+    mine = [f"layers.{module.layer_idx}." for module in attention_modules(model)]
+    own = {key for key in weights if "self_attn" in key and any(layer in key for layer in mine)}
+    projections = {key for key in own if "_proj." in key and "o_proj.bias" not in key}
     if name.startswith("olmo"):  # one norm over all heads
         projections |= {key for key in weights if "self_attn" in key and "_norm." in key}
     projections |= {key for key in weights if key.endswith(".sinks")}
