@@ -17,7 +17,7 @@ from kvcompile.artifacts import Quantiser, Scorer, anchor_bytes, slot_bytes
 DEFAULT_SINK = 4
 """First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
 
-PROFILE_TOKENS = 1280
+PROFILE_TOKENS = 1216
 """Longest calibration context by default; a longer one is profiled at this length and its curves are stretched."""
 
 
@@ -31,7 +31,7 @@ class Effort:
     fit: int = 2
     measure: int = 2
     probes: int = 6
-    checks: int = 8
+    checks: int = 6
     gives_up: str = ""
 
     def at(self, tokens: int | None) -> Effort:

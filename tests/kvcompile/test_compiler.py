@@ -109,7 +109,7 @@ def test_the_artifact_says_where_it_comes_from(loaded, model_folder) -> None:
     assert len(artifact.calibration["sha256"]) == 64
     assert set(artifact.versions) >= {"kvcompile", "torch", "transformers", "scipy"}
     assert artifact.calibration["sources"] == ["code", "reference", "dialogue", "essay", "paper"]
-    assert len(artifact.calibration["checked_plans"]) == 8
+    assert len(artifact.calibration["checked_plans"]) == 6
     curves = artifact.profile["loss"]
     assert curves.shape == (6, 3, 2, 4, len(artifact.profile["tokens"]))
     assert (curves >= 0).all()
