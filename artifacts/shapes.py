@@ -62,14 +62,14 @@ def is_planned(config: Any, layer: int) -> bool:
     return heads_of(config, layer) == heads_of(config, kinds.index(FULL))
 
 
-def planned_layers(config: Any) -> list[bool]:
+def which_planned(config: Any) -> list[bool]:
     """By layer, whether a plan has rows for its heads."""
     return [is_planned(config, layer) for layer in range(len(kinds_of(config)))]
 
 
 def planned_heads(config: Any) -> tuple[int, int]:
     """KV heads of every layer that a plan has rows for, and elements of a head."""
-    planned = planned_layers(config)
+    planned = which_planned(config)
     return heads_of(config, planned.index(True) if any(planned) else 0)
 
 
@@ -83,13 +83,13 @@ def _windows(config: Any) -> tuple[int, ...]:
     for kind in kinds:
         if kind not in widths and kind != LINEAR:
             raise ModelError(f"the model has a layer of type {kind}, expected {FULL}, {SLIDING} or {LINEAR}")
-    return tuple(widths[kind] for kind, planned in zip(kinds, planned_layers(config), strict=True) if planned)
+    return tuple(widths[kind] for kind, planned in zip(kinds, which_planned(config), strict=True) if planned)
 
 
 def _states(config: Any) -> tuple[int, int]:
     """Elements that one sequence takes in layers that a plan is not for: in the cache dtype, states of convolutions and
     keys and values of sliding windows; and in float32, states of the gated delta rule (arXiv 2412.06464)."""
-    kinds, planned = kinds_of(config), planned_layers(config)
+    kinds, planned = kinds_of(config), which_planned(config)
     windows = [heads_of(config, i) for i, kind in enumerate(kinds) if kind == SLIDING and not planned[i]]
     if windows:
         return 2 * int(config.sliding_window) * sum(heads * size for heads, size in windows), 0
@@ -108,7 +108,7 @@ def _check_heads(config: Any, name: str) -> None:
     """Refuse what one number and one size of heads, with keys and values of their own, cannot describe.
 
     Raises ModelError."""
-    sizes = sorted({heads_of(config, layer) for layer, planned in enumerate(planned_layers(config)) if planned})
+    sizes = sorted({heads_of(config, layer) for layer, planned in enumerate(which_planned(config)) if planned})
     if getattr(config, "num_kv_shared_layers", None):
         found = "layers that share keys and values"
     elif getattr(config, "hidden_size_per_layer_input", None):

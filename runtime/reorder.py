@@ -15,9 +15,11 @@ Cut = tuple[torch.Tensor, int, torch.Tensor]
 
 
 def split_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
-    """`q_proj`, `k_proj`, `v_proj`, `o_proj`. Norms on queries and keys act on one head at a time and stay."""
+    """`q_proj`, `k_proj`, `v_proj` (None where values come from the keys' product), `o_proj`. Norms on queries and keys
+    act on one head at a time and stay."""
     for name, index in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-        yield from _rows(attention.get_submodule(name), index)
+        if (projection := getattr(attention, name)) is not None:
+            yield from _rows(projection, index)
     yield attention.get_submodule("o_proj").weight, 1, q
 
 
@@ -56,15 +58,6 @@ def fused_projection(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) ->
     yield attention.get_submodule("o_proj").weight, 1, q
 
 
-def shared_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
-    """As `split_projections`, where values may come from the same product as keys, without `v_proj`."""
-    for name, index in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-        projection = getattr(attention, name)
-        if projection is not None:
-            yield from _rows(projection, index)
-    yield attention.get_submodule("o_proj").weight, 1, q
-
-
 def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
     yield projection.weight, 0, index
     if projection.bias is not None:
@@ -74,7 +67,7 @@ def _rows(projection: nn.Module, index: torch.Tensor) -> Iterator[Cut]:
 ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Iterator[Cut]]] = {
     "gemma2": split_projections,
     "gemma3_text": split_projections,
-    "gemma4_text": shared_projections,
+    "gemma4_text": split_projections,
     "gpt_oss": projections_with_sinks,
     "granite": split_projections,
     "llama": split_projections,

@@ -183,7 +183,7 @@ def _text_alone(config: Any) -> Any:
 
 def _renamed(config: Any) -> dict[str, str] | None:
     """What the names of tensors begin with in a checkpoint that sees too, and in its decoder of text alone."""
-    return DECODER if f"{config.model_type}".removesuffix("_text") in SEEING else None
+    return DECODER if config.model_type.removesuffix("_text") in SEEING else None
 
 
 def _fits(folder: Path, config: Any, name: str, wanted: _Wanted) -> bool:

@@ -39,7 +39,7 @@ from kvcompile.runtime.parts import decoder_of
 Sampler = Callable[[str, list[int]], NDArray[np.float32]]
 """Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
 
-Renamed = dict[str, str] | None
+Renamed = dict[str, str] | None  # patterns of tensors' names, and what replaces them
 
 _samplers: WeakKeyDictionary[nn.Module, Sampler] = WeakKeyDictionary()
 
@@ -49,7 +49,7 @@ def stream(
 ) -> Any:
     """The causal LM of a folder, of which no more than norms and the like is in memory.
 
-    `dtype` defaults to the checkpoint's own; `renamed` are patterns of tensors' names, and what is to replace them.
+    `dtype` defaults to the checkpoint's own; `renamed` says how tensors' names in it differ from the model's.
     Raises ModelError for a checkpoint that cannot be read or lacks a tensor.
     """
     give_back()
