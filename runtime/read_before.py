@@ -31,6 +31,9 @@ class ReadPrompt:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
+    def __len__(self) -> int:
+        return self.keys[0].shape[2]
+
     def full_cache(self, model: Any) -> Cache:
         """Another cache of transformers that holds the prompt."""
         cache = DynamicCache(config=model.config)
@@ -77,17 +80,20 @@ def looks_at_queries(attachment: Attachment) -> bool:
 
 
 @torch.inference_mode()
-def filled(attachment: Attachment, prompt: ReadPrompt) -> RaggedCache:
-    """A new cache in which the policies have cut a prompt to the budget, as if the attached model had read it; of a
-    model in one process whose policies do not look at queries (`looks_at_queries`)."""
-    cache = attachment.new_cache()
-    own, read = (attachment.orders, attachment.scorers), (prompt.hidden, prompt.keys, prompt.values)
-    for layer, order, scorer, hidden, keys, values in zip(cache.ragged, *own, *read, strict=True):
-        keys, values = keys[:, order], values[:, order]
-        no_queries = keys.new_empty(1, keys.shape[1], 0, keys.shape[3])
-        score = None if scorer is None else scorer(hidden)
-        layer.store.prefill(no_queries, keys, values, None, 1.0, score)
-        layer.columns = hidden.shape[1]
+def filled(attachment: Attachment, *prompts: ReadPrompt) -> RaggedCache:
+    """A new cache, a sequence each, in which the policies have cut prompts to the budget as if the attached model had
+    read them; of a model in one process whose policies do not look at queries (`looks_at_queries`)."""
+    cache = attachment.new_cache(len(prompts))
+    for number, layer in enumerate(cache.ragged):
+        order, scorer = attachment.orders[number], attachment.scorers[number]
+        for sequence, prompt in enumerate(prompts):
+            hidden, keys, values = (part[number] for part in (prompt.hidden, prompt.keys, prompt.values))
+            keys, values = keys[:, order], values[:, order]
+            no_queries = keys.new_empty(1, keys.shape[1], 0, keys.shape[3])
+            score = None if scorer is None else scorer(hidden)
+            layer.store.one(sequence, 0).prefill(no_queries, keys, values, None, 1.0, score)
+        layer.store.count([len(prompt) for prompt in prompts])
+        layer.columns = max(map(len, prompts))
     return cache
 
 

@@ -49,13 +49,17 @@ SEED = 1_000_003
 )
 @click.option("--episodes", type=click.IntRange(1), default=5, show_default=True, help="Contexts to measure on.")
 @click.option("--questions", type=click.IntRange(1), default=20, show_default=True, help="Samples of each RULER task.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=1, show_default=True,
+    help="Samples of RULER that are answered side by side, which takes less time and more memory.",
+)  # fmt: skip
 @click.option("--model", metavar="NAME", help="Where to load the model from.  [default: as the artifact says]")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of passages and questions.")
 @click.option("--json", "json_out", metavar="FILE", help="Write everything measured as JSON.")
 @click.option("--plot", "plot_out", metavar="FILE", help="Draw quality over bytes (png, svg, pdf).")
 def command(
     artifact: str, data: str | None, tasks: str, mem: str, allocators: str, context: int | None, episodes: int,
-    questions: int, model: str | None, seed: int, json_out: str | None, plot_out: str | None,
+    questions: int, batch: int, model: str | None, seed: int, json_out: str | None, plot_out: str | None,
 ) -> None:  # fmt: skip
     """Measure a model's quality inside a budget, beside the full cache and other methods at equal bytes.
 
@@ -91,7 +95,7 @@ def command(
             table = tables.quality(summaries, title)
         else:
             count = {"questions": questions}
-            found, scores = _ruler(loaded, plans, asked, length, questions, seed, path)
+            found, scores = _ruler(loaded, plans, asked, length, questions, batch, seed, path)
             title = f"{plan.model.name}, RULER in {length} tokens, {questions} samples a task; {found['texts']}"
             table = tables.ruler(scores, title)
     if json_out is not None:
@@ -124,8 +128,8 @@ def _texts(
 
 
 def _ruler(
-    loaded: Any, plans: Sequence[Participant], tasks: dict[str, Task], length: int, count: int, seed: int,
-    path: Path | None,
+    loaded: Any, plans: Sequence[Participant], tasks: dict[str, Task], length: int, count: int, batch: int,
+    seed: int, path: Path | None,
 ) -> tuple[dict[str, Any], list[Scores]]:  # fmt: skip
     """RULER's tasks: what goes into the JSON, and a line a plan."""
     from kvcompile.evaluation.ruler import answer, draw_samples, essay_documents, summarise_scores
@@ -133,7 +137,7 @@ def _ruler(
     samples = draw_samples(loaded.tokenizer, tasks, length, count, seed, essay_documents(path))
     with progress.stages() as report:
         answers = answer(
-            loaded.model, loaded.tokenizer, samples, plans, lambda done, total: report("answering", done, total)
+            loaded.model, loaded.tokenizer, samples, plans, lambda done, total: report("answering", done, total), batch
         )
     scores = summarise_scores(answers)
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,18 +15,16 @@ from torch import Tensor
 
 from kvcompile.artifacts import Artifact
 from kvcompile.calibration import FollowUp
-from kvcompile.runtime import ReadPrompt
+from kvcompile.evaluation.participant import Answer, Question, until
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A context in a cache that has `part` of the full cache's bytes, whatever is asked of it. `generate` decodes: it
-    takes a model, a cache, ids [1, m], `max_new_tokens` and `eos`."""
+    """A context in a cache that has `part` of the full cache's bytes, whatever is asked of it."""
 
     model: Any
     cache: Any
     part: float
-    generate: Callable[..., Tensor]
 
     def share(self, tokens: int) -> float:
         return self.part
@@ -38,11 +36,6 @@ class Cached:
         said: Tensor = logits.float().log_softmax(-1)
         return said
 
-    def answer(self, question: NDArray[np.int64], new_tokens: int, ends: set[int]) -> Tensor:
-        # No fork: a cache of a long context once more would be the largest thing in memory.
-        ids = ids_of(self.model, question)
-        return self.generate(self.model, self.cache, ids, max_new_tokens=new_tokens, eos=ends)[0]
-
 
 @dataclass(frozen=True)
 class FullCache:
@@ -52,18 +45,19 @@ class FullCache:
     budget: str = ""
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Cached]:
-        from transformers import DynamicCache
+    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Cached]:
+        yield Cached(model, _read(model, context), 1.0)
 
+    def answer(self, model: Any, questions: Sequence[Question], ends: set[int]) -> list[Answer]:
         from kvcompile.runtime import generate_full
 
-        if before is not None:
-            yield Cached(model, before.full_cache(model), 1.0, generate_full)
-            return
-        cache: Any = DynamicCache(config=model.config)
-        with torch.inference_mode():
-            model(ids_of(model, context), past_key_values=cache, logits_to_keep=1)
-        yield Cached(model, cache, 1.0, generate_full)
+        said = []
+        for one in questions:
+            cache = _read(model, one.context) if one.before is None else one.before.full_cache(model)
+            ids = ids_of(model, one.ids)
+            tokens = generate_full(model, cache, ids, max_new_tokens=one.new_tokens, eos=ends)
+            said.append(Answer(tokens[0], 1.0))
+        return said
 
 
 @dataclass(frozen=True)
@@ -75,19 +69,61 @@ class Contender:
     artifact: Artifact
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Cached]:
-        from kvcompile.runtime import Decoder, attach, filled, generate, looks_at_queries
+    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Cached]:
+        from kvcompile.runtime import attach
 
         with attach(model, self.artifact) as kv:
-            if before is None or looks_at_queries(kv):
-                cache = kv.new_cache()
-                Decoder(model, cache).prefill(ids_of(model, context))
-            else:
-                cache = filled(kv, before)
-            share = cache.nbytes * self.artifact.target.batch / self.artifact.bytes.full
-            yield Cached(model, cache, share, generate)
+            cache = self._filled(kv, [Question(context, context[:0], 0)])
+            yield Cached(model, cache, self._part(cache))
+
+    def answer(self, model: Any, questions: Sequence[Question], ends: set[int]) -> list[Answer]:
+        """Those that the model has read before are answered side by side, others one by one."""
+        from kvcompile.runtime import attach, generate, looks_at_queries
+
+        with attach(model, self.artifact) as kv:
+            together = not looks_at_queries(kv) and all(one.before is not None for one in questions)
+            said = []
+            for part in [questions] if together else [[one] for one in questions]:
+                cache = self._filled(kv, part)
+                ids, real = _padded(model, [one.ids for one in part])
+                most = max(one.new_tokens for one in part)
+                tokens = generate(model, cache, ids, attention_mask=real, max_new_tokens=most, eos=ends).cpu()
+                share = self._part(cache) / len(part)
+                said += [Answer(until(row, one.new_tokens, ends), share) for row, one in zip(tokens, part, strict=True)]
+        return said
+
+    def _filled(self, kv: Any, questions: Sequence[Question]) -> Any:
+        """A cache of their contexts, which is one where the model has to read it first."""
+        from kvcompile.runtime import Decoder, filled, looks_at_queries
+
+        before = [one.before for one in questions if one.before is not None]
+        if before and not looks_at_queries(kv):
+            return filled(kv, *before)
+        (one,), cache = questions, kv.new_cache()
+        Decoder(kv.model, cache).prefill(ids_of(kv.model, one.context))
+        return cache
+
+    def _part(self, cache: Any) -> float:
+        return float(cache.nbytes * self.artifact.target.batch / self.artifact.bytes.full)
 
 
 def ids_of(model: Any, tokens: Any) -> Tensor:
     """Tokens [n] as the model takes them, [1, n]."""
     return torch.as_tensor(tokens, device=model.device)[None]
+
+
+def _padded(model: Any, rows: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tensor | None]:
+    """Token ids side by side, padded on the left, i64 [B, n], and where they are real; None where all are."""
+    longest = max(map(len, rows))
+    ids = np.stack([np.pad(row, (longest - len(row), 0)) for row in rows])
+    real = np.stack([np.arange(longest) >= longest - len(row) for row in rows])
+    return torch.as_tensor(ids, device=model.device), None if real.all() else torch.as_tensor(real, device=model.device)
+
+
+@torch.inference_mode()
+def _read(model: Any, context: NDArray[np.int64]) -> Any:
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache(config=model.config)
+    model(ids_of(model, context), past_key_values=cache, logits_to_keep=1)
+    return cache

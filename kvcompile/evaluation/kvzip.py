@@ -6,13 +6,14 @@ two to three times as long. What comes after the context is kept whole, and coun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -27,17 +28,19 @@ from kvcompile.artifacts import (
     token_limits,
 )
 from kvcompile.calibration import FollowUp
+from kvcompile.evaluation.participant import Answer, Question
 from kvcompile.evaluation.repeating import repeats
 from kvcompile.problem import parse_memory, resolve_target
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, follow, over_context, pack, read_context
 from kvcompile.profile.structure import logits
 from kvcompile.profile.utility import utilities
-from kvcompile.runtime import ReadPrompt
 from kvcompile.stages import DEFAULT_SINK
 
 CHUNK = 2048
 """Tokens of a context that are repeated at once, and whose keys alone compete for attention meanwhile."""
+READ, SCORES = "context in the cache dtype", "utility to a repetition"
+"""Names of what `Question.found` has of a context: a `Context`, and the `scores` of its tokens."""
 
 
 @dataclass(frozen=True)
@@ -54,18 +57,41 @@ class KVzip:
     dtype: str
 
     @contextmanager
-    def read(self, model: Any, context: NDArray[np.int64], before: ReadPrompt | None = None) -> Iterator[Masked]:
-        ids = np.asarray(context)
-        read = read_context(model, ids)
-        stored = getattr(torch, self.dtype)
-        keys, values = ([t.to(stored).to(t.dtype) for t in side] for side in (read.keys, read.values))
-        read_back = Context([], keys, values, read.states)
-        heads = sum(len(key) for key, sliding in zip(keys, self.sliding, strict=True) if not sliding)
+    def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Masked]:
+        yield self._masked(model, Question(np.asarray(context), context[:0], 0))
+
+    def answer(self, model: Any, questions: Sequence[Question], ends: set[int]) -> list[Answer]:
+        """One by one; what a second pass says of a context holds for every budget, and is found once."""
+        said = []
+        for one in questions:
+            held = self._masked(model, one)
+            tokens = held.answer(one.ids, one.new_tokens, ends)
+            said.append(Answer(tokens, held.share(len(one.ids) + len(tokens))))
+        return said
+
+    def _masked(self, model: Any, question: Question) -> Masked:
+        found, ids = question.found, question.context
+        if READ not in found:
+            found[READ] = self._read(model, question)
+        context: Context = found[READ]
+        heads = sum(len(key) for key, sliding in zip(context.keys, self.sliding, strict=True) if not sliding)
         pairs = min(self.pairs, heads * len(ids))
-        kept: list[Tensor | None] = [None] * len(keys)
+        kept: list[Tensor | None] = [None] * len(context.keys)
         if pairs < heads * len(ids):
-            kept = most_useful(scores(model, read_back, repeats(model, ids, CHUNK)), self.sliding, pairs)
-        yield Masked(model, read_back, kept, (pairs + self.fixed) / self.full, heads / self.full)
+            if SCORES not in found:
+                found[SCORES] = scores(model, context, repeats(model, ids, CHUNK))
+            kept = most_useful(found[SCORES], self.sliding, pairs)
+        return Masked(model, context, kept, (pairs + self.fixed) / self.full, heads / self.full)
+
+    def _read(self, model: Any, question: Question) -> Context:
+        """What a context leaves, its keys and values rounded to `dtype`."""
+        stored, before = getattr(torch, self.dtype), question.before
+        if before is None:
+            read = read_context(model, question.context)
+        else:
+            read = Context([], [key[0] for key in before.keys], [value[0] for value in before.values])
+        keys, values = ([part.to(stored).to(part.dtype) for part in side] for side in (read.keys, read.values))
+        return Context([], keys, values, read.states)
 
 
 @dataclass(frozen=True)
@@ -90,14 +116,30 @@ class Masked:
 
     @torch.inference_mode()
     def answer(self, question: NDArray[np.int64], new_tokens: int, ends: set[int]) -> Tensor:
-        """As `Held.answer`. All that came after the context is read again for every token: masks have no cache."""
-        said: list[int] = []
+        """Greedy tokens i64 [n] after a question [m]: until one of `ends`, itself included, at most `new_tokens`."""
+        held, fed, said = self, question, list[int]()
         while len(said) < new_tokens and not (said and said[-1] in ends):
-            ids = np.concatenate([question, np.array(said, np.int64)])
-            packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
-            trace = follow(self.model, self.context, packed, over_context(self.context, packed, self.kept))
-            said.append(int(logits(self.model, trace.final[-1:]).argmax(-1)))
+            fed, held = held._next(fed)
+            said.append(int(fed[-1]))
         return torch.tensor(said)
+
+    def _next(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Masked]:
+        """The token that comes after ids [m], and what is held with these: as `ids` again for a model with states of
+        linear attention, which are the context's alone."""
+        packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
+        attend, grown = over_context(self.context, packed, self.kept), Context([], [], [])
+
+        def keep(call: Attention) -> Tensor:
+            grown.keys.append(torch.cat([self.context.keys[call.layer], call.key], 1))
+            grown.values.append(torch.cat([self.context.values[call.layer], call.value], 1))
+            return attend(call)
+
+        trace = follow(self.model, self.context, packed, keep)
+        new = logits(self.model, trace.final[-1:]).argmax(-1).cpu().numpy()
+        if self.context.states is not None:
+            return np.concatenate([ids, new]), self
+        kept = [None if seen is None else F.pad(seen, (0, len(ids)), value=True) for seen in self.kept]
+        return new, replace(self, context=grown, kept=kept)
 
 
 def kvzip(artifact: Artifact, method: str, budget: str, context: int) -> KVzip:

@@ -32,6 +32,23 @@ def test_a_cache_is_filled_as_by_the_attached_model(any_model, make_artifact, po
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("policy", ["recent", "scored"])
+def test_prompts_of_unequal_length_side_by_side(llama, make_artifact, policy: str) -> None:
+    prompts, asked = (prompt(53), prompt(9), prompt(80)), (prompt(7), prompt(5), prompt(2))
+    before = [read_prompt(llama, ids) for ids in prompts]
+    with attach(llama, make_artifact(llama, 14, policy=policy, recent=3)) as kv:
+        alone = [
+            generate(llama, filled(kv, one), ids, max_new_tokens=6) for one, ids in zip(before, asked, strict=True)
+        ]
+        cache = filled(kv, *before)
+        assert cache.ragged[0].store.seen == [53, 9, 80]
+        ids, real = torch.zeros(3, 7, dtype=torch.long), torch.zeros(3, 7, dtype=torch.long)
+        for row, one in enumerate(asked):
+            ids[row, -one.shape[1] :], real[row, -one.shape[1] :] = one, 1
+        together = generate(llama, cache, ids, attention_mask=real, max_new_tokens=6)
+    assert torch.equal(together, torch.cat(alone))
+
+
 def test_what_is_not_there_is_not_made_up(any_model) -> None:
     windowed = any(0 < window < 53 for window in identify(any_model, "tiny").windows)
     left_alone = not all(map(planned, any_model.model.layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,11 @@ from kvcompile.artifacts import ModelError, TargetError
 from kvcompile.calibration import Episode, FollowUp
 from kvcompile.evaluation.caches import FullCache
 from kvcompile.evaluation.kvzip import KVzip, kvzip, most_useful, scores
+from kvcompile.evaluation.participant import Question
 from kvcompile.evaluation.repeating import FIRST, LATER, repeats
 from kvcompile.models import Loaded, load
 from kvcompile.profile.context import read_context
+from kvcompile.runtime import read_prompt
 
 CONTEXT = 90
 
@@ -100,12 +103,29 @@ def test_with_all_pairs_it_is_the_full_cache(loaded: Loaded, episode: Episode) -
 
 
 def test_with_all_pairs_it_answers_as_the_full_cache(loaded: Loaded, episode: Episode) -> None:
-    question = episode.follow_ups[1].ids
-    with FullCache().read(loaded.model, episode.context) as held:
-        full = held.answer(question, 12, set())
-    with participant(loaded, "100%").read(loaded.model, episode.context) as held:
-        assert held.answer(question, 12, set()).tolist() == full.tolist()
-        assert held.answer(question, 12, {int(full[2])}).tolist() == full[: full.tolist().index(full[2]) + 1].tolist()
+    question = Question(episode.context, episode.follow_ups[1].ids, 12)
+    (full,) = FullCache().answer(loaded.model, [question], set())
+    whole, tokens = participant(loaded, "100%"), full.tokens.tolist()
+    (same,) = whole.answer(loaded.model, [question], set())
+    assert same.tokens.tolist() == tokens
+    assert same.share == pytest.approx(1 + (len(question.ids) + 12) / CONTEXT)
+    (ended,) = whole.answer(loaded.model, [question], {tokens[2]})
+    assert ended.tokens.tolist() == tokens[: tokens.index(tokens[2]) + 1]
+
+
+def test_a_context_that_was_read_before_is_not_read_and_scored_anew(
+    loaded: Loaded, episode: Episode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    question = Question(episode.context, episode.follow_ups[1].ids, 12)
+    before = read_prompt(loaded.model, torch.from_numpy(episode.context)[None])
+    given = replace(question, before=before)
+    own = [participant(loaded, budget).answer(loaded.model, [question], set())[0] for budget in ("50%", "20%")]
+    assert own[0].tokens.tolist() != own[1].tokens.tolist()
+    (first,) = participant(loaded, "50%").answer(loaded.model, [given], set())
+    for name in ("read_context", "scores"):
+        monkeypatch.setattr(f"kvcompile.evaluation.kvzip.{name}", None)
+    (second,) = participant(loaded, "20%").answer(loaded.model, [given], set())
+    assert [first.tokens.tolist(), second.tokens.tolist()] == [one.tokens.tolist() for one in own]
 
 
 def test_exactly_the_share_is_kept_and_what_follows_is_counted(loaded: Loaded, episode: Episode) -> None:

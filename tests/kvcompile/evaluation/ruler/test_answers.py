@@ -55,6 +55,22 @@ def test_a_whole_cache_answers_as_the_full_one(answers) -> None:
     assert all(one.share <= 0.1 for one in tenth)
 
 
+@pytest.mark.parametrize("method", ["uniform", "scored", "snapkv", "kvzip"])
+def test_a_batch_answers_as_one_by_one(loaded, artifact, method: str) -> None:
+    samples = draw_samples(
+        loaded.tokenizer, named(["niah_multikey_2", "niah_single_3", "fwe"]), LENGTH, 2, 0, essay_documents(None)
+    )
+    assert len({len(one.context) for one in samples}) > 1
+    assert len({len(one.question) for one in samples}) > 1
+    plans = contenders(artifact, [method], ["40%"], LENGTH)
+    alone = answer(loaded.model, loaded.tokenizer, samples, plans)
+    seen: list[tuple[int, int]] = []
+    together = answer(loaded.model, loaded.tokenizer, samples, plans, lambda *now: seen.append(now), batch=4)
+    assert seen == [(4, 12), (8, 12), (10, 12), (12, 12)]
+    assert set(together) == set(alone)
+    assert len({one.answer for one in alone}) > len(samples)
+
+
 def test_the_model_is_as_before(loaded, artifact) -> None:
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
     samples = draw_samples(loaded.tokenizer, named(["fwe"]), LENGTH, 1, 0, essay_documents(None))
