@@ -28,9 +28,9 @@ family, or else 28, 4 x 7. Llama-4 sends every token through all of its experts,
 FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
 """Families whose attention weights torch has to form, as they are more than a softmax of logits: how many tensors of
 f32 there are of them at once, in prompts and in follow-ups."""
-LEFT_ALONE = {"gemma4_text": 2}
+LEFT_ALONE = {"gemma4_text": 2, "gemma4_unified_text": 4}
 """Families with sliding layers that a plan leaves alone: how many times the bytes of a token's keys and values in the
-layers that it is for they have (Gemma-4 31B: 16 heads of 256 elements against 4 of 512)."""
+layers that it is for they have (Gemma-4 31B: 16 heads of 256 elements against 4 of 512; 12B: 8 against one)."""
 ROPE_BYTES = 12
 """Of a rotary table, an element, while it is made in float32."""
 NUMBERS = 32

@@ -68,6 +68,7 @@ ARCHITECTURES: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Itera
     "gemma2": split_projections,
     "gemma3_text": split_projections,
     "gemma4_text": split_projections,
+    "gemma4_unified_text": split_projections,
     "gpt_oss": projections_with_sinks,
     "granite": split_projections,
     "llama": split_projections,

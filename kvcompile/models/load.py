@@ -28,7 +28,7 @@ from kvcompile.models.room import fits, weight_bytes
 from kvcompile.models.streamed import lacking, stream
 from kvcompile.stages import PROFILE_TOKENS
 
-SEEING = ("gemma3", "gemma4")
+SEEING = ("gemma3", "gemma4", "gemma4_unified")
 """Families of which checkpoints that see too are loaded as decoders of text, under a `model_type` with `_text`."""
 
 DECODER = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForImageTextToText, GptOssConfig, GptOssForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText, GptOssConfig, GptOssForCausalLM
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import load
@@ -162,6 +162,10 @@ GEMMA_SIGHT = {
     "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 16, "image_size": 28, "patch_size": 14, "position_embedding_size": 64,
 }  # fmt: skip
+UNIFIED_SIGHT = {
+    "patch_size": 2, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 16, "output_proj_dims": 64,
+}  # fmt: skip
+UNIFIED = pytest.mark.skipif("gemma4_unified" not in CONFIG_MAPPING, reason="not in this transformers")
 
 
 @pytest.mark.parametrize("memory", [None, 1], ids=["whole", "streamed"])
@@ -172,8 +176,9 @@ GEMMA_SIGHT = {
         ("llama4", LLAMA, LLAMA_SIGHT),
         ("gemma3", GEMMA, GEMMA_SIGHT),
         ("gemma4", LARGE_GEMMA, GEMMA_SIGHT),
+        pytest.param("gemma4_unified", LARGE_GEMMA, UNIFIED_SIGHT, marks=UNIFIED),
     ],
-    ids=["qwen", "llama", "gemma", "large-gemma"],
+    ids=["qwen", "llama", "gemma", "large-gemma", "unified-gemma"],
 )
 def test_of_a_checkpoint_that_sees_too_the_decoder_of_text_is_loaded(
     tiny_model: Path, tmp_path: Path, family: str, text: dict, sight: dict, memory: int | None

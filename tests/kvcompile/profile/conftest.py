@@ -79,6 +79,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 2.0,
     },
+    "gemma4_unified_text": {
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
     "gpt_oss": {
         "head_dim": 16,
         "sliding_window": 16,

@@ -52,7 +52,7 @@ def test_cosines_equal_those_of_the_models_own_attention(tiny: Callable[..., Any
         with torch.no_grad():
             before = result.hidden_states[number][0]
             added = layer.self_attn.o_proj(outputs[index]) * getattr(model.config, "residual_multiplier", 1)
-            if family in ("gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3"):
+            if family in ("gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text", "olmo2", "olmo3"):
                 added = layer.post_attention_layernorm(added)
         residual = F.cosine_similarity(before, before + added, dim=-1).mean().item()
         np.testing.assert_allclose(seen[index].residual, residual, atol=1e-5)
