@@ -18,6 +18,7 @@ from kvcompile.evaluation.codecs import TURBOQUANT3, TURBOQUANT4
 from kvcompile.evaluation.codecs.turboquant import dense
 from kvcompile.evaluation.codecs.turboquant.tables import codebook, rotation
 from kvcompile.kernels import codecs, decode, encode
+from kvcompile.kernels.codecs import api
 from kvcompile.problem.pages import page_overhead
 from kvcompile.runtime import attach
 
@@ -53,7 +54,8 @@ def test_codes_are_packed_without_a_gap(shape: list[int], groups: int, bits: int
     packed = dense.pack(codes, bits)
     assert packed.dtype == torch.uint8
     assert packed.shape == (*shape, bits * groups)
-    assert torch.equal(dense.unpack(packed, bits), codes)
+    levels = torch.tensor(codebook(8 * groups, bits), dtype=torch.float32)
+    assert torch.equal(dense.unpack(packed, bits), levels[codes])
 
 
 def test_the_first_code_has_the_lowest_bits() -> None:
@@ -69,6 +71,22 @@ def test_the_distortion_is_the_papers(codec: codecs.Codec, size: int) -> None:
     back = decode(*encode(vectors, codec.id), codec.id, torch.float32)
     error = ((back - vectors).square().sum(-1) / vectors.square().sum(-1)).mean().item()
     assert error == pytest.approx({4: 0.009, 3: 0.034}[codec.bits], rel=0.1)
+
+
+@BOTH
+@pytest.mark.parametrize(("batch", "rows", "asked"), [(1, 1, 1), (3, 7, 5), (2, 9000, 2)])
+def test_what_is_stored_is_met_without_reading_it_back(codec: codecs.Codec, batch: int, rows: int, asked: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors, query = (torch.randn(batch, n, 64, generator=generator) for n in (rows, asked))
+    codes, scales = encode(vectors, codec.id)
+    back = decode(codes, scales, codec.id, torch.float32)
+    found = torch.empty(batch, asked, rows)
+    api.logits(query, codes, scales, codec.id, found)
+    torch.testing.assert_close(found, query @ back.mT, rtol=1e-4, atol=1e-4)
+    weights, before = torch.randn(batch, asked, rows, generator=generator), torch.randn(batch, asked, 64)
+    total = before.clone()
+    api.accumulate(weights, codes, scales, codec.id, total)
+    torch.testing.assert_close(total, before + weights @ back, rtol=1e-4, atol=1e-3)
 
 
 @BOTH

@@ -16,3 +16,13 @@ def encode(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See `codecs.api.decode`."""
     return dense.decode(codes, scales, CODEC.bits, dtype)
+
+
+def logits(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """See `codecs.api.logits`."""
+    dense.logits(query, codes, scales, out, CODEC.bits)
+
+
+def accumulate(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """See `codecs.api.accumulate`."""
+    dense.accumulate(weights, codes, scales, out, CODEC.bits)
