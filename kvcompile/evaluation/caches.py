@@ -73,35 +73,24 @@ class Contender:
         from kvcompile.runtime import attach
 
         with attach(model, self.artifact) as kv:
-            cache = self._filled(kv, [Question(context, context[:0], 0)])
+            cache = _compressed(kv, context)
             yield Cached(model, cache, self._part(cache))
 
     def answer(self, model: Any, questions: Sequence[Question], ends: set[int]) -> list[Answer]:
-        """Those that the model has read before are answered side by side, others one by one."""
-        from kvcompile.runtime import attach, generate, looks_at_queries
+        """Those whose contexts the model has read before are answered side by side, others one by one."""
+        from kvcompile.runtime import attach, filled, generate, looks_at_queries
 
+        before, said = [one.before for one in questions if one.before is not None], []
         with attach(model, self.artifact) as kv:
-            together = not looks_at_queries(kv) and all(one.before is not None for one in questions)
-            said = []
+            together = len(before) == len(questions) and not looks_at_queries(kv)
             for part in [questions] if together else [[one] for one in questions]:
-                cache = self._filled(kv, part)
+                cache = filled(kv, *before) if together else _compressed(kv, part[0].context)
                 ids, real = _padded(model, [one.ids for one in part])
                 most = max(one.new_tokens for one in part)
                 tokens = generate(model, cache, ids, attention_mask=real, max_new_tokens=most, eos=ends).cpu()
                 share = self._part(cache) / len(part)
                 said += [Answer(until(row, one.new_tokens, ends), share) for row, one in zip(tokens, part, strict=True)]
         return said
-
-    def _filled(self, kv: Any, questions: Sequence[Question]) -> Any:
-        """A cache of their contexts, which is one where the model has to read it first."""
-        from kvcompile.runtime import Decoder, filled, looks_at_queries
-
-        before = [one.before for one in questions if one.before is not None]
-        if before and not looks_at_queries(kv):
-            return filled(kv, *before)
-        (one,), cache = questions, kv.new_cache()
-        Decoder(kv.model, cache).prefill(ids_of(kv.model, one.context))
-        return cache
 
     def _part(self, cache: Any) -> float:
         return float(cache.nbytes * self.artifact.target.batch / self.artifact.bytes.full)
@@ -118,6 +107,15 @@ def _padded(model: Any, rows: Sequence[NDArray[np.int64]]) -> tuple[Tensor, Tens
     ids = np.stack([np.pad(row, (longest - len(row), 0)) for row in rows])
     real = np.stack([np.arange(longest) >= longest - len(row) for row in rows])
     return torch.as_tensor(ids, device=model.device), None if real.all() else torch.as_tensor(real, device=model.device)
+
+
+def _compressed(kv: Any, context: NDArray[np.int64]) -> Any:
+    """A cache of a context that the attached model reads."""
+    from kvcompile.runtime import Decoder
+
+    cache = kv.new_cache()
+    Decoder(kv.model, cache).prefill(ids_of(kv.model, context))
+    return cache
 
 
 @torch.inference_mode()

@@ -35,6 +35,7 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, follow, over_context, pack, read_context
 from kvcompile.profile.structure import logits
 from kvcompile.profile.utility import utilities
+from kvcompile.runtime import ReadPrompt
 from kvcompile.stages import DEFAULT_SINK
 
 CHUNK = 2048
@@ -58,21 +59,21 @@ class KVzip:
 
     @contextmanager
     def read(self, model: Any, context: NDArray[np.int64]) -> Iterator[Masked]:
-        yield self._masked(model, Question(np.asarray(context), context[:0], 0))
+        yield self._masked(model, np.asarray(context), None, {})
 
     def answer(self, model: Any, questions: Sequence[Question], ends: set[int]) -> list[Answer]:
         """One by one; what a second pass says of a context holds for every budget, and is found once."""
         said = []
         for one in questions:
-            held = self._masked(model, one)
+            held = self._masked(model, one.context, one.before, one.found)
             tokens = held.answer(one.ids, one.new_tokens, ends)
             said.append(Answer(tokens, held.share(len(one.ids) + len(tokens))))
         return said
 
-    def _masked(self, model: Any, question: Question) -> Masked:
-        found, ids = question.found, question.context
+    def _masked(self, model: Any, ids: NDArray[np.int64], before: ReadPrompt | None, found: dict[str, Any]) -> Masked:
+        """A context [n] and what this budget keeps of it; `found` and `before` as in `Question`."""
         if READ not in found:
-            found[READ] = self._read(model, question)
+            found[READ] = self._read(model, ids, before)
         context: Context = found[READ]
         heads = sum(len(key) for key, sliding in zip(context.keys, self.sliding, strict=True) if not sliding)
         pairs = min(self.pairs, heads * len(ids))
@@ -83,13 +84,13 @@ class KVzip:
             kept = most_useful(found[SCORES], self.sliding, pairs)
         return Masked(model, context, kept, (pairs + self.fixed) / self.full, heads / self.full)
 
-    def _read(self, model: Any, question: Question) -> Context:
+    def _read(self, model: Any, ids: NDArray[np.int64], before: ReadPrompt | None) -> Context:
         """What a context leaves, its keys and values rounded to `dtype`."""
-        stored, before = getattr(torch, self.dtype), question.before
         if before is None:
-            read = read_context(model, question.context)
+            read = read_context(model, ids)
         else:
             read = Context([], [key[0] for key in before.keys], [value[0] for value in before.values])
+        stored = getattr(torch, self.dtype)
         keys, values = ([part.to(stored).to(part.dtype) for part in side] for side in (read.keys, read.values))
         return Context([], keys, values, read.states)
 
