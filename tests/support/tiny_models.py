@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GptOssConfig,
     GraniteConfig,
     Llama4TextConfig,
@@ -71,17 +70,14 @@ ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str, PretrainedConfig]:
-    """A configuration of every family that this transformers has, for models of this shape."""
+    """A configuration of every family, for models of this shape."""
     # Heads of sliding layers and of those of full attention, of Gemma-4.
     heads = {
         "num_key_value_heads": shape["num_attention_heads"], "head_dim": 8, "global_head_dim": head_dim,
         "num_global_key_value_heads": shape["num_key_value_heads"], "attention_k_eq_v": True, "sliding_window": 24,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"], "final_logit_softcapping": 4.0,
     }  # fmt: skip
-    newer = {"gemma4-unified": ("gemma4_unified_text", shape | heads)}
     return {
-        name: AutoConfig.for_model(kind, **options) for name, (kind, options) in newer.items() if kind in CONFIG_MAPPING
-    } | {
         "llama": LlamaConfig(**shape, attention_bias=True),
         "mistral": MistralConfig(**shape, sliding_window=None),
         "mistral, sliding": MistralConfig(**shape, sliding_window=24),
@@ -111,6 +107,7 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
             **shape | heads, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
             moe_intermediate_size=expert_size,
         ),
+        "gemma4-unified": Gemma4UnifiedTextConfig(**shape | heads),
         "gpt-oss": GptOssConfig(
             **shape, head_dim=head_dim, sliding_window=24, layer_types=ALTERNATING, num_local_experts=4,
             num_experts_per_tok=2, rope_parameters=YARN,
