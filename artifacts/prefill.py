@@ -67,7 +67,8 @@ def _feed_forward(config: Any) -> int:
         # Gemma-4 has experts beside a dense block, whose output waits, and norms of either in float32.
         beside = 6 * hidden if config.model_type == "gemma4_text" else 0
         return experts * (gates * width + 2 * hidden) + beside
-    return (4 if config.model_type == "phi3" else 3) * width  # gate and up as one matrix, or as two
+    beside = hidden if config.model_type.startswith("gemma4_") else 0  # as measured with transformers 5.17
+    return (4 if config.model_type == "phi3" else 3) * width + beside  # gate and up as one matrix, or as two
 
 
 def prefill_bytes(
