@@ -125,8 +125,9 @@ class Masked:
         return torch.tensor(said)
 
     def _next(self, ids: NDArray[np.int64]) -> tuple[NDArray[np.int64], Masked]:
-        """The token that comes after ids [m], and what is held with these: as `ids` again for a model with states of
-        linear attention, which are the context's alone."""
+        """What to read next after ids i64 [m], its last token the new one, and what is held then: the new token alone,
+        with the keys and values of `ids` held; or, for a model with states of linear attention, which are the
+        context's, all of `ids` once more and the new token, with nothing more held."""
         packed = pack(len(self.context), [FollowUp("question", len(ids) - 1, ids)])
         attend, grown = over_context(self.context, packed, self.kept), Context([], [], [])
 

@@ -113,6 +113,15 @@ def test_with_all_pairs_it_answers_as_the_full_cache(loaded: Loaded, episode: Ep
     assert ended.tokens.tolist() == tokens[: tokens.index(tokens[2]) + 1]
 
 
+def test_with_states_of_linear_attention_it_answers_as_the_full_cache(episode: Episode) -> None:
+    model = tiny_model(CONFIGS["qwen3.5"])
+    question = Question(episode.context, episode.follow_ups[1].ids, 12)
+    (full,) = FullCache().answer(model, [question], set())
+    whole = kvzip(make_artifact(model, context=CONTEXT), "kvzip", "100%", CONTEXT)
+    (same,) = whole.answer(model, [question], set())
+    assert same.tokens.tolist() == full.tokens.tolist()
+
+
 def test_a_context_that_was_read_before_is_not_read_and_scored_anew(
     loaded: Loaded, episode: Episode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,15 @@ HYBRID = {
     "linear_conv_kernel_dim": 4,
 }
 
+GEMMA4 = {
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "sliding_window": 16,
+}
+
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": None},
@@ -69,25 +78,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "final_logit_softcapping": 2.0,
     },
     "gemma4_text": {
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_global_key_value_heads": 2,
-        "attention_k_eq_v": True,
-        "sliding_window": 16,
+        **GEMMA4,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 2.0,
     },
-    "gemma4_unified_text": {
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "global_head_dim": 16,
-        "num_global_key_value_heads": 2,
-        "attention_k_eq_v": True,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
-    },
+    "gemma4_unified_text": {**GEMMA4, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "gpt_oss": {
         "head_dim": 16,
         "sliding_window": 16,

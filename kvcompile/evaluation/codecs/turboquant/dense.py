@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -16,24 +17,24 @@ HUGE = torch.finfo(torch.float16).max
 def encode(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """See `codecs.api.encode`. The one scale is the vector's norm over that of its levels, by which the levels have to
     be multiplied to have the vector's norm."""
-    turn, levels, edges, _ = _tables(vectors.shape[-1], bits, vectors.device)
+    tables = _tables(vectors.shape[-1], bits, vectors.device)
     rows = vectors.float()
     norm = rows.norm(dim=-1, keepdim=True)
     # A vector of zeros has no direction; with the scale 0 any codes stand for it.
-    codes = torch.bucketize(rows / norm.clamp_min(torch.finfo(torch.float32).tiny) @ turn.mT, edges)
-    scale = norm / levels[codes].norm(dim=-1, keepdim=True)
+    codes = torch.bucketize(rows / norm.clamp_min(torch.finfo(torch.float32).tiny) @ tables.turn.mT, tables.edges)
+    scale = norm / tables.levels[codes].norm(dim=-1, keepdim=True)
     return pack(codes, bits), scale.clamp_max(HUGE).half()
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
     """See `codecs.api.decode`."""
-    turn = _tables(codes.shape[-1] * PACK // bits, bits, codes.device)[0]
+    turn = _tables(codes.shape[-1] * PACK // bits, bits, codes.device).turn
     return (unpack(codes, bits) * scales.float() @ turn).to(dtype)
 
 
 def logits(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, bits: int) -> None:
     """See `codecs.api.logits`: queries are rotated, and what is stored is met as it is."""
-    turned = query @ _tables(query.shape[-1], bits, codes.device)[0].mT
+    turned = query @ _tables(query.shape[-1], bits, codes.device).turn.mT
     for start, stop, block in ranges(codes):
         torch.bmm(turned, unpack(block, bits).mT, out=out[:, :, start:stop])
     out.mul_(scales.mT)
@@ -44,7 +45,7 @@ def accumulate(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
     weights, found = weights * scales.mT, torch.zeros_like(out)
     for start, stop, block in ranges(codes):
         found.baddbmm_(weights[:, :, start:stop], unpack(block, bits))
-    out += found @ _tables(out.shape[-1], bits, codes.device)[0]
+    out += found @ _tables(out.shape[-1], bits, codes.device).turn
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -62,14 +63,22 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
     if bits % 2:
         first, middle, last = (words[..., byte::3] for byte in range(3))
         words = torch.stack([first | (middle & 15) << 8, middle >> 4 | last << 4], -1).flatten(-2)
-    several = _tables(size, bits, packed.device)[3]
+    several = _tables(size, bits, packed.device).several
     return several.index_select(0, words.flatten()).view(*packed.shape[:-1], size)
 
 
+class _Tables(NamedTuple):
+    """The rotation [D, D], levels [2^bits] and the edges between them, and the levels of several codes by the bits of
+    all of them, [2^8, 2] or [2^12, 4]; float32."""
+
+    turn: torch.Tensor
+    levels: torch.Tensor
+    edges: torch.Tensor
+    several: torch.Tensor
+
+
 @cache
-def _tables(size: int, bits: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Rotation [D, D], levels [2^bits] and the edges between them, and the levels of several codes by the bits of all
-    of them, [2^8, 2] or [2^12, 4]; float32."""
+def _tables(size: int, bits: int, device: torch.device) -> _Tables:
     levels = codebook(size, bits)
     # Outside of inference mode, as they are used again in any.
     with torch.inference_mode(False):
@@ -78,4 +87,4 @@ def _tables(size: int, bits: int, device: torch.device) -> tuple[torch.Tensor, .
         count = 4 if bits % 2 else 2
         codes = torch.arange(1 << bits * count, device=device)[:, None] >> bits * torch.arange(count, device=device)
         several = means[codes & (1 << bits) - 1]
-    return turn, means, edges, several
+    return _Tables(turn, means, edges, several)
