@@ -16,6 +16,7 @@ from kvcompile.artifacts.prefill import (
     LOGITS_AT_ONCE,
     MASK_ELEMENTS,
     PREFILL_CHUNK,
+    REFERENCES,
     feed_forward_elements,
     prefill_bytes,
 )
@@ -65,6 +66,7 @@ __all__ = [
     "ModelIdentity",
     "POLICIES",
     "PREFILL_CHUNK",
+    "REFERENCES",
     "Quantiser",
     "Scorer",
     "STATE_BYTES",

@@ -13,6 +13,8 @@ PREFILL_CHUNK = 2048
 """Tokens of each prompt that go through a layer at once, where nothing else is asked for."""
 MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
+REFERENCES = 512
+"""Queries of a prompt, over all query heads of a KV head, at which values are fitted (`runtime/refit.py`)."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
 INNER = {
@@ -124,7 +126,8 @@ def prefill_bytes(
         rows * (2 * model.hidden_size + inner) * size,
         rows * model.hidden_size * (2 * size + 12),  # a norm computes in float32
         rows * projected + _attention(model, batch, tokens, chunk) if "h2o" in policies and not follow_up else 0,
-        _cut(plan, batch, tokens, policies - {"snapkv"} if follow_up else policies),
+        _cut(plan, batch, tokens, policies - {"snapkv"} if follow_up else policies)
+        + (0 if follow_up else _fitted(plan, batch, tokens, size)),
     )
     most = max(kept + cached + chunk_bytes, kept + ROPE_BYTES * tables)
     return int(most + most // 8 + WORKSPACE)
@@ -184,6 +187,22 @@ def _attention(model: ModelIdentity, batch: int, tokens: int, queries: int) -> i
     group = model.num_attention_heads // model.num_kv_heads
     weights = min(max(LOGITS_AT_ONCE, batch * group * tokens), batch * group * min(queries, tokens) * tokens)
     return 4 * batch * tokens * model.head_dim + 8 * weights + weights // group
+
+
+def _fitted(plan: Artifact, batch: int, tokens: int, size: int) -> int:
+    """Values fitted to reference queries (`runtime/refit.py`): the layer's values once more, the queries, and of one
+    head at a time its keys and values in f32, the weights that it gives, and the system that is solved."""
+    model, budgets = plan.model, plan.budgets
+    fitted = (budgets.policy == POLICIES.index("scored")) & (budgets.capacity < tokens)
+    if "rotary_frequency" not in plan.profile or not fitted.any():
+        return 0
+    kept, group = int(budgets.capacity[fitted].max()), model.num_attention_heads // model.num_kv_heads
+    asked = -(-REFERENCES // group) * group
+    at_once = min(max(MASK_ELEMENTS, group * tokens), asked * tokens)
+    queries = batch * model.num_kv_heads * asked * model.head_dim * (size + 12)
+    at_once *= 3 if model.architecture in FORMED else 2  # logits, and the weights that they become
+    of_one = 2 * tokens * model.head_dim + at_once + 2 * asked * kept + 3 * min(asked, kept) ** 2
+    return batch * tokens * model.num_kv_heads * model.head_dim * size + queries + 4 * of_one
 
 
 def _cut(plan: Artifact, batch: int, tokens: int, policies: Collection[str]) -> int:

@@ -30,6 +30,7 @@ from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of, planned, windowed
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
+from kvcompile.runtime.rotation import layer_rotation
 from kvcompile.runtime.tensor_parallel import TensorParallel
 from kvcompile.runtime.transforms import layer_transform
 
@@ -157,6 +158,9 @@ class Attachment:
             layer_transform(artifact.quantiser, i, order, layout, module.o_proj.weight.device)
             for i, (order, layout, module) in enumerate(zip(own, self.layouts, self._attention, strict=True))
         ]
+        self._rotations = [
+            layer_rotation(artifact, i, module.o_proj.weight.device) for i, module in enumerate(self._attention)
+        ]
         _register()
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
@@ -181,9 +185,14 @@ class Attachment:
             None if transform is None else transform.to(device)
             for transform, device in zip(self._transforms, devices, strict=True)
         ]
+        self._rotations = [
+            None if rotation is None else rotation.to(device)
+            for rotation, device in zip(self._rotations, devices, strict=True)
+        ]
+        parts = zip(self.layouts, devices, self._transforms, self._rotations, strict=True)
         ragged = iter(
-            RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform)
-            for layout, device, transform in zip(self.layouts, devices, self._transforms, strict=True)
+            RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform, rotation)
+            for layout, device, transform, rotation in parts
         )
         layers = [
             next(ragged) if planned(layer) else self._left_alone(layer, dtype, batch_size)

@@ -17,6 +17,7 @@ from kvcompile.runtime.exact import refuse_followers
 from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import real_tokens
+from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.store import LayerStore
 
 
@@ -34,11 +35,12 @@ class RaggedLayer(CacheLayerMixin):
         device: torch.device,
         batch: int,
         transform: Transform | None = None,
+        rotation: Rotation | None = None,
     ):
         super().__init__()
         self.is_sliding = layout.window > 0
         self.is_initialized = True
-        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, transform=transform)
+        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, transform=transform, rotation=rotation)
         self.store = self.make_store(batch=batch)
         self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
@@ -108,7 +110,7 @@ class RaggedLayer(CacheLayerMixin):
         own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
         if not self.columns:
             self._fit_batch(batch)
-            self.prompt = LayerPrompt(self.store.layout, columns, own)
+            self.prompt = LayerPrompt(self.store.layout, columns, own, refits=self.store.refits(columns))
         else:
             self.prompt = FollowUp(self.store, columns, own)
         try:

@@ -11,12 +11,14 @@ from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.drawn import attention_drawn
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import Prompt
+from kvcompile.runtime.refit import References
 
 
 class LayerPrompt:
     """Keys and values of one layer for prompts side by side in `columns` columns, filled chunk by chunk, and what the
     policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding).
-    `room` are tensors [B, num_kv_heads, columns or more, D] for keys and values; None: they are allocated."""
+    `room` are tensors [B, num_kv_heads, columns or more, D] for keys and values; None: they are allocated. With
+    `refits`, reference queries are kept beside (`runtime.refit`)."""
 
     def __init__(
         self,
@@ -25,6 +27,7 @@ class LayerPrompt:
         pad: torch.Tensor | None,
         room: tuple[torch.Tensor, torch.Tensor] | None = None,
         softmax: Softmax = PLAIN,
+        refits: bool = False,
     ) -> None:
         self.layout = layout
         self.softmax = softmax
@@ -32,7 +35,9 @@ class LayerPrompt:
         self.columns = columns
         self.pad = pad
         self.filled = 0
-        self._scaling = 1.0
+        self.scaling = 1.0
+        self.references: References | None = None
+        self._refits = refits
         self._tail = max(POLICIES[cls.policy].queries for cls in layout.classes)
         self._drawn: dict[int, torch.Tensor] = {}
         self._scores: list[torch.Tensor] = []
@@ -48,6 +53,7 @@ class LayerPrompt:
         scaling: float,
         score: torch.Tensor | None,
         softmax: Softmax = PLAIN,
+        refits: bool = False,
     ) -> LayerPrompt:
         """Prompts read at once, given as for `add`; `real` bool [B, n] is False for padding, wherever it is."""
         pad = None
@@ -55,7 +61,7 @@ class LayerPrompt:
             pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
             query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
             score = moved[3]
-        prompt = cls(layout, keys.shape[2], pad, softmax=softmax)
+        prompt = cls(layout, keys.shape[2], pad, softmax=softmax, refits=refits)
         prompt.add(query, keys, values, scaling, score)
         return prompt
 
@@ -77,10 +83,15 @@ class LayerPrompt:
             else:
                 self.keys, self.values = self._room or (keys.new_empty(shape), values.new_empty(shape))
             self._queries = query.new_empty(*query.shape[:2], 0, query.shape[3])
-        first, self.filled, self._scaling = self.filled, self.filled + keys.shape[2], scaling
+        first, self.filled, self.scaling = self.filled, self.filled + keys.shape[2], scaling
         if not whole:
             self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled] = keys, values
         seen = self.read
+        if self._refits and query.shape[2]:
+            if self.references is None:
+                self.references = References.none_yet(query, self.layout.num_kv_heads, self.lengths.long())
+            begin = torch.full_like(self.lengths, first).long()
+            self.references = self.references.seen(query, begin if self.pad is None else begin - self.pad)
         if self._tail:
             self._queries = torch.cat([self._queries, query[:, :, -self._tail :]], 2)[:, :, -self._tail :]
         if score is not None:
@@ -134,7 +145,7 @@ class LayerPrompt:
         wanted = POLICIES[cls.policy].queries
         query = self._grouped(self._queries[:, :, max(self._queries.shape[2] - wanted, 0) :], cls)
         drawn, softmax = self._drawn.get(cls.start), self.softmax.of(cls.heads, query.shape[2])
-        return Prompt(self.keys[:, cls.heads], query, self.pad, self._scaling, drawn, score, softmax)
+        return Prompt(self.keys[:, cls.heads], query, self.pad, self.scaling, drawn, score, softmax)
 
     def _grouped(self, query: torch.Tensor, cls: HeadClass) -> torch.Tensor:
         return query.unflatten(1, (self.layout.num_kv_heads, -1))[:, cls.heads]

@@ -14,6 +14,7 @@ import torch
 
 from kvcompile.kernels import LayerLayout, Transform
 from kvcompile.kernels.regions import WIDEST
+from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.store import LayerStore
 
 ALIGN = WIDEST
@@ -52,10 +53,12 @@ class PageLayout:
         """A layer's bytes of a page."""
         return slice(self.offsets[layer], (*self.offsets, self.used)[layer + 1])
 
-    def store(self, layer: int, pool: torch.Tensor, transform: Transform | None) -> LayerStore:
+    def store(
+        self, layer: int, pool: torch.Tensor, transform: Transform | None, rotation: Rotation | None = None
+    ) -> LayerStore:
         """One layer of all pages: views of `pool`, int8 [pages, nbytes]."""
         carving = _Carving(pool, self.offsets[layer])
-        return _store(self.layers[layer], self.head_dim, self.dtype, carving, transform).store
+        return _store(self.layers[layer], self.head_dim, self.dtype, carving, transform, rotation).store
 
 
 @dataclass
@@ -81,8 +84,13 @@ class _Carved:
 
 
 def _store(
-    layout: LayerLayout, head_dim: int, dtype: torch.dtype, carving: _Carving, transform: Transform | None = None
+    layout: LayerLayout,
+    head_dim: int,
+    dtype: torch.dtype,
+    carving: _Carving,
+    transform: Transform | None = None,
+    rotation: Rotation | None = None,
 ) -> _Carved:
     pages, device = (1, torch.device("meta")) if carving.pool is None else (len(carving.pool), carving.pool.device)
-    store = LayerStore(layout, head_dim, dtype, device, pages, transform, carving)
+    store = LayerStore(layout, head_dim, dtype, device, pages, transform, carving, rotation)
     return _Carved(store, carving.offset)

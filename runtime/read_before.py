@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,26 +11,50 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
+from kvcompile.kernels import Softmax
 from kvcompile.runtime.attach import Attachment
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import own_attention, softmax_of
+from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.parts import attention_input, attention_modules
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.refit import References
 
 IMPLEMENTATION = "kvcompile_read"
 """Name under which transformers knows the attention that a prompt is read with: the runtime's own."""
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Of one layer's attention: its reference queries (`runtime.refit`), what multiplies their logits, and how these
+    become weights."""
+
+    references: References
+    scaling: float
+    softmax: Softmax
+
+    def of(self, order: list[int]) -> Asked:
+        """With the KV heads, and their groups of query heads, in this order."""
+        grouped = self.references.query.unflatten(1, (len(order), -1))
+        references = replace(self.references, query=grouped[:, order].flatten(1, 2))
+        return replace(self, references=references, softmax=self.softmax.of(order, grouped.shape[2]))
+
+
+_asked: ContextVar[list[Asked]] = ContextVar("kvcompile_asked")
+"""What the layers have been asked in the forward pass under way."""
+
+
+@dataclass(frozen=True)
 class ReadPrompt:
     """One prompt of n tokens as the model itself has read it, by layer: `hidden` [1, n, d], what goes into its
-    attention, and `keys` and `values` [1, num_kv_heads, n, D], rotary embedding applied, in the model's order of
-    heads."""
+    attention, `keys` and `values` [1, num_kv_heads, n, D], rotary embedding applied, in the model's order of heads, and
+    what they were `asked`."""
 
     hidden: tuple[Tensor, ...]
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
+    asked: tuple[Asked, ...]
 
     def __len__(self) -> int:
         return self.keys[0].shape[2]
@@ -58,19 +83,21 @@ def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
 
     cache: Any = DynamicCache(config=model.config)
     hooks = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in attention_modules(model)]
-    previous = model.config._attn_implementation
+    previous, asked = model.config._attn_implementation, list[Asked]()
+    token = _asked.set(asked)
     try:
         model.set_attn_implementation(IMPLEMENTATION)
         model(ids, past_key_values=cache, logits_to_keep=1)
     finally:
         model.set_attn_implementation(previous)
+        _asked.reset(token)
         for hook in hooks:
             hook.remove()
     stored = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if any(keys is None or keys.shape[2] != ids.shape[1] for keys, _ in stored):
         return None
     keys, values = zip(*stored, strict=True)
-    return ReadPrompt(tuple(hidden), keys, values)
+    return ReadPrompt(tuple(hidden), keys, values, tuple(asked))
 
 
 def looks_at_queries(attachment: Attachment) -> bool:
@@ -88,10 +115,12 @@ def filled(attachment: Attachment, *prompts: ReadPrompt) -> RaggedCache:
         order, scorer = attachment.orders[number], attachment.scorers[number]
         for sequence, prompt in enumerate(prompts):
             hidden, keys, values = (part[number] for part in (prompt.hidden, prompt.keys, prompt.values))
-            keys, values = keys[:, order], values[:, order]
+            keys, values, asked = keys[:, order], values[:, order], prompt.asked[number].of(order)
             no_queries = keys.new_empty(1, keys.shape[1], 0, keys.shape[3])
-            score = None if scorer is None else scorer(hidden)
-            layer.store.one(sequence, 0).prefill(no_queries, keys, values, None, 1.0, score)
+            read = LayerPrompt(layer.store.layout, len(prompt), None, softmax=asked.softmax)
+            read.add(no_queries, keys, values, asked.scaling, None if scorer is None else scorer(hidden))
+            read.references = asked.references
+            layer.store.one(sequence, 0).cut(read)
         layer.store.count([len(prompt) for prompt in prompts])
         layer.columns = max(map(len, prompts))
     return cache
@@ -107,4 +136,7 @@ def _forward(
     **options: Any,
 ) -> tuple[Tensor, None]:
     scale, softmax = query.shape[-1] ** -0.5 if scaling is None else scaling, softmax_of(options)
+    lengths = torch.full((len(key),), key.shape[2], device=key.device)
+    references = References.none_yet(query, key.shape[1], lengths).seen(query, torch.zeros_like(lengths))
+    _asked.get().append(Asked(references, scale, softmax))
     return own_attention(module, query, key, value, attention_mask, scale, softmax, **options), None

@@ -118,9 +118,15 @@ def ragged_plan(
     return Artifact(
         model=model, target=Target(target, context, batch, dtype),
         bytes=ByteAccount(resident, loaded_bytes(scorer, quantiser), transient, full), budgets=budgets,
-        predicted_loss=float("nan"), solver={}, calibration={}, versions={}, profile={}, scorer=scorer,
+        predicted_loss=float("nan"), solver={}, calibration={}, versions={}, profile=_rotary(model), scorer=scorer,
         quantiser=quantiser,
     )  # fmt: skip
+
+
+def _rotary(model: ModelIdentity) -> dict[str, np.ndarray[Any, Any]]:
+    """Of no rotation at all: values are fitted, which takes as long as with one."""
+    frequency = np.zeros((model.num_layers, model.head_dim), np.float32)
+    return {"rotary_frequency": frequency, "rotary_partner": np.arange(model.head_dim, dtype=np.int32)}
 
 
 def _budgets(tokens: np.ndarray[Any, Any], context: int, bits: np.ndarray[Any, Any]) -> Budgets:

@@ -16,6 +16,7 @@ from kvcompile.kernels.codecs import codec_of
 from kvcompile.profile.attention import Handler, causal
 from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.curves import Curves
+from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.eviction import ring
 from kvcompile.profile.fit import Fit
 from kvcompile.profile.held import Held
@@ -24,8 +25,9 @@ from kvcompile.profile.lanes import Reading
 from kvcompile.profile.layerwise import after, through
 from kvcompile.profile.result import profile_of
 from kvcompile.profile.resume import Sums
+from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens
-from kvcompile.profile.simulate import compared, cut_layer, kinds, rows_of
+from kvcompile.profile.simulate import compared, kinds
 from kvcompile.profile.structure import attends, head, layers, place_of
 from kvcompile.runtime.parts import planned
 from kvcompile.stages import Plan, Profile
@@ -98,8 +100,8 @@ class Check:
         elif planned(part):
             rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, layer))
             _, quantiser = self.fit.of_layer(sums, layer)
-            cut = cut_layer(cache["key"], cache["value"], cache["score"], rows, quantiser, setting.window)
-            attend = over_context(Context([], [cut.key], [cut.value]), reading.packed, [cut.kept])
+            rotary = of_layer(setting.rotary, place_of(setting.model, layer))
+            attend = over_cut(Left(**cache), reading.packed, rows, quantiser, setting.window, rotary)
         with after(setting.model, part, reading.packed, cache):
             held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
         if layer:

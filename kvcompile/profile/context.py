@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvcompile.profile.attention import Attention, Handler, attending, causal, m
 from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
 from kvcompile.runtime.parts import attention_input
+from kvcompile.runtime.refit import References
 
 
 class FollowUp(Protocol):
@@ -35,12 +36,14 @@ class FollowUp(Protocol):
 class Context:
     """What a context of n tokens leaves in each layer of attention: `hidden` [n, d], the attention block's input;
     `keys` and `values` [H, n, D], rotary embedding applied. Lists over layers. `states` is what it leaves in layers of
-    linear attention, see `left_behind`."""
+    linear attention, see `left_behind`; `references` [num_heads, r, D] those of `references`, where they were
+    kept."""
 
     hidden: list[Tensor]
     keys: list[Tensor]
     values: list[Tensor]
     states: Any = None
+    references: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return self.keys[0].shape[1]
@@ -90,6 +93,7 @@ def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None
     def attend(call: Attention) -> Tensor:
         context.keys.append(call.key)
         context.values.append(call.value)
+        context.references.append(references(call))
         return causal(call)
 
     with ExitStack() as hooks:
@@ -99,6 +103,13 @@ def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None
         hooks.enter_context(attending(model, attend))
         forward(model, ids, tick)
     return replace(context, states=states)
+
+
+def references(call: Attention) -> Tensor:
+    """The reference queries of a context [num_heads, r, D] that a layer reads."""
+    length = torch.tensor([call.query.shape[1]], device=call.query.device)
+    none_yet = References.none_yet(call.query[None], len(call.key), length)
+    return none_yet.seen(call.query[None], torch.zeros_like(length)).query[0]
 
 
 def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:

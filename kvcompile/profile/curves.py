@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser
@@ -25,7 +26,9 @@ from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
+from kvcompile.profile.refit import SHARE, Fitting, losses_at, points
 from kvcompile.profile.resume import Sums
+from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
 from kvcompile.profile.structure import attends, head, heads, layers, place_of, planned_layers
 from kvcompile.profile.utility import scores
@@ -50,6 +53,7 @@ class Curves:
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
+            "refitted_loss": np.zeros((*each, len(points(self.setting.budgets)))),
             "key_loss": np.zeros((*each, len(profiled("k")))),
             "value_loss": np.zeros((*each, len(profiled("v")))),
         }
@@ -87,7 +91,7 @@ class Curves:
             left = {"key": context.keys[0], "value": context.values[0]}
         if planned(part):
             scorer, _ = self.fit.of_layer(sums, layer)
-            left["score"] = scores(scorer, 0, context.hidden[0])
+            left |= {"score": scores(scorer, 0, context.hidden[0]), "references": context.references[0]}
         held.put(reading.cache(layer), **left)
         attend = over_context(context, reading.packed)
         with after(model, part, reading.packed, left):
@@ -114,7 +118,7 @@ class Curves:
         # Budgets are shares of the window: a shorter context is cut in proportion.
         budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
-        found: list[Losses] = []
+        found, refitted = list[Losses](), list[dict[str, NDArray[np.float64]]]()
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if not planned(part) or (call.window is not None and call.window < len(context)):
@@ -123,6 +127,10 @@ class Curves:
             entry = entries(cache["score"], budgets, sink)
             changes = Changes(entry, len(budgets), *_errors(context, quantiser))
             found.append(losses(call, upstream, context, packed, changes))
+            rotary = of_layer(setting.rotary, place)
+            fitting = Fitting.of(call, cache["references"], len(context), rotary)
+            kept = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
+            refitted.append(losses_at(fitting, call, upstream, context, packed, kept))
 
         with after(setting.model, part, packed, cache):
             gradient = backward(
@@ -138,8 +146,10 @@ class Curves:
         text, questions = setting.rows(reading.episode)
 
         additions: list[tuple[str, Any, Any]] = []
-        for one in found:
-            for name, tables in (("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values)):
+        for one, fitted in zip(found, refitted, strict=True):
+            for name, tables in (
+                ("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values), ("refitted_loss", fitted)
+            ):  # fmt: skip
                 additions += [
                     (name, (text, place), (tables["continuation"] + tables["quote"]) / 2),
                     (name, (questions, place), tables["question"]),

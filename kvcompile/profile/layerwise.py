@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal, handling
-from kvcompile.profile.context import Context, Packed
+from kvcompile.profile.context import Context, Packed, references
 from kvcompile.profile.linear import going_on, left_behind, states_of
 from kvcompile.profile.structure import attends, device_of
 from kvcompile.runtime.parts import attention_input, decoder_of
@@ -115,6 +115,7 @@ def _keeping(layer: nn.Module) -> Iterator[tuple[Context, Callable[[Attention], 
         # Laid out as they are stored, whether they will be or not: products of other layouts differ in the last bits.
         context.keys.append(call.key.contiguous())
         context.values.append(call.value.contiguous())
+        context.references.append(references(call))
 
     hook = layer.get_submodule("self_attn").register_forward_pre_hook(enter, with_kwargs=True)
     try:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kvcompile.kernels import Asked, Changes, attention_effects
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, Packed, judged
+from kvcompile.profile.context import Block, Context, Packed, judged
 
 ROWS = 128
 """Judged rows of a follow-up that are looked at."""
@@ -52,16 +52,29 @@ class Losses:
 def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, changes: Changes) -> Losses:
     """The losses of all `changes` to a layer's context; `gradient` [Hq, M, D] is u over the packed rows."""
     keys, values = context.keys[call.layer], context.values[call.layer]
-    asked = []
-    for block in packed.blocks:
-        places = judged(block, ROWS).to(keys.device)
-        own = slice(block.start, block.stop)
-        step = 2 if len(places) >= MANY else 1
-        rows = call.query[:, places], gradient[:, places], call.key[:, own], call.value[:, own], places - block.start
-        asked.append(Asked(*rows, step))
+    asked = [_asked(call, gradient, block) for block in packed.blocks]
     found = attention_effects(asked, keys, values, changes, call.scaling, call.window or 0, call.softmax)
     kinds = [block.kind for block in packed.blocks]
     return Losses(*(_means(kinds, [getattr(one, name) for one in found]) for name in ("evicted", "keys", "values")))
+
+
+def refitted_losses(
+    call: Attention, gradient: Tensor, keys: Tensor, values: Tensor, packed: Packed, changes: Changes
+) -> dict[str, NDArray[np.float64]]:
+    """Losses by the follow-ups' kind, float64 [H], of one choice of tokens whose `values` [H, n, D] have been changed;
+    `changes` are that choice, and the change that gives the values back as they were."""
+    asked = [_asked(call, gradient, block) for block in packed.blocks]
+    found = attention_effects(asked, keys, values, changes, call.scaling, call.window or 0, call.softmax)
+    # The effect of what is left is there beside that of all the changed values, which no cache ever had.
+    errors = [one.evicted[..., 0, 0] - one.values[..., 0] for one in found]
+    return _means([block.kind for block in packed.blocks], errors)
+
+
+def _asked(call: Attention, gradient: Tensor, block: Block) -> Asked:
+    places = judged(block, ROWS).to(gradient.device)
+    own = slice(block.start, block.stop)
+    rows = call.query[:, places], gradient[:, places], call.key[:, own], call.value[:, own], places - block.start
+    return Asked(*rows, 2 if len(places) >= MANY else 1)
 
 
 def _means(kinds: Sequence[str], errors: Sequence[Tensor]) -> dict[str, NDArray[np.float64]]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.eviction import SHARES
+from kvcompile.profile.refit import with_fitted
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import infsc, scaled
 from kvcompile.profile.scores import baklava
@@ -19,13 +20,16 @@ def profile_of(sums: Sums, setting: Setting) -> Profile:
     _, num_kv_heads = heads(setting.model)
     episodes = len(setting.material.fit)
     residual, value = sums["residual_cosine"] / episodes, sums["value_cosine"] / episodes
+    shares = np.array(SHARES, np.float32)
     each = np.maximum(sums["weight"], 1).reshape(-1, 1, 1, 1)
     return Profile(
         families=setting.families,
         window=setting.window,
         tokens=setting.budgets,
-        shares=np.array(SHARES, np.float32),
-        loss=(sums["loss"] / each[..., None]).astype(np.float32),
+        shares=shares,
+        loss=(with_fitted(sums["loss"], sums["refitted_loss"], setting.budgets, shares < 1) / each[..., None]).astype(
+            np.float32
+        ),
         key_bits=np.array(profiled("k"), np.int32),
         value_bits=np.array(profiled("v"), np.int32),
         key_loss=(sums["key_loss"] / each).astype(np.float32),

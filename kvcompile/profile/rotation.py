@@ -18,6 +18,7 @@ from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
 from kvcompile.profile.linear import switched_off
 from kvcompile.profile.structure import embedding, frozen, layers
 from kvcompile.runtime.parts import planned
+from kvcompile.runtime.rotation import Rotation
 from kvcompile.stages import Rotary
 
 Layout = tuple[NDArray[np.float32], NDArray[np.int32]]
@@ -66,11 +67,7 @@ def unrotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> 
 
 def rotated(stored: Tensor, positions: Tensor, rotary: Rotary, layer: int) -> Tensor:
     """R(p) x of `kvcompile.quantiser.rotary`, float32."""
-    frequency = torch.from_numpy(rotary.frequency[layer]).to(stored.device)
-    partner = torch.from_numpy(rotary.partner).long().to(stored.device)
-    angle = positions[:, None] * frequency
-    x = stored.float()
-    return angle.cos() * x - angle.sin() * x[..., partner]
+    return Rotation.of(rotary.frequency[layer], rotary.partner, stored.device).turned(stored, positions)
 
 
 def of_layer(rotary: Rotary, layer: int) -> Rotary:

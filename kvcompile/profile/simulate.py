@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import POLICIES, Quantiser, Scorer
-from kvcompile.kernels.codecs import CODECS
+from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import attended
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack
-from kvcompile.profile.eviction import survivors
+from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.layerwise import Calls, after, embedded, read_layer, through
 from kvcompile.profile.linear import tensors_of
-from kvcompile.profile.quantised import Shift, matrices, quantised
+from kvcompile.profile.quantised import Shift
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
 from kvcompile.profile.structure import Tick, embedding, frozen, head, head_blocks, layers, logits, place_of
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.runtime.parts import planned
-from kvcompile.stages import Parts, Plan, Problem
+from kvcompile.stages import Parts, Plan, Problem, Rotary
 
 ROWS = 64
 """Judged rows of a follow-up at which distributions are compared."""
@@ -85,99 +83,22 @@ def divergence(
     tokens: int,
     tick: Tick = lambda _: None,
     shift: Shift | None = None,
+    rotary: Rotary | None = None,
 ) -> dict[str, float]:
     """Mean KL to the full cache by kind of follow-up, in nats a token, under a plan for contexts of `tokens` tokens,
-    whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`."""
-    cut = apply_plan(known.context, plan, scorer, quantiser, tokens, shift)
-    final = follow(model, known.context, known.packed, over_context(cut.context, known.packed, cut.kept), tick).final
-    return kinds(model, [(kind, known.final[rows], [final[rows]]) for kind, rows in compared(known.packed)])[0]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A context with quantised keys and values, and by layer which tokens are kept, bool [H, n] (None: all)."""
-
-    context: Context
-    kept: list[Tensor | None]
-
-
-def apply_plan(
-    context: Context,
-    plan: Plan,
-    scorer: Scorer | None,
-    quantiser: Quantiser | None,
-    tokens: int,
-    shift: Shift | None = None,
-) -> Cut:
-    """What a plan leaves of a context; token policies are `full`, `recent` and `scored`."""
-    cuts = []
+    whose budgets are scaled to the length of this one, and whose keys are quantised at the positions after `shift`;
+    token policies are `full`, `recent` and `scored`. With the model's `rotary` embedding values are fitted as the
+    runtime fits them."""
+    context, handlers = known.context, []
     for layer, (key, value) in enumerate(zip(context.keys, context.values, strict=True)):
         score = None if scorer is None else scores(scorer, layer, context.hidden[layer])
-        of_one = None if quantiser is None else Quantiser(**_only(quantiser, layer))
         moved = None if shift is None else Shift(of_layer(shift.rotary, layer), shift.offset)
-        cuts.append(cut_layer(key, value, score, rows_of(plan, layer), of_one, tokens, moved))
-    keys, values = [one.key for one in cuts], [one.value for one in cuts]
-    return Cut(replace(context, keys=keys, values=values), [one.kept for one in cuts])
-
-
-@dataclass(frozen=True)
-class LayerCut:
-    """A layer's keys and values [H, n, D] as they are read back, and the tokens that are kept, bool [H, n]."""
-
-    key: Tensor
-    value: Tensor
-    kept: Tensor
-
-
-def rows_of(plan: Plan, layer: int) -> dict[str, NDArray[Any]]:
-    """What a plan says of one layer's heads, [H] each."""
-    tables = ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")
-    return {name: getattr(plan, name)[layer] for name in tables}
-
-
-def cut_layer(
-    key: Tensor,
-    value: Tensor,
-    score: Tensor | None,
-    rows: Mapping[str, NDArray[Any]],
-    quantiser: Quantiser | None,
-    tokens: int,
-    shift: Shift | None = None,
-) -> LayerCut:
-    """What a plan for contexts of `tokens` tokens leaves of one layer: `score` [H, n] are the scorer's, `rows` the
-    plan's for this layer, quantiser and shift tables of one layer."""
-    length, scale = key.shape[1], key.shape[1] / tokens
-    alive: list[Tensor] = []
-    for number in range(key.shape[0]):
-        policy = POLICIES[rows["policy"][number]]
-        sink = int(rows["sink"][number])
-        budget = min(max(round(int(rows["capacity"][number]) * scale), sink + 1), length)
-        recent = budget - sink
-        if policy == "scored":
-            recent = min(max(round(int(rows["recent"][number]) * scale), 1), budget - sink)
-        # Without a scorer no head is `scored`, and all scores are equal.
-        row = torch.zeros(1, length) if score is None else score[number : number + 1]
-        alive.append(survivors(row.to(key.device), budget, recent, sink)[0])
-    return LayerCut(
-        _read_back(key, rows["k_bits"], quantiser, "key", shift),
-        _read_back(value, rows["v_bits"], quantiser, "value"),
-        torch.stack(alive),
-    )
-
-
-def _read_back(stored: Tensor, bits: Any, quantiser: Quantiser | None, kind: str, shift: Shift | None = None) -> Tensor:
-    chosen = np.isin(bits, list(CODECS))
-    if quantiser is None or not chosen.any():
-        return stored
-    transform, mean = matrices(quantiser, 0, kind, stored.device)
-    read = quantised if shift is None else partial(shift.quantised, layer=0)
-    heads = [
-        read(stored[h], transform=transform[h], mean=mean[h], bits=int(bits[h])).to(stored.dtype)
-        if chosen[h]
-        else stored[h]
-        for h in range(len(stored))
-    ]
-    return torch.stack(heads)
+        left = Left(key, value, score, context.references[layer])
+        of_one = None if quantiser is None else Quantiser(**_only(quantiser, layer))
+        rows, turning = rows_of(plan, layer), None if rotary is None else of_layer(rotary, layer)
+        handlers.append(over_cut(left, known.packed, rows, of_one, tokens, turning, moved))
+    final = follow(model, context, known.packed, lambda call: handlers[call.layer](call), tick).final
+    return kinds(model, [(kind, known.final[rows], [final[rows]]) for kind, rows in compared(known.packed)])[0]
 
 
 @torch.no_grad()
@@ -213,10 +134,11 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                     score = None
                     if parts.scorer is not None:
                         score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])
-                    shift = Shift(of_layer(keys.rotary, place), run.offset)
+                    rotary = of_layer(keys.rotary, place)
                     of_one, rows = Quantiser(**_only(quantiser, place)), rows_of(plan, place)
-                    cut = cut_layer(left.keys[0], left.values[0], score, rows, of_one, tokens, shift)
-                    attend = over_context(Context([], [cut.key], [cut.value]), run.packed, [cut.kept])
+                    kept = Left(left.keys[0], left.values[0], score, left.references[0])
+                    shift = Shift(rotary, run.offset)
+                    attend = over_cut(kept, run.packed, rows, of_one, tokens, rotary, shift)
                 with after(model, part, run.packed, tensors_of(left.states, part)):
                     run.full = through(part, run.full, later, whole)
                     run.cut = through(part, run.cut, later, attend)

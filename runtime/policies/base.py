@@ -74,6 +74,9 @@ class Policy:
     observes = False
     """Whether it learns from the attention of every step."""
 
+    refits = False
+    """Whether the values of the prompt tokens that stay are fitted to make up for the others (`runtime.refit`)."""
+
     queries = 0
     """How many of a prompt's last queries `score` looks at."""
     sums = False

@@ -19,6 +19,8 @@ class Scored(Policy):
     those between sinks and ring before the one that leaves it.
     """
 
+    refits = True
+
     def score(self, prompt: Prompt) -> torch.Tensor:
         assert prompt.score is not None
         # As the state holds them, so that the choice does not depend on when a token came.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import CONFIGS, HYBRID, SHAPE, YARN, tiny_model
@@ -118,6 +120,22 @@ def check(config, make_artifact, policy: str, dtype: torch.dtype, bits=(), **opt
 @pytest.mark.parametrize("config", LARGER.values(), ids=LARGER)
 def test_the_promise_is_kept_and_close(make_artifact, config, dtype: torch.dtype) -> None:
     check(config, make_artifact, "recent", dtype)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt-oss"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fitting_values_keeps_to_it(make_artifact, name: str, dtype: torch.dtype) -> None:
+    """With a rotary embedding in the artifact, here that of no rotation."""
+
+    def making(model, *args, **options):
+        plan = make_artifact(model, *args, **options)
+        rotary = {
+            "rotary_frequency": np.zeros((plan.model.num_layers, plan.model.head_dim), np.float32),
+            "rotary_partner": np.arange(plan.model.head_dim, dtype=np.int32),
+        }
+        return replace(plan, profile=rotary)
+
+    check(LARGER[name], making, "scored", dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

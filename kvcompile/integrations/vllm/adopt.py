@@ -28,6 +28,7 @@ from kvcompile.integrations.vllm.spec import check_spec
 from kvcompile.kernels import LayerLayout
 from kvcompile.runtime.layouts import layer_layout
 from kvcompile.runtime.pages import PageLayout
+from kvcompile.runtime.rotation import layer_rotation
 from kvcompile.runtime.transforms import layer_transform
 
 log = init_logger("vllm.kvcompile")
@@ -154,5 +155,6 @@ class Serving:
             scheduler = config.scheduler_config
             scores = Scores(weight, bias, max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs))
             scores.listen(parent.get_submodule("qkv_proj"))
-        new.setup(served, index, first or new, transform, scores)
+        rotation = layer_rotation(self.artifact, index, device)
+        new.setup(served, index, first or new, transform, rotation, scores)
         return first or new

@@ -18,6 +18,7 @@ from kvcompile.integrations.vllm.spec import CompiledSpec
 from kvcompile.kernels import Transform
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.pages import PageLayout
+from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.store import LayerStore
 
 
@@ -46,10 +47,11 @@ class CompiledAttention(Attention):
         index: int,
         first: CompiledAttention,
         transform: Transform | None,
+        rotation: Rotation | None,
         scores: Scores | None,
     ) -> None:
         """`index` is the layer's place in the page; `scores` is given where it has heads that keep scores."""
-        self.served, self.index, self.transform = served, index, transform
+        self.served, self.index, self.transform, self.rotation = served, index, transform, rotation
         self.scores = scores
         self.store: LayerStore | None = None
         self.prompts: dict[int, LayerPrompt] = {}
@@ -67,7 +69,7 @@ class CompiledAttention(Attention):
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """`kv_cache` int8 [pages, 1, 1, page bytes]."""
         self.kv_cache = kv_cache
-        self.store = self.served.page.store(self.index, kv_cache.flatten(1), self.transform)
+        self.store = self.served.page.store(self.index, kv_cache.flatten(1), self.transform, self.rotation)
 
     def forward(
         self,
@@ -155,7 +157,8 @@ class CompiledAttention(Attention):
         if piece.slot >= 0:
             assert self._room is not None
             room = (self._room[piece.slot, 0], self._room[piece.slot, 1])
-        prompt = LayerPrompt(self.store.layout, piece.length, None, room)
+        refits = self.store.refits(piece.length)
+        prompt = LayerPrompt(self.store.layout, piece.length, None, room, refits=refits)
         if piece.slot >= 0:
             self.prompts[piece.slot] = prompt
         return prompt
