@@ -110,6 +110,7 @@ def test_the_artifact_says_where_it_comes_from(loaded, model_folder) -> None:
     assert set(artifact.versions) >= {"kvcompile", "torch", "transformers", "scipy"}
     assert artifact.calibration["sources"] == ["code", "reference", "dialogue", "essay", "paper"]
     assert len(artifact.calibration["checked_plans"]) == 6
+    assert artifact.calibration["values"] == "fitted"
     curves = artifact.profile["loss"]
     assert curves.shape == (6, 3, 2, 4, len(artifact.profile["tokens"]))
     assert (curves >= 0).all()
