@@ -14,7 +14,7 @@ PREFILL_CHUNK = 2048
 MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 REFERENCES = 512
-"""Queries of a prompt, over all query heads of a KV head, at which values are fitted (`runtime/refit.py`)."""
+"""Queries of a prompt, over all query heads of a KV head, at which values are fitted (`runtime/fitted.py`)."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
 INNER = {
@@ -190,7 +190,7 @@ def _attention(model: ModelIdentity, batch: int, tokens: int, queries: int) -> i
 
 
 def _fitted(plan: Artifact, batch: int, tokens: int, size: int) -> int:
-    """Values fitted to reference queries (`runtime/refit.py`): the layer's values once more, the queries, and of one
+    """Values fitted to reference queries (`runtime/fitted.py`): the layer's values once more, the queries, and of one
     head at a time its keys and values in f32, the weights that it gives, and the system that is solved."""
     model, budgets = plan.model, plan.budgets
     fitted = (budgets.policy == POLICIES.index("scored")) & (budgets.capacity < tokens)

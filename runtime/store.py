@@ -14,9 +14,9 @@ from kvcompile.runtime import in_one, new_tokens
 from kvcompile.runtime.counting import Lengths, count_step
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
+from kvcompile.runtime.fitted import fit_values
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.refit import refitted
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.weighed import weighed
 
@@ -28,7 +28,7 @@ class LayerStore:
     `seen` counts the tokens that each sequence has brought so far, without padding. `transform` is for the quantised
     heads. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
     scorer's word on each token. `make` allocates where it is given (see `Buffers`). `rotation` is the layer's rotary
-    embedding, which fitting values takes (`runtime.refit`); None: they are stored as they are.
+    embedding, which fitting values takes (`runtime.fitted`); None: they are stored as they are.
     """
 
     def __init__(
@@ -92,13 +92,13 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        refits = self.refits(keys.shape[2])
-        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, refits))
+        fits_values = self.fits_values(keys.shape[2])
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, fits_values))
 
-    def refits(self, columns: int) -> bool:
+    def fits_values(self, columns: int) -> bool:
         """Whether values are fitted of prompts of so many columns, so that they have to bring reference queries."""
         evicting = (cls for cls in self.layout.classes if columns > cls.capacity)
-        return self.rotation is not None and any(POLICIES[cls.policy].refits for cls in evicting)
+        return self.rotation is not None and any(POLICIES[cls.policy].fits_values for cls in evicting)
 
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
@@ -106,7 +106,7 @@ class LayerStore:
         kept = kept_of(prompt, self.layout, self.state)
         lengths, values = prompt.lengths, prompt.values
         if self.rotation is not None and prompt.references is not None:
-            values = refitted(prompt, kept, self.rotation)
+            values = fit_values(prompt, kept, self.rotation)
         compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
         # Without padding the host need not wait for the device.
         self.seen = [prompt.columns] * self.batch if prompt.pad is None else lengths.tolist()

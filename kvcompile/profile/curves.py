@@ -19,6 +19,7 @@ from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.eviction import SHARES, entries
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.fit import Fit
+from kvcompile.profile.fitted import SHARE, Fitting, losses_at, points
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
@@ -26,7 +27,6 @@ from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
-from kvcompile.profile.refit import SHARE, Fitting, losses_at, points
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
@@ -53,7 +53,7 @@ class Curves:
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
-            "refitted_loss": np.zeros((*each, len(points(self.setting.budgets)))),
+            "fitted_loss": np.zeros((*each, len(points(self.setting.budgets)))),
             "key_loss": np.zeros((*each, len(profiled("k")))),
             "value_loss": np.zeros((*each, len(profiled("v")))),
         }
@@ -118,7 +118,7 @@ class Curves:
         # Budgets are shares of the window: a shorter context is cut in proportion.
         budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
-        found, refitted = list[Losses](), list[dict[str, NDArray[np.float64]]]()
+        found, fitted = list[Losses](), list[dict[str, NDArray[np.float64]]]()
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if not planned(part) or (call.window is not None and call.window < len(context)):
@@ -130,7 +130,7 @@ class Curves:
             rotary = of_layer(setting.rotary, place)
             fitting = Fitting.of(call, cache["references"], len(context), rotary)
             kept = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
-            refitted.append(losses_at(fitting, call, upstream, context, packed, kept))
+            fitted.append(losses_at(fitting, call, upstream, context, packed, kept))
 
         with after(setting.model, part, packed, cache):
             gradient = backward(
@@ -146,9 +146,9 @@ class Curves:
         text, questions = setting.rows(reading.episode)
 
         additions: list[tuple[str, Any, Any]] = []
-        for one, fitted in zip(found, refitted, strict=True):
+        for one, with_fitted in zip(found, fitted, strict=True):
             for name, tables in (
-                ("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values), ("refitted_loss", fitted)
+                ("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values), ("fitted_loss", with_fitted)
             ):  # fmt: skip
                 additions += [
                     (name, (text, place), (tables["continuation"] + tables["quote"]) / 2),

@@ -17,8 +17,8 @@ from kvcompile.kernels.codecs import CODECS
 from kvcompile.profile.attention import Attention, Handler
 from kvcompile.profile.context import Context, Packed, over_context
 from kvcompile.profile.eviction import survivors
+from kvcompile.profile.fitted import Fitting
 from kvcompile.profile.quantised import Shift, matrices, quantised
-from kvcompile.profile.refit import Fitting
 from kvcompile.stages import Plan, Rotary
 
 

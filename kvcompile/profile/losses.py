@@ -58,7 +58,7 @@ def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, 
     return Losses(*(_means(kinds, [getattr(one, name) for one in found]) for name in ("evicted", "keys", "values")))
 
 
-def refitted_losses(
+def fitted_losses(
     call: Attention, gradient: Tensor, keys: Tensor, values: Tensor, packed: Packed, changes: Changes
 ) -> dict[str, NDArray[np.float64]]:
     """Losses by the follow-ups' kind, float64 [H], of one choice of tokens whose `values` [H, n, D] have been changed;

@@ -6,7 +6,7 @@ import numpy as np
 
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.eviction import SHARES
-from kvcompile.profile.refit import with_fitted
+from kvcompile.profile.fitted import with_fitted
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import infsc, scaled
 from kvcompile.profile.scores import baklava
@@ -27,7 +27,7 @@ def profile_of(sums: Sums, setting: Setting) -> Profile:
         window=setting.window,
         tokens=setting.budgets,
         shares=shares,
-        loss=(with_fitted(sums["loss"], sums["refitted_loss"], setting.budgets, shares < 1) / each[..., None]).astype(
+        loss=(with_fitted(sums["loss"], sums["fitted_loss"], setting.budgets, shares < 1) / each[..., None]).astype(
             np.float32
         ),
         key_bits=np.array(profiled("k"), np.int32),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.kernels import codecs
-from kvcompile.runtime import refit
+from kvcompile.runtime import fitted
 
 Sums = dict[str, NDArray[Any]]
 
@@ -28,7 +28,7 @@ def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, si
     here = Path(__file__).parent
     codecs_folder = Path(codecs.__file__).parent
     sources = [*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py"), here.parent / "stages.py"]
-    sources.append(Path(refit.__file__))
+    sources.append(Path(fitted.__file__))
     for source in [*sorted(sources), *sorted(codecs_folder.rglob("*.py"))]:
         digest.update(source.read_bytes())
     return digest.hexdigest()

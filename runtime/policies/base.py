@@ -74,8 +74,8 @@ class Policy:
     observes = False
     """Whether it learns from the attention of every step."""
 
-    refits = False
-    """Whether the values of the prompt tokens that stay are fitted to make up for the others (`runtime.refit`)."""
+    fits_values = False
+    """Whether the values of the prompt tokens that stay are fitted to make up for the others (`runtime.fitted`)."""
 
     queries = 0
     """How many of a prompt's last queries `score` looks at."""

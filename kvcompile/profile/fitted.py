@@ -1,4 +1,4 @@
-"""Values fitted as the runtime fits those of a prompt's kept tokens (`kvcompile.runtime.refit`), and what is lost then.
+"""Values fitted as the runtime fits those of a prompt's kept tokens (`kvcompile.runtime.fitted`): what is lost then.
 
 Losses with fitted values are measured at a few budgets. In between, what they are of the loss without, which is known
 at every budget, is taken to change with a power of the budget.
@@ -18,8 +18,8 @@ from kvcompile.kernels import Changes
 from kvcompile.kernels.softmax import Softmax
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
-from kvcompile.profile.losses import refitted_losses
-from kvcompile.runtime.refit import References, fitted
+from kvcompile.profile.losses import fitted_losses
+from kvcompile.runtime.fitted import References, fit_head
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.stages import Rotary
 
@@ -61,7 +61,7 @@ class Fitting:
         own, chosen = self.query[head * group : (head + 1) * group], kept.nonzero()[:, 0]
         softmax = self.softmax.of(slice(head, head + 1), group)
         new = value[head].clone()
-        new[chosen] = fitted(own, key[head], value[head], chosen, self.scaling, softmax).to(new.dtype)
+        new[chosen] = fit_head(own, key[head], value[head], chosen, self.scaling, softmax).to(new.dtype)
         return new
 
 
@@ -75,20 +75,20 @@ def losses_at(
     for alive in kept:
         new = torch.stack([fitting.values(h, keys, values, alive[h]) for h in range(len(keys))]).float()
         changes = Changes((~alive[..., None]).int(), 1, (), (values.float() - new,))
-        each.append(refitted_losses(call, gradient, keys, new, packed, changes))
+        each.append(fitted_losses(call, gradient, keys, new, packed, changes))
     return {kind: np.stack([one[kind] for one in each], axis=-1) for kind in each[0]}
 
 
 def with_fitted(
-    loss: NDArray[np.float64], refitted: NDArray[np.float64], budgets: NDArray[np.int32], scored: NDArray[np.bool_]
+    loss: NDArray[np.float64], fitted: NDArray[np.float64], budgets: NDArray[np.int32], scored: NDArray[np.bool_]
 ) -> NDArray[np.float64]:
     """`loss` [..., P, C] of eviction alone, as it is with fitted values in the `scored` [P] ways to choose tokens;
-    `refitted` [..., R] was measured at the `points` of the budgets [C]."""
+    `fitted` [..., R] was measured at the `points` of the budgets [C]."""
     at = points(budgets)
     plain = loss[..., SHARE, at]
     # Where nothing is lost, as in heads that look at nothing far away, there is no ratio.
-    known = (plain > 0) & (refitted > 0)
-    ratio = np.log(np.where(known, refitted, 1) / np.where(known, plain, 1))
+    known = (plain > 0) & (fitted > 0)
+    ratio = np.log(np.where(known, fitted, 1) / np.where(known, plain, 1))
     flat = [np.interp(np.log(budgets), np.log(budgets[at]), one) for one in ratio.reshape(-1, len(at))]
     factor = np.exp(np.reshape(flat, (*loss.shape[:-2], 1, len(budgets))))
     return np.where(scored[:, None], loss * factor, loss)

@@ -12,7 +12,7 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack, references
 from kvcompile.profile.cut import Left, over_cut
 from kvcompile.profile.eviction import budget_grid
-from kvcompile.profile.refit import SHARE, Fitting, losses_at, points, with_fitted
+from kvcompile.profile.fitted import SHARE, Fitting, losses_at, points, with_fitted
 from kvcompile.stages import Rotary
 
 
@@ -76,18 +76,18 @@ def test_other_budgets_change_as_much() -> None:
     at = points(budgets)
     loss = np.random.default_rng(0).uniform(0.1, 1, (2, 3, 4, len(budgets)))
     loss[..., -1] = 0
-    refitted = loss[..., SHARE, at] * 0.25
-    found = with_fitted(loss, refitted, budgets, np.array([False, True, True, True]))
+    fitted_loss = loss[..., SHARE, at] * 0.25
+    found = with_fitted(loss, fitted_loss, budgets, np.array([False, True, True, True]))
     np.testing.assert_allclose(found[..., 1:, :], loss[..., 1:, :] * 0.25)
     assert np.array_equal(found[..., 0, :], loss[..., 0, :]), "policy `recent` fits nothing"
     # A power of the budget in between.
-    refitted[..., 1:] = loss[..., SHARE, at[1:]] * 0.5
+    fitted_loss[..., 1:] = loss[..., SHARE, at[1:]] * 0.5
     near = slice(at[0], at[1] + 1)
-    between = (with_fitted(loss, refitted, budgets, np.ones(4, bool)) / np.where(loss > 0, loss, 1))[..., 1, near]
+    between = (with_fitted(loss, fitted_loss, budgets, np.ones(4, bool)) / np.where(loss > 0, loss, 1))[..., 1, near]
     place = np.log(budgets[near] / budgets[at[0]]) / np.log(budgets[at[1]] / budgets[at[0]])
     np.testing.assert_allclose(between, np.broadcast_to(0.25 * 2**place, between.shape), rtol=1e-6)
     # No loss, no ratio.
-    assert np.array_equal(with_fitted(np.zeros_like(loss), refitted, budgets, np.ones(4, bool)), np.zeros_like(loss))
+    assert np.array_equal(with_fitted(np.zeros_like(loss), fitted_loss, budgets, np.ones(4, bool)), np.zeros_like(loss))
 
 
 def test_a_plan_is_run_with_fitted_values() -> None:

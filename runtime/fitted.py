@@ -68,7 +68,7 @@ def reference_tokens(lengths: torch.Tensor, group: int) -> torch.Tensor:
     return (2 * torch.arange(count, device=lengths.device) + 1) * lengths[:, None] // (2 * count)
 
 
-def refitted(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotation) -> torch.Tensor:
+def fit_values(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotation) -> torch.Tensor:
     """Values [B, num_kv_heads, n, D] of prompts with those of `kept` tokens (`kept_of`) fitted, in heads whose policy
     says so and that evict."""
     assert prompt.references is not None
@@ -80,7 +80,7 @@ def refitted(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotati
     real = prompt.references.token < lengths[:, None]
     values = prompt.values.clone()
     for cls, columns in zip(layout.classes, kept, strict=True):
-        if not POLICIES[cls.policy].refits:
+        if not POLICIES[cls.policy].fits_values:
             continue
         softmax = prompt.softmax.of(cls.heads, query.shape[2])
         for b, count in enumerate(counts):
@@ -91,12 +91,12 @@ def refitted(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotati
                 stored = prompt.keys[b, head, own], prompt.values[b, head, own]
                 index = columns[b, i] - pad[b]
                 of_one = softmax.of(slice(i, i + 1), query.shape[2])
-                new = fitted(query[b, head], *stored, index, prompt.scaling, of_one, real[b])
+                new = fit_head(query[b, head], *stored, index, prompt.scaling, of_one, real[b])
                 values[b, head, columns[b, i]] = new.to(values.dtype)
     return values
 
 
-def fitted(
+def fit_head(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,

@@ -12,8 +12,8 @@ from kvcompile.artifacts import REFERENCES, Artifact, ArtifactError
 from kvcompile.kernels.softmax import PLAIN, Softmax
 from kvcompile.profile import read_rotary
 from kvcompile.runtime import Decoder, attach, filled, read_prompt
+from kvcompile.runtime.fitted import RIDGE, References, fit_head, reference_tokens
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.refit import RIDGE, References, fitted, reference_tokens
 from kvcompile.runtime.rotation import Rotation, layer_rotation
 
 
@@ -52,7 +52,7 @@ def test_they_are_the_least_squares_solution(group: int, asked: int, count: int,
     query, keys, values = random(group, asked, 8), random(count, 8, seed=1), random(count, 8, seed=2)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(3))[:kept].sort().values
     of_group = softmax(group)
-    found = fitted(query, keys, values, chosen, 0.5, of_group)
+    found = fit_head(query, keys, values, chosen, 0.5, of_group)
     logits = (query @ keys.mT * 0.5)[None]
     weights = of_group.weights(logits[..., chosen], None)[0].flatten(0, 1).double()
     left = outputs(query, keys, values, 0.5, of_group).flatten(0, 1).double() - weights @ values[chosen].double()
@@ -65,15 +65,15 @@ def test_they_are_the_least_squares_solution(group: int, asked: int, count: int,
 def test_a_token_makes_up_for_its_twin() -> None:
     """Two tokens with one key: whichever goes, the other's value becomes the mean of both."""
     keys, values = random(20, 16), random(40, 16, seed=1)
-    found = fitted(random(4, 200, 16, seed=2), torch.cat([keys, keys]), values, torch.arange(20), 1.0, PLAIN)
+    found = fit_head(random(4, 200, 16, seed=2), torch.cat([keys, keys]), values, torch.arange(20), 1.0, PLAIN)
     torch.testing.assert_close(found, (values[:20] + values[20:]) / 2, atol=0.05, rtol=0.05)
 
 
 def test_what_was_not_seen_does_not_count() -> None:
     query, keys, values, kept = random(2, 9, 8), random(30, 8, seed=1), random(30, 8, seed=2), torch.arange(5)
     real = torch.arange(9) < 6
-    found = fitted(torch.where(real[:, None], query, 7.0), keys, values, kept, 0.5, PLAIN, real)
-    other = fitted(torch.where(real[:, None], query, -3.0), keys, values, kept, 0.5, PLAIN, real)
+    found = fit_head(torch.where(real[:, None], query, 7.0), keys, values, kept, 0.5, PLAIN, real)
+    other = fit_head(torch.where(real[:, None], query, -3.0), keys, values, kept, 0.5, PLAIN, real)
     torch.testing.assert_close(found, other)
 
 
