@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from kvpress.presses.base_press import BasePress
+from kvpress.utils import get_prerope_query_states
 
 from kvcompile.artifacts import (
     POLICIES,
@@ -34,8 +35,12 @@ from kvcompile.artifacts import (
 from kvcompile.kernels import HeadClass, LayerLayout, Transform
 from kvcompile.kernels.codecs import codec_of, is_quantised
 from kvcompile.kernels.codecs.api import read_back
+from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.attach import LayerScorer
+from kvcompile.runtime.fitted import fit_head, reference_tokens
 from kvcompile.runtime.layouts import layer_layouts
+from kvcompile.runtime.policies import POLICIES as POLICIES_BY_NAME
+from kvcompile.runtime.rotation import Rotation, layer_rotation
 from kvcompile.runtime.store import kept_tokens
 from kvcompile.runtime.transforms import layer_transform
 
@@ -109,7 +114,11 @@ class KvcompilePress(BasePress):
         layer = self._layers[int(module.layer_idx)]
         if layer.sliding:
             return keys, values
-        module.masked_key_indices = layer.dropped(hidden_states, keys.shape[2])
+        alive = layer.kept(hidden_states, keys.shape[2])
+        module.masked_key_indices = None if bool(alive.all()) else (~alive).nonzero(as_tuple=True)
+        if layer.fits_values(keys.shape[2]):
+            queries = layer.references(module, hidden_states, kwargs["position_embeddings"][0])
+            values = layer.fitted(queries, keys, values, alive, float(module.scaling))
         return layer.stored(keys, 0), layer.stored(values, 1)
 
 
@@ -120,6 +129,7 @@ class _Layer:
     heads: list[HeadClass]
     scorer: LayerScorer | None
     transform: Transform | None
+    rotation: Rotation | None
     dtype: torch.dtype
     sliding: bool
 
@@ -130,19 +140,49 @@ class _Layer:
         scored = any(head.policy == "scored" for head in heads)
         scorer = LayerScorer(plan.scorer, index, order, like) if scored and plan.scorer is not None else None
         transform = layer_transform(plan.quantiser, index, order, layout, like.device)
-        return cls(heads, scorer, transform, getattr(torch, plan.target.dtype), layout.window > 0)
+        rotation = layer_rotation(plan, index, like.device)
+        return cls(heads, scorer, transform, rotation, getattr(torch, plan.target.dtype), layout.window > 0)
 
-    def dropped(self, hidden: torch.Tensor, count: int) -> tuple[torch.Tensor, ...] | None:
-        """Sequences, heads and tokens of all that is not kept of `count` tokens, or None."""
+    def kept(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
+        """Which of `count` tokens the heads keep, bool [B, H, count]."""
         scores = None if self.scorer is None else self.scorer(hidden).half().float()
-        gone = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
+        alive = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
         for b in range(len(hidden)):
             for h, head in enumerate(self.heads):
                 score = scores[b, :, h][None] if scores is not None and head.policy == "scored" else None
-                kept = kept_tokens(head, count, score, hidden.device)[0]
-                gone[b, h] = True
-                gone[b, h, kept] = False
-        return gone.nonzero(as_tuple=True) if bool(gone.any()) else None
+                alive[b, h, kept_tokens(head, count, score, hidden.device)[0]] = True
+        return alive
+
+    def fits_values(self, count: int) -> bool:
+        """Whether values are fitted of a prompt of so many tokens, as the runtime does (`kvcompile.runtime.fitted`)."""
+        return self.rotation is not None and any(self._fits(head, count) for head in self.heads)
+
+    @staticmethod
+    def _fits(head: HeadClass, count: int) -> bool:
+        return POLICIES_BY_NAME[head.policy].fits_values and count > head.capacity
+
+    def references(self, module: Any, hidden: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
+        """The reference queries f32 [B, num_heads, r, D] after a prompt, from the attention block's input [B, n, d];
+        `cos` [B, n, w] has what the model multiplies its rotation with at position 0."""
+        assert self.rotation is not None
+        count = hidden.shape[1]
+        group = module.config.num_attention_heads // len(self.heads)
+        token = reference_tokens(torch.tensor([count], device=hidden.device), group)[0]
+        queries = get_prerope_query_states(module, hidden[:, token])
+        place = count + torch.arange(len(token), device=hidden.device)
+        return self.rotation.turned(queries, place) * cos[0, 0, 0].float()
+
+    def fitted(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, alive: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        """Values [B, H, n, D] with those of kept tokens fitted, where the runtime would."""
+        grouped, new = queries.reshape(len(queries), len(self.heads), -1, *queries.shape[2:]), values.clone()
+        for h, head in enumerate(self.heads):
+            for b in range(len(values) if self._fits(head, keys.shape[2]) else 0):
+                kept = alive[b, h].nonzero()[:, 0]
+                one = fit_head(grouped[b, h], keys[b, h], values[b, h], kept, scaling, PLAIN)
+                new[b, h, kept] = one.to(new.dtype)
+        return new
 
     def stored(self, vectors: torch.Tensor, side: int) -> torch.Tensor:
         """Keys (`side` 0) or values [B, H, n, D] as they are read back: in the cache dtype, or quantised."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import CONFIGS, make_artifact, tiny_model
@@ -75,10 +77,23 @@ def test_every_plan_loses_what_the_runtime_loses(plan: dict[str, Any], tmp_path:
     _compare("llama", plan, tmp_path)
 
 
-def _compare(family: str, plan: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "multi-query"])
+def test_fitted_values_lose_what_the_runtime_loses(family: str, tmp_path: Path) -> None:
+    plan = {"capacity": 20, "policy": "scored", "recent": 6}
+    fitted, plain = (_compare(family, plan, tmp_path / name, name == "fitted") for name in ("fitted", "plain"))
+    assert fitted != pytest.approx(plain, rel=1e-3)
+
+
+def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = False) -> float:
+    """The press's loss, which is the runtime's; `fitted`: the artifact has a rotary embedding, so that values are."""
     model = tiny_model(CONFIGS[family])
     model.save_pretrained(tmp_path / "model")
     artifact = make_artifact(model, **plan)
+    if fitted:
+        half = model.model.rotary_emb.inv_freq.numpy()
+        frequency = np.tile(np.concatenate([half, -half]).astype(np.float32), (artifact.model.num_layers, 1))
+        partner = np.roll(np.arange(2 * len(half), dtype=np.int32), len(half))
+        artifact = replace(artifact, profile={"rotary_frequency": frequency, "rotary_partner": partner})
     write(artifact, tmp_path / "a.kvb")
     ids = torch.randint(3, 97, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     ours = runtime_loss(tmp_path / "model", tmp_path / "a.kvb", ids, 60, tmp_path)
@@ -86,6 +101,7 @@ def _compare(family: str, plan: dict[str, Any], tmp_path: Path) -> None:
     assert theirs == pytest.approx(ours, rel=1e-3)
     if "capacity" in plan:
         assert theirs != pytest.approx(_plain_loss(model, ids), rel=1e-3)
+    return theirs
 
 
 @torch.inference_mode()
