@@ -7,31 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    Gemma4TextConfig,
-    Gemma4UnifiedTextConfig,
-    GptOssConfig,
-    GraniteConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Olmo2Config,
-    Olmo3Config,
-    Phi3Config,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
-    Qwen3Config,
-    Qwen3MoeConfig,
-    Qwen3NextConfig,
-    SmolLM3Config,
-)
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from kvcompile.artifacts import (
     DTYPE_BITS,
@@ -77,54 +54,70 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
         "num_global_key_value_heads": shape["num_key_value_heads"], "attention_k_eq_v": True, "sliding_window": 24,
         "layer_types": ["full_attention", "sliding_attention", "full_attention"], "final_logit_softcapping": 4.0,
     }  # fmt: skip
-    return {
-        "llama": LlamaConfig(**shape, attention_bias=True),
-        "mistral": MistralConfig(**shape, sliding_window=None),
-        "mistral, sliding": MistralConfig(**shape, sliding_window=24),
-        "qwen2": Qwen2Config(**shape),
-        "qwen3": Qwen3Config(**shape, head_dim=head_dim),
-        "phi3": Phi3Config(**shape, sliding_window=None),
-        "gemma3": Gemma3TextConfig(
+    found = {
+        "llama": _config("LlamaConfig", **shape, attention_bias=True),
+        "mistral": _config("MistralConfig", **shape, sliding_window=None),
+        "mistral, sliding": _config("MistralConfig", **shape, sliding_window=24),
+        "qwen2": _config("Qwen2Config", **shape),
+        "qwen3": _config("Qwen3Config", **shape, head_dim=head_dim),
+        "phi3": _config("Phi3Config", **shape, sliding_window=None),
+        "gemma3": _config(
+            "Gemma3TextConfig",
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim,
             layer_types=ALTERNATING,
         ),
-        "llama4": Llama4TextConfig(
+        "llama4": _config(
+            "Llama4TextConfig",
             **shape, head_dim=head_dim, no_rope_layers=[1, 0, 1], attention_chunk_size=400, num_local_experts=4,
             interleave_moe_layer_step=2, intermediate_size_mlp=expert_size,
         ),
-        "mixtral": MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
-        "qwen3-moe": Qwen3MoeConfig(
+        "mixtral": _config("MixtralConfig", **shape, num_local_experts=4, num_experts_per_tok=2, sliding_window=None),
+        "qwen3-moe": _config(
+            "Qwen3MoeConfig",
             **shape, head_dim=head_dim, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=expert_size
         ),
-        "granite": GraniteConfig(
+        "granite": _config(
+            "GraniteConfig",
             **shape, embedding_multiplier=3.0, attention_multiplier=0.3, residual_multiplier=0.5, logits_scaling=2.0
         ),
-        "gemma2": Gemma2Config(
+        "gemma2": _config(
+            "Gemma2Config",
             **shape, head_dim=head_dim, sliding_window=24, query_pre_attn_scalar=head_dim, layer_types=ALTERNATING,
             attn_logit_softcapping=0.8,
         ),
-        "gemma4": Gemma4TextConfig(
+        "gemma4": _config(
+            "Gemma4TextConfig",
             **shape | heads, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
             moe_intermediate_size=expert_size,
         ),
-        "gemma4-unified": Gemma4UnifiedTextConfig(**shape | heads),
-        "gpt-oss": GptOssConfig(
+        "gemma4-unified": _config("Gemma4UnifiedTextConfig", **shape | heads),
+        "gpt-oss": _config(
+            "GptOssConfig",
             **shape, head_dim=head_dim, sliding_window=24, layer_types=ALTERNATING, num_local_experts=4,
             num_experts_per_tok=2, rope_parameters=YARN,
         ),
-        "olmo2": Olmo2Config(**shape),
-        "olmo3": Olmo3Config(**shape, sliding_window=24, layer_types=ALTERNATING),
-        "qwen3-next": Qwen3NextConfig(
+        "olmo2": _config("Olmo2Config", **shape),
+        "olmo3": _config("Olmo3Config", **shape, sliding_window=24, layer_types=ALTERNATING),
+        "qwen3-next": _config(
+            "Qwen3NextConfig",
             **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=2,
             moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
         ),
-        "qwen3.5": Qwen3_5TextConfig(**shape | HYBRID, head_dim=head_dim),
-        "qwen3.5-moe": Qwen3_5MoeTextConfig(
+        "qwen3.5": _config("Qwen3_5TextConfig", **shape | HYBRID, head_dim=head_dim),
+        "qwen3.5-moe": _config(
+            "Qwen3_5MoeTextConfig",
             **shape | HYBRID, head_dim=head_dim, num_experts=4, num_experts_per_tok=4,
             moe_intermediate_size=expert_size, shared_expert_intermediate_size=expert_size,
         ),
-        "smollm3": SmolLM3Config(**shape, no_rope_layers=[1, 0, 1]),
+        "smollm3": _config("SmolLM3Config", **shape, no_rope_layers=[1, 0, 1]),
     }  # fmt: skip
+    return {family: config for family, config in found.items() if config is not None}
+
+
+def _config(name: str, **options: Any) -> PretrainedConfig | None:
+    """None where transformers lacks the family, as the older one does that kvpress pins."""
+    cls = getattr(transformers, name, None)
+    return None if cls is None else cls(**options)
 
 
 CONFIGS = configs(SHAPE, 16, 32) | {

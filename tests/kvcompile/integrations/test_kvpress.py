@@ -81,7 +81,7 @@ def test_every_plan_loses_what_the_runtime_loses(plan: dict[str, Any], tmp_path:
 def test_fitted_values_lose_what_the_runtime_loses(family: str, tmp_path: Path) -> None:
     plan = {"capacity": 20, "policy": "scored", "recent": 6}
     fitted, plain = (_compare(family, plan, tmp_path / name, name == "fitted") for name in ("fitted", "plain"))
-    assert fitted != pytest.approx(plain, rel=1e-3)
+    assert fitted != pytest.approx(plain, rel=1e-4)
 
 
 def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = False) -> float:
@@ -98,7 +98,7 @@ def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = F
     ids = torch.randint(3, 97, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     ours = runtime_loss(tmp_path / "model", tmp_path / "a.kvb", ids, 60, tmp_path)
     theirs = pressed_loss(model, KvcompilePress(tmp_path / "a.kvb"), ids, 60)
-    assert theirs == pytest.approx(ours, rel=1e-3)
+    assert theirs == pytest.approx(ours, rel=3e-5 if fitted else 1e-3)
     if "capacity" in plan:
         assert theirs != pytest.approx(_plain_loss(model, ids), rel=1e-3)
     return theirs
