@@ -14,7 +14,6 @@ from kvcompile.artifacts import (
     Artifact,
     CacheError,
     ModelError,
-    Scorer,
     check_identity,
     fetch,
     heads_of,
@@ -25,6 +24,7 @@ from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import exact_attention, own_attention, softmax_of
 from kvcompile.runtime.joined import separate
 from kvcompile.runtime.layer import RaggedLayer
+from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts, window_layout
 from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
@@ -41,23 +41,6 @@ IMPLEMENTATION = "kvcompile"
 """Name under which our attention function is registered with transformers."""
 BINDING = "_kvcompile_binding"
 """Attribute of an attention module that holds its `Binding`."""
-
-
-class LayerScorer:
-    """The compiled scorer of one layer: `weight` f32 [H, d] and `bias` f32 [H], in storage order. All in float32:
-    in bfloat16, many tokens would score alike. They are no buffers of the model, whose dtype and state dict are
-    not theirs, but follow it to another device when it is next called."""
-
-    def __init__(self, scorer: Scorer, layer: int, order: list[int], like: torch.Tensor) -> None:
-        self.weight = torch.tensor(scorer.weight[layer][order], dtype=torch.float32, device=like.device)
-        self.bias = torch.tensor(scorer.bias[layer][order], device=like.device)
-
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Scores f32 [B, T, H] of tokens by the input [B, T, d] of the attention block."""
-        if self.weight.device != hidden.device:
-            with torch.inference_mode(False):  # autograd refuses tensors made in inference mode ever after
-                self.weight, self.bias = self.weight.to(hidden.device), self.bias.to(hidden.device)
-        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
 
 
 class Binding:
@@ -133,7 +116,7 @@ class Attachment:
     """A model with an artifact bound to it. The model computes what it did before, with plain caches too; with a cache
     from `new_cache` it stays within the artifact's budget."""
 
-    def __init__(self, model: PreTrainedModel, artifact: Artifact) -> None:
+    def __init__(self, model: PreTrainedModel, artifact: Artifact, fit_values: bool = True) -> None:
         architecture = model.config.get_text_config().model_type
         if architecture not in ARCHITECTURES:
             raise ModelError(
@@ -159,7 +142,8 @@ class Attachment:
             for i, (order, layout, module) in enumerate(zip(own, self.layouts, self._attention, strict=True))
         ]
         self._rotations = [
-            layer_rotation(artifact, i, module.o_proj.weight.device) for i, module in enumerate(self._attention)
+            layer_rotation(artifact, i, module.o_proj.weight.device) if fit_values else None
+            for i, module in enumerate(self._attention)
         ]
         _register()
         self._id = uuid.uuid4().hex
@@ -244,14 +228,15 @@ class Attachment:
             permute_heads(identity.architecture, module, order, identity.num_attention_heads, identity.head_dim)
 
 
-def attach(model: PreTrainedModel, artifact: str | Path | Artifact) -> Attachment:
+def attach(model: PreTrainedModel, artifact: str | Path | Artifact, *, fit_values: bool = True) -> Attachment:
     """Bind an artifact to a transformers causal LM, in place; usable as a context manager that detaches.
 
     `artifact` is a file, a repository on the hub (`owner/name`, `owner/name@revision`, `owner/name:file.kvb`), or what
-    `read` gave.
+    `read` gave. `fit_values`: where the artifact has a rotary embedding, values of a prompt's kept tokens make up for
+    the others (`runtime.fitted`); False: they are stored as they are.
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
         ModelError: another model than the artifact's, an unsupported one, or one that is attached already.
     """
-    return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact))
+    return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact), fit_values)

@@ -20,7 +20,7 @@ def measure_prefill(model: Any, plan: Artifact, batch: int, tokens: int, rounds:
     from transformers import DynamicCache
 
     from kvcompile.runtime import attach
-    from kvcompile.runtime.attach import LayerScorer
+    from kvcompile.runtime.layer_scorer import LayerScorer
 
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)

@@ -36,8 +36,8 @@ from kvcompile.kernels import HeadClass, LayerLayout, Transform
 from kvcompile.kernels.codecs import codec_of, is_quantised
 from kvcompile.kernels.codecs.api import read_back
 from kvcompile.kernels.softmax import PLAIN
-from kvcompile.runtime.attach import LayerScorer
 from kvcompile.runtime.fitted import fit_head, reference_tokens
+from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts
 from kvcompile.runtime.policies import POLICIES as POLICIES_BY_NAME
 from kvcompile.runtime.rotation import Rotation, layer_rotation

@@ -150,9 +150,12 @@ def stored(cache) -> list[list[torch.Tensor]]:
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_it_is_for_evicting_heads_of_the_policy_alone(llama, make_artifact, policy: str) -> None:
     plain = make_artifact(llama, [[14, 90, 14], [90, 14, 90], [14, 14, 14]], policy=policy, recent=3)
-    caches = []
-    for artifact in (plain, with_rotary(plain, llama)):
-        with attach(llama, artifact) as kv:
+    artifact, caches = with_rotary(plain, llama), []
+    with attach(llama, plain) as kv:
+        without = kv.new_cache()
+        Decoder(llama, without).prefill(prompt(53))
+    for fit_values in (False, True):
+        with attach(llama, artifact, fit_values=fit_values) as kv:
             cache = kv.new_cache()
             Decoder(llama, cache).prefill(prompt(53))
             caches.append((cache, kv.layouts))
@@ -160,6 +163,7 @@ def test_it_is_for_evicting_heads_of_the_policy_alone(llama, make_artifact, poli
     for layer, (one, two) in enumerate(zip(stored(cache), stored(other), strict=True)):
         for cls, a, b in zip(layouts[layer].classes, one, two, strict=True):
             assert torch.equal(a, b) != (cls.policy == "scored" and cls.capacity == 14)
+    assert all(map(torch.equal, cache.tensors(), without.tensors())), "without a rotary embedding nothing is fitted"
     for one, two in zip(cache.ragged, other.ragged, strict=True):
         assert torch.equal(one.store.keys.exact, two.store.keys.exact), "keys are stored as they are"
 

@@ -10,7 +10,7 @@ import torch
 
 from kvcompile.artifacts import CacheError, Scorer
 from kvcompile.runtime import attach, generate
-from kvcompile.runtime.attach import LayerScorer
+from kvcompile.runtime.layer_scorer import LayerScorer
 
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]
 ROWS = [[10, 30, 7], [12, 3, 64], [128, 20, 9]]
