@@ -1,13 +1,13 @@
 """Values of a prompt's kept tokens, fitted so that attention to them comes to what attention to all of it would.
 
 What is evicted takes its values out of every later output. The values that stay can make up for that: at reference
-queries, whose attention to the whole prompt is known, they are the least squares solution (Attention Matching, arXiv
-2602.16284, which fits them so; there keys and a bias of each are fitted too). Here
+queries, whose attention to the whole prompt is known, they are the least squares solution (after Attention Matching,
+arXiv 2602.16284, where kept keys get a bias too). Here
 
     V' = V + (W'W + ridge I)^-1 W' (O - W V)
 
 for weights W [R, m] that R reference queries give to the m kept tokens, and their exact outputs O [R, D] over all n:
-of all values that give such outputs, those that change least. The reference queries are the prompt's own, evenly spread
+the ridge keeps the change small. The reference queries are the prompt's own, evenly spread
 over it and turned on as if they came right after it: what the prompt asked of itself is what a text that quotes it or
 goes on from it asks.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvcompile.artifacts import MASK_ELEMENTS, REFERENCES
-from kvcompile.kernels import Softmax
+from kvcompile.kernels import HeadClass, Softmax
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.rotation import Rotation
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvcompile.runtime.layer_prompt import LayerPrompt
 
 RIDGE = 1e-4
-"""A reference query. From 2e-5 to 2e-4 nothing changes much; without it, values follow what few queries say."""
+"""A reference query. KL is the same with 1.5e-5 and 5e-5, and a tenth higher with 5e-4 (docs/results.md)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,30 +68,34 @@ def reference_tokens(lengths: torch.Tensor, group: int) -> torch.Tensor:
     return (2 * torch.arange(count, device=lengths.device) + 1) * lengths[:, None] // (2 * count)
 
 
+def fits_values(cls: HeadClass, count: int) -> bool:
+    """Whether the heads of a class get fitted values of prompts of so many tokens: their policy says so, and they
+    evict."""
+    return POLICIES[cls.policy].fits_values and count > cls.capacity
+
+
 def fit_values(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotation) -> torch.Tensor:
-    """Values [B, num_kv_heads, n, D] of prompts with those of `kept` tokens (`kept_of`) fitted, in heads whose policy
-    says so and that evict."""
+    """Values [B, num_kv_heads, n, D] of prompts with those of `kept` tokens (`kept_of`) fitted, where
+    `fits_values`."""
     assert prompt.references is not None
     layout, pad, lengths = prompt.layout, prompt.columns - prompt.lengths.long(), prompt.lengths
     # Without padding the host need not wait for the device.
     counts = [prompt.columns] * len(prompt.keys) if prompt.pad is None else lengths.tolist()
     query = prompt.references.after(rotation, lengths.long()).unflatten(1, (layout.num_kv_heads, -1))
+    group = query.shape[2]
     # Of a prompt that ended early some were never seen.
     real = prompt.references.token < lengths[:, None]
     values = prompt.values.clone()
     for cls, columns in zip(layout.classes, kept, strict=True):
-        if not POLICIES[cls.policy].fits_values:
-            continue
-        softmax = prompt.softmax.of(cls.heads, query.shape[2])
         for b, count in enumerate(counts):
-            if count <= cls.capacity:
+            if not fits_values(cls, count):
                 continue
             own = slice(prompt.columns - count, None)
             for i, head in enumerate(range(cls.start, cls.start + cls.count)):
                 stored = prompt.keys[b, head, own], prompt.values[b, head, own]
                 index = columns[b, i] - pad[b]
-                of_one = softmax.of(slice(i, i + 1), query.shape[2])
-                new = fit_head(query[b, head], *stored, index, prompt.scaling, of_one, real[b])
+                softmax = prompt.softmax.of(slice(head, head + 1), group)
+                new = fit_head(query[b, head], *stored, index, prompt.scaling, softmax, real[b])
                 values[b, head, columns[b, i]] = new.to(values.dtype)
     return values
 
@@ -118,13 +122,14 @@ def fit_head(
     if real is not None:
         w, left = w * real[:, None], left * real[:, None]
     w, left = w.flatten(0, 1), left.flatten(0, 1)
+    ridge = RIDGE * len(w)
     # The same either way; the smaller system is solved.
     if len(w) < len(kept):
-        return values[kept] + w.mT @ _solved(w @ w.mT, left)
-    return values[kept] + _solved(w.mT @ w, w.mT @ left, len(w))
+        return values[kept] + w.mT @ _solved(w @ w.mT, left, ridge)
+    return values[kept] + _solved(w.mT @ w, w.mT @ left, ridge)
 
 
-def _solved(gram: torch.Tensor, right: torch.Tensor, rows: int | None = None) -> torch.Tensor:
-    gram.diagonal().add_(RIDGE * (rows or len(gram)))
+def _solved(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+    gram.diagonal().add_(ridge)
     # Not `solve`, and without a look at whether it worked, for which the host would have to wait.
     return torch.cholesky_solve(right, torch.linalg.cholesky_ex(gram)[0])

@@ -14,7 +14,7 @@ from kvcompile.runtime import in_one, new_tokens
 from kvcompile.runtime.counting import Lengths, count_step
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
-from kvcompile.runtime.fitted import fit_values
+from kvcompile.runtime.fitted import fit_values, fits_values
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.rotation import Rotation
@@ -92,13 +92,12 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        fits_values = self.fits_values(keys.shape[2])
-        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, fits_values))
+        fits = self.fits_values(keys.shape[2])
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, fits))
 
     def fits_values(self, columns: int) -> bool:
         """Whether values are fitted of prompts of so many columns, so that they have to bring reference queries."""
-        evicting = (cls for cls in self.layout.classes if columns > cls.capacity)
-        return self.rotation is not None and any(POLICIES[cls.policy].fits_values for cls in evicting)
+        return self.rotation is not None and any(fits_values(cls, columns) for cls in self.layout.classes)
 
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:

@@ -36,10 +36,9 @@ from kvcompile.kernels import HeadClass, LayerLayout, Transform
 from kvcompile.kernels.codecs import codec_of, is_quantised
 from kvcompile.kernels.codecs.api import read_back
 from kvcompile.kernels.softmax import PLAIN
-from kvcompile.runtime.fitted import fit_head, reference_tokens
+from kvcompile.runtime.fitted import fit_head, fits_values, reference_tokens
 from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts
-from kvcompile.runtime.policies import POLICIES as POLICIES_BY_NAME
 from kvcompile.runtime.rotation import Rotation, layer_rotation
 from kvcompile.runtime.store import kept_tokens
 from kvcompile.runtime.transforms import layer_transform
@@ -155,11 +154,7 @@ class _Layer:
 
     def fits_values(self, count: int) -> bool:
         """Whether values are fitted of a prompt of so many tokens, as the runtime does (`kvcompile.runtime.fitted`)."""
-        return self.rotation is not None and any(self._fits(head, count) for head in self.heads)
-
-    @staticmethod
-    def _fits(head: HeadClass, count: int) -> bool:
-        return POLICIES_BY_NAME[head.policy].fits_values and count > head.capacity
+        return self.rotation is not None and any(fits_values(head, count) for head in self.heads)
 
     def references(self, module: Any, hidden: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
         """The reference queries f32 [B, num_heads, r, D] after a prompt, from the attention block's input [B, n, d];
@@ -178,7 +173,7 @@ class _Layer:
         """Values [B, H, n, D] with those of kept tokens fitted, where the runtime would."""
         grouped, new = queries.reshape(len(queries), len(self.heads), -1, *queries.shape[2:]), values.clone()
         for h, head in enumerate(self.heads):
-            for b in range(len(values) if self._fits(head, keys.shape[2]) else 0):
+            for b in range(len(values) if fits_values(head, keys.shape[2]) else 0):
                 kept = alive[b, h].nonzero()[:, 0]
                 one = fit_head(grouped[b, h], keys[b, h], values[b, h], kept, scaling, PLAIN)
                 new[b, h, kept] = one.to(new.dtype)

@@ -19,7 +19,7 @@ from kvcompile.kernels.softmax import Softmax
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
 from kvcompile.profile.losses import fitted_losses
-from kvcompile.runtime.fitted import References, fit_head
+from kvcompile.runtime.fitted import References, fit_head, reference_tokens
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.stages import Rotary
 
@@ -27,7 +27,7 @@ PARTS = (1 / 32, 1 / 8, 1 / 2)
 """Of the window: the budgets at which losses are measured with fitted values."""
 
 SHARE = 2
-"""Which of `eviction.SHARES` these budgets have: others gain as much."""
+"""Which of `eviction.SHARES` these budgets have; others are taken to gain as much."""
 
 
 def points(budgets: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -51,7 +51,7 @@ class Fitting:
         `rotary` is a table of one layer."""
         rotation = Rotation.of(rotary.frequency[0], rotary.partner, queries.device)
         lengths = torch.tensor([length], device=queries.device)
-        found = References(queries[None], References.none_yet(queries[None], len(call.key), lengths).token)
+        found = References(queries[None], reference_tokens(lengths, len(queries) // len(call.key)))
         return cls(found.after(rotation, lengths)[0], call.scaling, call.softmax)
 
     def values(self, head: int, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
