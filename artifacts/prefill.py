@@ -14,7 +14,8 @@ PREFILL_CHUNK = 2048
 MASK_ELEMENTS = 1 << 22
 """Most elements of an attention mask within a prompt; of longer chunks, blocks of queries go through in turn."""
 REFERENCES = 512
-"""Queries of a prompt, over all query heads of a KV head, at which values are fitted (`runtime/fitted.py`)."""
+"""Queries of a prompt, over all query heads of a KV head, that stand for what will be asked of it
+(`runtime/references.py`)."""
 LOGITS_AT_ONCE = 1 << 24
 """Most attention weights (f32) that are formed at once for policies that look at them."""
 INNER = {

@@ -98,6 +98,17 @@ class KeyMoments:
 
 
 @dataclass(frozen=True)
+class KeptLosses:
+    """What codecs cost among the tokens that are left where a head keeps `tokens` i32 [R] of the window, ascending:
+    `key` f32 [F, L, H, R, Qk] and `value` f32 [F, L, H, R, Qv], as in `Profile`. What is evicted brings no error, and
+    what stays has more of the attention."""
+
+    tokens: NDArray[np.int32]
+    key: NDArray[np.float32]
+    value: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Profile:
     """What profiling measured of one model. L layers, H KV heads, F families of text, P policies, C budgets, Q codecs.
 
@@ -110,7 +121,7 @@ class Profile:
     `loss` f32 [F, L, H, P, C]: what eviction costs; 0 at `window`, not always monotone.
     `key_bits`, `value_bits` i32 [Q]: ids of codecs, as many as were measured on each side; `key_loss`, `value_loss` f32
     [F, L, H, Q]: what it costs to store all of the head's keys, or values, in that codec at the window's positions; it
-    adds to the loss of eviction.
+    adds to the loss of eviction. `kept`: the same for heads that evict, None in artifacts from before it was measured.
     `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
     `checks` f32 [N, 2]: of whole plans that were run, the sum of their heads' losses and the KL that was measured.
     `factor`: measured over summed, where losses add up, by which they are to be multiplied, and `correlation`, their
@@ -135,6 +146,21 @@ class Profile:
     surfacelogic: NDArray[np.float32]
     keys: KeyMoments | None = None
     checks: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    kept: KeptLosses | None = None
+
+    def codec_loss(self, kind: str, tokens: NDArray[Any]) -> NDArray[np.float64]:
+        """What it costs to store keys or values (`kind`) in each codec where a head keeps `tokens` [T] of the window:
+        float64 [F, L, H, T, Q]. Between the budgets where it was measured, a power of the budget."""
+        whole = getattr(self, f"{kind}_loss").astype(np.float64)[..., None, :]
+        if self.kept is None:
+            return np.repeat(whole, len(tokens), axis=-2)
+        table = np.concatenate([getattr(self.kept, kind).astype(np.float64), whole], axis=-2)
+        axis = np.log([*self.kept.tokens.tolist(), self.window])
+        place = np.interp(np.log(np.maximum(tokens, 1)), axis, np.arange(len(axis)))
+        low = np.minimum(place.astype(int), len(axis) - 2)
+        along, logs = (place - low)[:, None], np.log(np.maximum(table, 1e-30))
+        found: NDArray[np.float64] = np.exp(logs[..., low, :] * (1 - along) + logs[..., low + 1, :] * along)
+        return found
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class Attachment:
     """A model with an artifact bound to it. The model computes what it did before, with plain caches too; with a cache
     from `new_cache` it stays within the artifact's budget."""
 
-    def __init__(self, model: PreTrainedModel, artifact: Artifact, fit_values: bool = True) -> None:
+    def __init__(self, model: PreTrainedModel, artifact: Artifact, references: bool = True) -> None:
         architecture = model.config.get_text_config().model_type
         if architecture not in ARCHITECTURES:
             raise ModelError(
@@ -142,7 +142,7 @@ class Attachment:
             for i, (order, layout, module) in enumerate(zip(own, self.layouts, self._attention, strict=True))
         ]
         self._rotations = [
-            layer_rotation(artifact, i, module.o_proj.weight.device) if fit_values else None
+            layer_rotation(artifact, i, module.o_proj.weight.device) if references else None
             for i, module in enumerate(self._attention)
         ]
         _register()
@@ -228,15 +228,16 @@ class Attachment:
             permute_heads(identity.architecture, module, order, identity.num_attention_heads, identity.head_dim)
 
 
-def attach(model: PreTrainedModel, artifact: str | Path | Artifact, *, fit_values: bool = True) -> Attachment:
+def attach(model: PreTrainedModel, artifact: str | Path | Artifact, *, references: bool = True) -> Attachment:
     """Bind an artifact to a transformers causal LM, in place; usable as a context manager that detaches.
 
     `artifact` is a file, a repository on the hub (`owner/name`, `owner/name@revision`, `owner/name:file.kvb`), or what
-    `read` gave. `fit_values`: where the artifact has a rotary embedding, values of a prompt's kept tokens make up for
-    the others (`runtime.fitted`); False: they are stored as they are.
+    `read` gave. `references`: where the artifact has a rotary embedding, queries of the prompt itself say beside the
+    scorer which of its tokens stay (`runtime.references`), and their values make up for the others (`runtime.fitted`);
+    False: the scorer alone chooses, and values are stored as they are.
 
     Raises:
         ArtifactError: a file or repository that cannot be read or fails a check.
         ModelError: another model than the artifact's, an unsupported one, or one that is attached already.
     """
-    return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact), fit_values)
+    return Attachment(model, artifact if isinstance(artifact, Artifact) else fetch(artifact), references)

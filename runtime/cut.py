@@ -9,16 +9,23 @@ import torch
 from kvcompile.kernels import HeadClass, LayerLayout
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.references import referred_heads
+from kvcompile.runtime.rotation import Rotation
 
 
-def kept_of(prompt: LayerPrompt, layout: LayerLayout, state: Sequence[list[torch.Tensor]]) -> list[torch.Tensor]:
+def kept_of(
+    prompt: LayerPrompt, layout: LayerLayout, state: Sequence[list[torch.Tensor]], rotation: Rotation | None = None
+) -> list[torch.Tensor]:
     """The columns of prompts that a layer's heads keep, class by class as in `kept_columns`; what their policies
-    remember of them goes into `state`."""
+    remember of them goes into `state`. With the layer's `rotation` the prompt's references have a say."""
     pad, chosen = prompt.columns - prompt.lengths.long(), []
-    for cls, own in zip(layout.classes, state, strict=True):
-        view, score = prompt.of(cls), None
-        if own or prompt.columns > cls.capacity:
-            score = POLICIES[cls.policy].score(view)
+    scores = [
+        POLICIES[cls.policy].score(prompt.of(cls)) if own or prompt.columns > cls.capacity else None
+        for cls, own in zip(layout.classes, state, strict=True)
+    ]
+    if rotation is not None:
+        scores = with_references(prompt, scores, rotation)
+    for cls, own, score in zip(layout.classes, state, scores, strict=True):
         column = kept_columns(cls, prompt.columns, pad, score)
         if own and score is not None:
             token = column - pad[:, None, None]
@@ -28,6 +35,19 @@ def kept_of(prompt: LayerPrompt, layout: LayerLayout, state: Sequence[list[torch
             POLICIES[cls.policy].remember(own, token.masked_fill(empty, 0), worth)
         chosen.append(column)
     return chosen
+
+
+def with_references(
+    prompt: LayerPrompt, scores: Sequence[torch.Tensor | None], rotation: Rotation
+) -> list[torch.Tensor | None]:
+    """Scores of prompts' columns, f32 [B, count, n] class by class, as they are with what references say of them."""
+    found = [None if score is None else score.clone() for score in scores]
+    for one in referred_heads(prompt, rotation):
+        table = found[one.which]
+        assert table is not None
+        row = table[one.b, one.place, one.own]
+        row.copy_(one.references.scores(prompt.keys[one.b, one.head, one.own], row))
+    return found
 
 
 def kept_tokens(cls: HeadClass, count: int, score: torch.Tensor | None, device: torch.device) -> torch.Tensor:

@@ -110,7 +110,7 @@ class RaggedLayer(CacheLayerMixin):
         own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
         if not self.columns:
             self._fit_batch(batch)
-            self.prompt = LayerPrompt(self.store.layout, columns, own, fits_values=self.store.fits_values(columns))
+            self.prompt = LayerPrompt(self.store.layout, columns, own, refers=self.store.refers(columns))
         else:
             self.prompt = FollowUp(self.store, columns, own)
         try:

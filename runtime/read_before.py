@@ -15,11 +15,11 @@ from kvcompile.kernels import Softmax
 from kvcompile.runtime.attach import Attachment
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import own_attention, softmax_of
-from kvcompile.runtime.fitted import References
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import mask
 from kvcompile.runtime.parts import attention_input, attention_modules
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.references import References
 
 IMPLEMENTATION = "kvcompile_read"
 """Name under which transformers knows the attention that a prompt is read with: the runtime's own."""
@@ -27,8 +27,8 @@ IMPLEMENTATION = "kvcompile_read"
 
 @dataclass(frozen=True)
 class Asked:
-    """Of one layer's attention: its reference queries (`runtime.fitted`), what multiplies their logits, and how these
-    become weights."""
+    """Of one layer's attention: its reference queries (`runtime.references`), what multiplies their logits, and how
+    these become weights."""
 
     references: References
     scaling: float

@@ -14,9 +14,10 @@ from kvcompile.runtime import in_one, new_tokens
 from kvcompile.runtime.counting import Lengths, count_step
 from kvcompile.runtime.cut import kept_of
 from kvcompile.runtime.cut import kept_tokens as kept_tokens
-from kvcompile.runtime.fitted import fit_values, fits_values
+from kvcompile.runtime.fitted import fit_values
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.references import uses_references
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.weighed import weighed
 
@@ -28,7 +29,7 @@ class LayerStore:
     `seen` counts the tokens that each sequence has brought so far, without padding. `transform` is for the quantised
     heads. Where the layer has heads of policy `scored`, every call is given `score` f32 [B, T, H], the compiled
     scorer's word on each token. `make` allocates where it is given (see `Buffers`). `rotation` is the layer's rotary
-    embedding, which fitting values takes (`runtime.fitted`); None: they are stored as they are.
+    embedding, which reference queries take (`runtime.references`); None: there are none.
     """
 
     def __init__(
@@ -92,20 +93,20 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        fits = self.fits_values(keys.shape[2])
-        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, fits))
+        refers = self.refers(keys.shape[2])
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, refers))
 
-    def fits_values(self, columns: int) -> bool:
-        """Whether values are fitted of prompts of so many columns, so that they have to bring reference queries."""
-        return self.rotation is not None and any(fits_values(cls, columns) for cls in self.layout.classes)
+    def refers(self, columns: int) -> bool:
+        """Whether prompts of so many columns have to bring reference queries."""
+        return self.rotation is not None and any(uses_references(cls, columns) for cls in self.layout.classes)
 
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
         """Keep of prompts that have been read what the policies choose."""
-        kept = kept_of(prompt, self.layout, self.state)
-        lengths, values = prompt.lengths, prompt.values
-        if self.rotation is not None and prompt.references is not None:
-            values = fit_values(prompt, kept, self.rotation)
+        rotation = None if prompt.references is None else self.rotation
+        kept = kept_of(prompt, self.layout, self.state, rotation)
+        lengths = prompt.lengths
+        values = prompt.values if rotation is None else fit_values(prompt, kept, rotation)
         compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
         # Without padding the host need not wait for the device.
         self.seen = [prompt.columns] * self.batch if prompt.pad is None else lengths.tolist()

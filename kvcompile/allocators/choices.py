@@ -40,8 +40,8 @@ def choices(problem: Problem) -> Choices:
     around = np.concatenate([np.floor(grid(problem)), np.ceil(grid(problem)), [floor, limit]])
     tokens = np.unique(np.clip(around, floor, limit)).astype(np.int64)
     loss = evicted(problem, tokens)[:, heads[:, 0], heads[:, 1]][..., None, None]
-    keys = quantised(problem, "key")[:, heads[:, 0], heads[:, 1]][:, :, None, None, :, None]
-    values = quantised(problem, "value")[:, heads[:, 0], heads[:, 1]][:, :, None, None, None, :]
+    keys = quantised(problem, "key", tokens)[:, heads[:, 0], heads[:, 1]][:, :, None, :, :, None]
+    values = quantised(problem, "value", tokens)[:, heads[:, 0], heads[:, 1]][:, :, None, :, None, :]
     table = loss + keys + values
     slots = np.array(
         [

@@ -15,8 +15,12 @@ from kvcompile.stages import DEFAULT_SINK, WORST, Plan, Problem
 def grid(problem: Problem) -> NDArray[np.float64]:
     """The curves' token axis at the problem's context: beyond the sinks, budgets are taken to matter as shares of the
     context, so that a profile on shorter contexts serves a longer one."""
-    stretch = max(problem.context - DEFAULT_SINK, 1) / max(problem.profile.window - DEFAULT_SINK, 1)
-    return DEFAULT_SINK + (problem.profile.tokens.astype(np.float64) - DEFAULT_SINK) * stretch
+    return DEFAULT_SINK + (problem.profile.tokens.astype(np.float64) - DEFAULT_SINK) * _stretch(problem)
+
+
+def _stretch(problem: Problem) -> float:
+    """Tokens of the problem's context for one of the profile's."""
+    return max(problem.context - DEFAULT_SINK, 1) / max(problem.profile.window - DEFAULT_SINK, 1)
 
 
 def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -33,13 +37,13 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     return problem.profile.factor * np.where(full[:, None, None, :], 0.0, table)
 
 
-def quantised(problem: Problem, kind: str) -> NDArray[np.float64]:
-    """Predicted loss of storing keys or values (`kind`) in each of the problem's bits for them: [F, L, H, W]. 0 for
-    the cache dtype, and for a codec without curves: such a one was asked for by name and is that of every head, so that
-    no choice depends on it (`unmeasured`)."""
-    loss = getattr(problem.profile, f"{kind}_loss").astype(np.float64)
+def quantised(problem: Problem, kind: str, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Predicted loss of storing keys or values (`kind`) in each of the problem's bits for them, where a head keeps
+    `tokens` [T]: [F, L, H, T, W]. 0 for the cache dtype, and for a codec without curves: such a one was asked for by
+    name and is that of every head, so that no choice depends on it (`unmeasured`)."""
+    loss = problem.profile.codec_loss(kind, DEFAULT_SINK + (tokens - DEFAULT_SINK) / _stretch(problem))
     if kind == "key":
-        loss = loss * np.asarray(problem.key_growth)[..., None]
+        loss = loss * np.asarray(problem.key_growth)[..., None, None]
     known, asked = getattr(problem.profile, f"{kind}_bits").tolist(), getattr(problem, f"{kind}_bits")
     columns = [loss[..., known.index(w)] if w in known else np.zeros(loss.shape[:-1]) for w in asked]
     return problem.profile.factor * np.stack(columns, axis=-1)
@@ -61,9 +65,10 @@ def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
         return np.full(len(problem.profile.families), math.nan)
     shares = problem.profile.shares
     total = np.zeros(len(problem.profile.families))
-    keys, values = quantised(problem, "key"), quantised(problem, "value")
     for layer in np.flatnonzero(~problem.fixed).tolist():
-        table = evicted(problem, plan.capacity[layer].astype(np.int64))[:, layer]
+        capacity = plan.capacity[layer].astype(np.int64)
+        table = evicted(problem, capacity)[:, layer]
+        keys, values = (quantised(problem, kind, capacity)[:, layer] for kind in ("key", "value"))
         for head in range(problem.num_kv_heads):
             part = plan.recent[layer, head] / max(plan.capacity[layer, head] - plan.sink[layer, head], 1)
             scored = names[layer, head] == "scored"
@@ -71,8 +76,8 @@ def family_losses(problem: Problem, plan: Plan) -> NDArray[np.float64]:
                 return np.full(len(total), math.nan)
             share = int(np.abs(np.where(shares < 1, shares, math.inf) - part).argmin()) if scored else 0
             total += table[:, head, share, head]
-            total += keys[:, layer, head, problem.key_bits.index(int(plan.k_bits[layer, head]))]
-            total += values[:, layer, head, problem.value_bits.index(int(plan.v_bits[layer, head]))]
+            total += keys[:, head, head, problem.key_bits.index(int(plan.k_bits[layer, head]))]
+            total += values[:, head, head, problem.value_bits.index(int(plan.v_bits[layer, head]))]
     return total
 
 

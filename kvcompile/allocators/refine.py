@@ -82,8 +82,13 @@ def tilted(profile: Profile, doubt: str, factor: float) -> Profile:
         heads[middle >= np.quantile(middle, 0.9)] = factor
     quantised = factor if doubt == "narrow" else 1.0
     evict = factor if doubt == "evict" else 1.0
+    kept = profile.kept
+    if kept is not None:
+        key, value = ((t * heads[..., None, None] * quantised).astype(np.float32) for t in (kept.key, kept.value))
+        kept = dataclasses.replace(kept, key=key, value=value)
     return dataclasses.replace(
         profile,
+        kept=kept,
         loss=(profile.loss * heads[..., None, None] * evict).astype(np.float32),
         key_loss=(profile.key_loss * heads[..., None] * quantised).astype(np.float32),
         value_loss=(profile.value_loss * heads[..., None] * quantised).astype(np.float32),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import Artifact, ArtifactError
 from kvcompile.quantiser import balanced_again
-from kvcompile.stages import KeyMoments, Moment, Parts, Profile, Rotary
+from kvcompile.stages import KeptLosses, KeyMoments, Moment, Parts, Profile, Rotary
 
 
 def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
@@ -29,6 +29,8 @@ def profile_arrays(profile: Profile) -> dict[str, NDArray[Any]]:
         arrays["checks"] = profile.checks
     if profile.keys is not None:
         arrays |= key_arrays(profile.keys)
+    if (kept := profile.kept) is not None:
+        arrays |= {"kept_tokens": kept.tokens, "kept_key_loss": kept.key, "kept_value_loss": kept.value}
     return arrays
 
 
@@ -95,8 +97,24 @@ def stored_profile(artifact: Artifact) -> Profile:
         correlation=float(arrays["correlation"][0]) if arrays.get("correlation", NONE).size else math.nan,
         checks=checks,
         keys=stored_keys(arrays, (*heads, model.head_dim)) if "rotary_frequency" in arrays else None,
+        kept=_stored_kept(arrays, (len(names), *heads), (keys, values), window) if "kept_tokens" in arrays else None,
         **{name: arrays[name] for name in TABLES},
     )
+
+
+def _stored_kept(
+    arrays: Mapping[str, NDArray[Any]], heads: tuple[int, int, int], codecs: tuple[int, int], window: int
+) -> KeptLosses:
+    """Losses of codecs among kept tokens inside an artifact; `heads` is [F, L, H] and `codecs` (Qk, Qv). Raises
+    ArtifactError for arrays that do not fit."""
+    tokens, known = arrays["kept_tokens"], ("kept_key_loss", "kept_value_loss")
+    if tokens.ndim != 1 or not len(tokens) or (np.diff(tokens, append=window) <= 0).any() or tokens[0] < 1:
+        raise ArtifactError("the artifact carries no usable profile.kept_tokens: expected budgets below the window")
+    for name, count in zip(known, codecs, strict=True):
+        shape = (*heads, len(tokens), count)
+        if name not in arrays or arrays[name].shape != shape:
+            raise ArtifactError(f"the artifact carries no usable profile.{name}: expected an array of shape {shape}")
+    return KeptLosses(tokens, *(arrays[name] for name in known))
 
 
 def key_arrays(keys: KeyMoments) -> dict[str, NDArray[Any]]:

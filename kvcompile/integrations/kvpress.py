@@ -36,9 +36,10 @@ from kvcompile.kernels import HeadClass, LayerLayout, Transform
 from kvcompile.kernels.codecs import codec_of, is_quantised
 from kvcompile.kernels.codecs.api import read_back
 from kvcompile.kernels.softmax import PLAIN
-from kvcompile.runtime.fitted import fit_head, fits_values, reference_tokens
+from kvcompile.runtime.fitted import fit_head
 from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts
+from kvcompile.runtime.references import HeadReferences, reference_tokens, uses_references
 from kvcompile.runtime.rotation import Rotation, layer_rotation
 from kvcompile.runtime.store import kept_tokens
 from kvcompile.runtime.transforms import layer_transform
@@ -113,11 +114,10 @@ class KvcompilePress(BasePress):
         layer = self._layers[int(module.layer_idx)]
         if layer.sliding:
             return keys, values
-        alive = layer.kept(hidden_states, keys.shape[2])
+        references = layer.references(module, hidden_states, kwargs["position_embeddings"][0])
+        alive = layer.kept(hidden_states, keys, references)
         module.masked_key_indices = None if bool(alive.all()) else (~alive).nonzero(as_tuple=True)
-        if layer.fits_values(keys.shape[2]):
-            queries = layer.references(module, hidden_states, kwargs["position_embeddings"][0])
-            values = layer.fitted(queries, keys, values, alive, float(module.scaling))
+        values = layer.fitted(references, keys, values, alive)
         return layer.stored(keys, 0), layer.stored(values, 1)
 
 
@@ -142,41 +142,52 @@ class _Layer:
         rotation = layer_rotation(plan, index, like.device)
         return cls(heads, scorer, transform, rotation, getattr(torch, plan.target.dtype), layout.window > 0)
 
-    def kept(self, hidden: torch.Tensor, count: int) -> torch.Tensor:
-        """Which of `count` tokens the heads keep, bool [B, H, count]."""
+    def kept(
+        self, hidden: torch.Tensor, keys: torch.Tensor, references: dict[tuple[int, int], HeadReferences]
+    ) -> torch.Tensor:
+        """Which of n tokens the heads keep, bool [B, H, n], by the attention block's input [B, n, d] and keys
+        [B, H, n, D]."""
         scores = None if self.scorer is None else self.scorer(hidden).half().float()
+        count = hidden.shape[1]
         alive = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
         for b in range(len(hidden)):
             for h, head in enumerate(self.heads):
-                score = scores[b, :, h][None] if scores is not None and head.policy == "scored" else None
-                alive[b, h, kept_tokens(head, count, score, hidden.device)[0]] = True
+                score = scores[b, :, h] if scores is not None and head.policy == "scored" else None
+                if score is not None and (b, h) in references:
+                    score = references[b, h].scores(keys[b, h], score)
+                row = None if score is None else score[None]
+                alive[b, h, kept_tokens(head, count, row, hidden.device)[0]] = True
         return alive
 
-    def fits_values(self, count: int) -> bool:
-        """Whether values are fitted of a prompt of so many tokens, as the runtime does (`kvcompile.runtime.fitted`)."""
-        return self.rotation is not None and any(fits_values(head, count) for head in self.heads)
-
-    def references(self, module: Any, hidden: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-        """The reference queries f32 [B, num_heads, r, D] after a prompt, from the attention block's input [B, n, d];
-        `cos` [B, n, w] has what the model multiplies its rotation with at position 0."""
-        assert self.rotation is not None
+    def references(self, module: Any, hidden: torch.Tensor, cos: torch.Tensor) -> dict[tuple[int, int], HeadReferences]:
+        """The reference queries after prompts, from the attention block's input [B, n, d], by sequence and KV head,
+        where the runtime looks at them (`kvcompile.runtime.references`); `cos` [B, n, w] has what the model multiplies
+        its rotation with at position 0."""
         count = hidden.shape[1]
+        using = [h for h, head in enumerate(self.heads) if uses_references(head, count)]
+        if self.rotation is None or not using:
+            return {}
         group = module.config.num_attention_heads // len(self.heads)
         token = reference_tokens(torch.tensor([count], device=hidden.device), group)[0]
         queries = get_prerope_query_states(module, hidden[:, token])
         place = count + torch.arange(len(token), device=hidden.device)
-        return self.rotation.turned(queries, place) * cos[0, 0, 0].float()
+        turned = self.rotation.turned(queries, place) * cos[0, 0, 0].float()
+        grouped = turned.reshape(len(hidden), len(self.heads), group, *turned.shape[2:])
+        scaling = float(module.scaling)
+        return {(b, h): HeadReferences(grouped[b, h], scaling, PLAIN) for b in range(len(hidden)) for h in using}
 
     def fitted(
-        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, alive: torch.Tensor, scaling: float
+        self,
+        references: dict[tuple[int, int], HeadReferences],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        alive: torch.Tensor,
     ) -> torch.Tensor:
-        """Values [B, H, n, D] with those of kept tokens fitted, where the runtime would."""
-        grouped, new = queries.reshape(len(queries), len(self.heads), -1, *queries.shape[2:]), values.clone()
-        for h, head in enumerate(self.heads):
-            for b in range(len(values) if fits_values(head, keys.shape[2]) else 0):
-                kept = alive[b, h].nonzero()[:, 0]
-                one = fit_head(grouped[b, h], keys[b, h], values[b, h], kept, scaling, PLAIN)
-                new[b, h, kept] = one.to(new.dtype)
+        """Values [B, H, n, D] with those of kept tokens fitted, where there are references."""
+        new = values.clone()
+        for (b, h), own in references.items():
+            kept = alive[b, h].nonzero()[:, 0]
+            new[b, h, kept] = fit_head(own, keys[b, h], values[b, h], kept).to(new.dtype)
         return new
 
     def stored(self, vectors: torch.Tensor, side: int) -> torch.Tensor:

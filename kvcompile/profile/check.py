@@ -35,6 +35,9 @@ from kvcompile.stages import Plan, Profile
 PRICES = (3e-5, 3e-2)
 """Nats a token that a whole head's full cache may cost, from the dearest plan to the cheapest."""
 
+LESS = 8.0
+"""By which the price is divided for half of the heads of every second plan."""
+
 ADDITIVE = (1e-3, 1e-2)
 """Predicted KL between which losses of heads add up. Below, what is measured is what bfloat16 costs anyway, whatever
 the plan; above, nearly everything is cut, and up to 40 times the sum is measured."""
@@ -142,26 +145,25 @@ class Sample:
 
 
 def sample_plan(profile: Profile, number: int, price: float, seed: int, sink: int) -> Sample:
-    """The best choice of every head at a `price` for bytes, in nats a token for a whole head; every second plan, by its
-    `number`, leaves a random half of the heads whole."""
+    """The best choice of every head at a `price` for bytes, in nats a token for a whole head; in every second plan, by
+    its `number`, a random half of the heads is `LESS` dear."""
     # Loss of every choice of a head, [F, L, H, P, C, 1 + Qk, 1 + Qv]: share x budget x bits of keys x bits of values,
     # where the cache dtype comes first and loses nothing.
     loss = profile.loss[..., None, None].astype(np.float64)
-    pad = ((0, 0), (0, 0), (0, 0), (1, 0))
-    keys, values = np.pad(profile.key_loss, pad), np.pad(profile.value_loss, pad)
-    loss = loss + keys[:, :, :, None, None, :, None] + values[:, :, :, None, None, None, :]
+    pad = ((0, 0), (0, 0), (0, 0), (0, 0), (1, 0))
+    keys, values = (np.pad(profile.codec_loss(kind, profile.tokens), pad) for kind in ("key", "value"))
+    loss = loss + keys[:, :, :, None, :, :, None] + values[:, :, :, None, :, None, :]
     k_bits, v_bits = (np.array([CACHE_BITS, *known.tolist()]) for known in (profile.key_bits, profile.value_bits))
     k_size, v_size = (np.array([_element_bits(int(id)) for id in known]) for known in (k_bits, v_bits))
     # As a share of the head's full cache, [C, 1 + Qk, 1 + Qv]. Scales and anchors hardly count.
     size = profile.tokens[:, None, None] * (k_size[:, None] + v_size) / (2.0 * CACHE_BITS * profile.window)
     mean = loss.mean(0)
     # argmin of loss + price x size: the Lagrangian of a memory target, so these are plans that solving would propose.
-    heads = mean.shape[:2]
-    best = (mean + price * size[None]).reshape(*heads, -1).argmin(-1)
+    heads, prices = mean.shape[:2], np.full(mean.shape[:2], price)
     if number % 2:
-        # One price cuts all heads alike; with whole heads among them, plans differ in more than how much they cut.
-        whole = np.ravel_multi_index((0, len(profile.tokens) - 1, 0, 0), mean.shape[2:])
-        best = np.where(np.random.default_rng((seed, number)).random(heads) < 0.5, whole, best)
+        # One price cuts all heads alike; with two, plans differ in more than how much they cut.
+        prices[np.random.default_rng((seed, number)).random(heads) < 0.5] /= LESS
+    best = (mean + prices[..., None, None, None, None] * size[None]).reshape(*heads, -1).argmin(-1)
     share, budget, k, v = np.unravel_index(best, mean.shape[2:])
     capacity = profile.tokens[budget]
     recent = np.vectorize(lambda s, c: ring(int(c), float(profile.shares[s]), sink))(share, capacity)

@@ -17,8 +17,8 @@ from kvcompile.kernels import followable, followed, prompt_attention
 from kvcompile.profile.attention import Attention, Handler, attending, causal, masked, visible
 from kvcompile.profile.linear import going_on, left_behind
 from kvcompile.profile.structure import Tick, Trace, attention_layers, forward, layers
-from kvcompile.runtime.fitted import References
 from kvcompile.runtime.parts import attention_input
+from kvcompile.runtime.references import References
 
 
 class FollowUp(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,11 @@ from kvcompile.artifacts import Quantiser
 from kvcompile.kernels import Changes
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, over_context
+from kvcompile.profile.context import Context, Packed, over_context
 from kvcompile.profile.eviction import SHARES, entries
 from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
 from kvcompile.profile.fit import Fit
-from kvcompile.profile.fitted import SHARE, Fitting, losses_at, points
+from kvcompile.profile.fitted import SHARE, STORED, Kept, fitted_at, points
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
@@ -27,6 +27,7 @@ from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, losses
 from kvcompile.profile.quantised import matrices, quantised
+from kvcompile.profile.references import LayerReferences
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
@@ -50,12 +51,15 @@ class Curves:
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
         each = (len(self.setting.families), len(planned_layers(self.setting.model)), num_kv_heads)
+        kept, keys, values = points(self.setting.budgets), len(profiled("k")), len(profiled("v"))
         return {
             "weight": np.zeros(each[0]),
             "loss": np.zeros((*each, len(SHARES), len(self.setting.budgets))),
-            "fitted_loss": np.zeros((*each, len(points(self.setting.budgets)))),
-            "key_loss": np.zeros((*each, len(profiled("k")))),
-            "value_loss": np.zeros((*each, len(profiled("v")))),
+            "fitted_loss": np.zeros((*each, len(kept))),
+            "key_loss": np.zeros((*each, keys)),
+            "value_loss": np.zeros((*each, values)),
+            "kept_key_loss": np.zeros((*each, len(kept[:STORED]), keys)),
+            "kept_value_loss": np.zeros((*each, len(kept[:STORED]), values)),
         }
 
     def at(self, layer: int) -> Iterator[Item]:
@@ -118,19 +122,26 @@ class Curves:
         # Budgets are shares of the window: a shorter context is cut in proportion.
         budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
-        found, fitted = list[Losses](), list[dict[str, NDArray[np.float64]]]()
+        found: dict[str, dict[str, NDArray[np.float64]]] = {}
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if not planned(part) or (call.window is not None and call.window < len(context)):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
             _, quantiser = self.fit.of_layer(sums, layer)
-            entry = entries(cache["score"], budgets, sink)
-            changes = Changes(entry, len(budgets), *_errors(context, quantiser))
-            found.append(losses(call, upstream, context, packed, changes))
             rotary = of_layer(setting.rotary, place)
-            fitting = Fitting.of(call, cache["references"], len(context), rotary)
-            kept = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
-            fitted.append(losses_at(fitting, call, upstream, context, packed, kept))
+            references = LayerReferences.of(call, cache["references"], len(context), rotary)
+            keys, score = context.keys[0], cache["score"]
+            score = torch.stack([references.scores(h, keys, score) for h in range(len(keys))])
+            entry = entries(score, budgets, sink)
+            changes = Changes(entry, len(budgets), *_errors(context, quantiser))
+            whole = losses(call, upstream, context, packed, changes)
+            alive = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
+            kept = [Kept.of(one, context, references) for one in alive]
+            found.update(loss=whole.evicted, key_loss=whole.keys, value_loss=whole.values)
+            found["fitted_loss"] = fitted_at(kept, call, upstream, context, packed)
+            left = [_stored(call, upstream, one.context(keys), packed, quantiser) for one in kept[:STORED]]
+            found["kept_key_loss"] = _stacked([one.keys for one in left])
+            found["kept_value_loss"] = _stacked([one.values for one in left])
 
         with after(setting.model, part, packed, cache):
             gradient = backward(
@@ -146,17 +157,26 @@ class Curves:
         text, questions = setting.rows(reading.episode)
 
         additions: list[tuple[str, Any, Any]] = []
-        for one, with_fitted in zip(found, fitted, strict=True):
-            for name, tables in (
-                ("loss", one.evicted), ("key_loss", one.keys), ("value_loss", one.values), ("fitted_loss", with_fitted)
-            ):  # fmt: skip
-                additions += [
-                    (name, (text, place), (tables["continuation"] + tables["quote"]) / 2),
-                    (name, (questions, place), tables["question"]),
-                ]
+        for name, tables in found.items():
+            additions += [
+                (name, (text, place), (tables["continuation"] + tables["quote"]) / 2),
+                (name, (questions, place), tables["question"]),
+            ]
         if layer == 0:
             additions.append(("weight", [text, questions], 1))
         return additions
+
+
+def _stored(call: Attention, upstream: Tensor, left: Context, packed: Packed, quantiser: Quantiser) -> Losses:
+    """Losses of what is left of a layer, when it is stored in every codec."""
+    keys = left.keys[0]
+    all_kept = torch.zeros(*keys.shape[:2], 1, dtype=torch.int32, device=keys.device)
+    return losses(call, upstream, left, packed, Changes(all_kept, 1, *_errors(left, quantiser)))
+
+
+def _stacked(each: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
+    """Tables [H, Q] by the follow-ups' kind, of R choices of tokens, as [H, R, Q]."""
+    return {kind: np.stack([one[kind] for one in each], axis=1) for kind in each[0]}
 
 
 def _errors(context: Context, quantiser: Quantiser) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -17,8 +17,8 @@ from kvcompile.kernels.codecs import CODECS
 from kvcompile.profile.attention import Attention, Handler
 from kvcompile.profile.context import Context, Packed, over_context
 from kvcompile.profile.eviction import survivors
-from kvcompile.profile.fitted import Fitting
 from kvcompile.profile.quantised import Shift, matrices, quantised
+from kvcompile.profile.references import LayerReferences
 from kvcompile.stages import Plan, Rotary
 
 
@@ -43,11 +43,11 @@ def over_cut(
     shift: Shift | None = None,
 ) -> Handler:
     """Attention of a packed pass over what a plan leaves of one layer, as `cut_layer` says; `rotary` is a table of the
-    layer (None: values are not fitted)."""
+    layer (None: without references)."""
 
     def attend(call: Attention) -> Tensor:
-        fitting = None if rotary is None else Fitting.of(call, left.references, left.key.shape[1], rotary)
-        cut = cut_layer(left.key, left.value, left.score, rows, quantiser, tokens, shift, fitting)
+        asking = None if rotary is None else LayerReferences.of(call, left.references, left.key.shape[1], rotary)
+        cut = cut_layer(left.key, left.value, left.score, rows, quantiser, tokens, shift, asking)
         over = over_context(Context([], [cut.key], [cut.value]), packed, [cut.kept])
         return over(replace(call, layer=0))
 
@@ -77,10 +77,10 @@ def cut_layer(
     quantiser: Quantiser | None,
     tokens: int,
     shift: Shift | None = None,
-    fitting: Fitting | None = None,
+    references: LayerReferences | None = None,
 ) -> LayerCut:
     """What a plan for contexts of `tokens` tokens leaves of one layer: `score` [H, n] are the scorer's, `rows` the
-    plan's for this layer, quantiser and shift tables of one layer. `fitting` is how values are fitted."""
+    plan's for this layer, quantiser and shift tables of one layer."""
     length, scale = key.shape[1], key.shape[1] / tokens
     alive, values = list[Tensor](), list(value)
     for number in range(key.shape[0]):
@@ -91,10 +91,13 @@ def cut_layer(
         if policy == "scored":
             recent = min(max(round(int(rows["recent"][number]) * scale), 1), budget - sink)
         # Without a scorer no head is `scored`, and all scores are equal.
-        row = torch.zeros(1, length) if score is None else score[number : number + 1]
-        alive.append(survivors(row.to(key.device), budget, recent, sink)[0])
-        if fitting is not None and policy == "scored" and budget < length:
-            values[number] = fitting.values(number, key, value, alive[-1])
+        row = torch.zeros(length, device=key.device) if score is None else score[number].to(key.device)
+        asked = references if policy == "scored" and budget < length else None
+        if asked is not None and score is not None:
+            row = asked.scores(number, key, score)
+        alive.append(survivors(row[None], budget, recent, sink)[0])
+        if asked is not None:
+            values[number] = asked.values(number, key, value, alive[-1])
     return LayerCut(
         _read_back(key, rows["k_bits"], quantiser, "key", shift),
         _read_back(torch.stack(values), rows["v_bits"], quantiser, "value"),

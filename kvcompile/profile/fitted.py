@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.kernels import Changes
-from kvcompile.kernels.softmax import Softmax
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
 from kvcompile.profile.losses import fitted_losses
-from kvcompile.runtime.fitted import References, fit_head, reference_tokens
-from kvcompile.runtime.rotation import Rotation
-from kvcompile.stages import Rotary
+from kvcompile.profile.references import LayerReferences
 
 PARTS = (1 / 32, 1 / 8, 1 / 2)
 """Of the window: the budgets at which losses are measured with fitted values."""
+
+STORED = 2
+"""At so many of them, the first ones, losses of codecs are measured too: of the last it would take most of the time."""
 
 SHARE = 2
 """Which of `eviction.SHARES` these budgets have; others are taken to gain as much."""
@@ -37,45 +37,35 @@ def points(budgets: NDArray[np.int32]) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True, eq=False)
-class Fitting:
-    """How the values of a layer are fitted: reference queries f32 [num_heads, r, D] after the context, what multiplies
-    their logits, and how these become weights."""
+class Kept:
+    """Tokens that the heads of a layer keep, `alive` bool [H, n], as many each, and all `values` f32 [H, n, D] with
+    those of kept tokens fitted."""
 
-    query: Tensor
-    scaling: float
-    softmax: Softmax
+    alive: Tensor
+    values: Tensor
 
     @classmethod
-    def of(cls, call: Attention, queries: Tensor, length: int, rotary: Rotary) -> Fitting:
-        """For a layer that attends as in `call`; `queries` are the `references` of a context of `length` tokens, and
-        `rotary` is a table of one layer."""
-        rotation = Rotation.of(rotary.frequency[0], rotary.partner, queries.device)
-        lengths = torch.tensor([length], device=queries.device)
-        found = References(queries[None], reference_tokens(lengths, len(queries) // len(call.key)))
-        return cls(found.after(rotation, lengths)[0], call.scaling, call.softmax)
+    def of(cls, alive: Tensor, context: Context, references: LayerReferences) -> Kept:
+        """Of a layer alone in its context."""
+        (keys,), (values,) = context.keys, context.values
+        fitted = [references.values(h, keys, values, alive[h]) for h in range(len(keys))]
+        return cls(alive, torch.stack(fitted).float())
 
-    def values(self, head: int, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
-        """Values [n, D] of a KV head of the layer `key` and `value` [H, n, D], of which those of the tokens `kept` bool
-        [n] are fitted."""
-        group = len(self.query) // len(key)
-        own, chosen = self.query[head * group : (head + 1) * group], kept.nonzero()[:, 0]
-        softmax = self.softmax.of(slice(head, head + 1), group)
-        new = value[head].clone()
-        new[chosen] = fit_head(own, key[head], value[head], chosen, self.scaling, softmax).to(new.dtype)
-        return new
+    def context(self, keys: Tensor) -> Context:
+        """What is left of the layer's context, with its `keys` [H, n, D]."""
+        token = self.alive.nonzero()[:, 1].view(len(keys), -1, 1).expand(-1, -1, keys.shape[2])
+        return Context([], [keys.gather(1, token)], [self.values.gather(1, token)])
 
 
-def losses_at(
-    fitting: Fitting, call: Attention, gradient: Tensor, context: Context, packed: Packed, kept: Sequence[Tensor]
+def fitted_at(
+    kept: Sequence[Kept], call: Attention, gradient: Tensor, context: Context, packed: Packed
 ) -> dict[str, NDArray[np.float64]]:
-    """Predicted losses by the follow-ups' kind, float64 [H, R], of a layer whose heads keep `kept` bool [H, n] tokens
-    and have their values fitted, for each of R such choices."""
+    """Predicted losses of eviction by the follow-ups' kind, float64 [H, R], for R choices of tokens."""
     (keys,), (values,) = context.keys, context.values
     each = []
-    for alive in kept:
-        new = torch.stack([fitting.values(h, keys, values, alive[h]) for h in range(len(keys))]).float()
-        changes = Changes((~alive[..., None]).int(), 1, (), (values.float() - new,))
-        each.append(fitted_losses(call, gradient, keys, new, packed, changes))
+    for one in kept:
+        changes = Changes((~one.alive[..., None]).int(), 1, (), (values.float() - one.values,))
+        each.append(fitted_losses(call, gradient, keys, one.values, packed, changes))
     return {kind: np.stack([one[kind] for one in each], axis=-1) for kind in each[0]}
 
 

@@ -143,7 +143,16 @@ def _profiled(sums: Sums, setting: Setting, fitted: Fitted) -> Profiled:
     )
     tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
     measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]
-    require_finite([*measured, *vars(fitted.scorer).values(), *vars(fitted.quantiser).values()])
+    assert profile.kept is not None
+    require_finite(
+        [
+            *measured,
+            profile.kept.key,
+            profile.kept.value,
+            *vars(fitted.scorer).values(),
+            *vars(fitted.quantiser).values(),
+        ]
+    )
     checks = tuple((float(predicted), float(real)) for predicted, real in sums["checks"])
     probes, answered = len(setting.material.probes), int(sums["answered"].sum())
     return Profiled(profile, fitted.scorer, fitted.quantiser, probes, answered, checks)

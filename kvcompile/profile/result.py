@@ -6,13 +6,13 @@ import numpy as np
 
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.eviction import SHARES
-from kvcompile.profile.fitted import with_fitted
+from kvcompile.profile.fitted import STORED, points, with_fitted
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import infsc, scaled
 from kvcompile.profile.scores import baklava
 from kvcompile.profile.setting import Setting
 from kvcompile.profile.structure import heads
-from kvcompile.stages import Profile
+from kvcompile.stages import KeptLosses, Profile
 
 
 def profile_of(sums: Sums, setting: Setting) -> Profile:
@@ -34,6 +34,10 @@ def profile_of(sums: Sums, setting: Setting) -> Profile:
         value_bits=np.array(profiled("v"), np.int32),
         key_loss=(sums["key_loss"] / each).astype(np.float32),
         value_loss=(sums["value_loss"] / each).astype(np.float32),
+        kept=KeptLosses(
+            setting.budgets[points(setting.budgets)[:STORED]],
+            *((sums[f"kept_{kind}_loss"] / each[..., None]).astype(np.float32) for kind in ("key", "value")),
+        ),
         factor=1.0,
         correlation=float("nan"),
         baklava=baklava(value, residual, num_kv_heads).astype(np.float32),

@@ -57,6 +57,7 @@ def report_data(artifact: Artifact) -> dict[str, Any]:
 def _curves(problem: Problem) -> dict[str, Any]:
     """Losses of every family and head over tokens, by share of recent tokens; of K and V by bits."""
     tokens = np.unique(np.clip(np.rint(grid(problem)), 1, problem.context)).astype(np.int64)
+    whole = np.array([problem.context])
     return {
         "families": list(problem.profile.families),
         "tokens": tokens.tolist(),
@@ -64,8 +65,8 @@ def _curves(problem: Problem) -> dict[str, Any]:
         "loss": _rounded(evicted(problem, tokens)),
         "key_bits": list(problem.key_bits),
         "value_bits": list(problem.value_bits),
-        "key_loss": _rounded(quantised(problem, "key")),
-        "value_loss": _rounded(quantised(problem, "value")),
+        "key_loss": _rounded(quantised(problem, "key", whole)[..., 0, :]),
+        "value_loss": _rounded(quantised(problem, "value", whole)[..., 0, :]),
     }
 
 

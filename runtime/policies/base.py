@@ -74,8 +74,9 @@ class Policy:
     observes = False
     """Whether it learns from the attention of every step."""
 
-    fits_values = False
-    """Whether the values of the prompt tokens that stay are fitted to make up for the others (`runtime.fitted`)."""
+    references = False
+    """Whether reference queries say, beside `score`, which tokens of a prompt to keep, and values are fitted to them
+    (`runtime.references`)."""
 
     queries = 0
     """How many of a prompt's last queries `score` looks at."""

@@ -19,7 +19,7 @@ class Scored(Policy):
     those between sinks and ring before the one that leaves it.
     """
 
-    fits_values = True
+    references = True
 
     def score(self, prompt: Prompt) -> torch.Tensor:
         assert prompt.score is not None

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kvcompile.stages import Problem, Profile
+from kvcompile.stages import KeptLosses, Problem, Profile
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +47,14 @@ def _make_problem(
     )
     by_family = rng.lognormal(0, 0.5, (families, layers, heads, 1, 1)) if families > 1 else 1.0
     quantised = np.array([1e-3, 1e-1]) * rng.lognormal(0, 1.5, (2, families, layers, heads, 1)) * height * 1e-3
+    losses = [
+        table.reshape(families, layers, heads, 2).astype(np.float32) for table in (quantised[0], 0.2 * quantised[1])
+    ]
+    of_kept = rng.lognormal(0, 0.7, (2, families, layers, heads, 2, 2)).astype(np.float32)
+    kept = KeptLosses(
+        np.array([window // 16, window // 4], np.int32),
+        *(f * table[..., None, :] for f, table in zip(of_kept, losses, strict=True)),
+    )
     profile = Profile(
         families=tuple(f"family {i}" for i in range(families)),
         window=window,
@@ -55,8 +63,9 @@ def _make_problem(
         loss=(loss[None, :, :, None] * better[..., None] * by_family).astype(np.float32),
         key_bits=np.array([8, 4], np.int32),
         value_bits=np.array([8, 4], np.int32),
-        key_loss=quantised[0].reshape(families, layers, heads, 2).astype(np.float32),
-        value_loss=(0.2 * quantised[1]).reshape(families, layers, heads, 2).astype(np.float32),
+        key_loss=losses[0],
+        value_loss=losses[1],
+        kept=kept if rich else None,
         factor=1.0,
         correlation=float("nan"),
         baklava=rng.random((layers, heads)).astype(np.float32),

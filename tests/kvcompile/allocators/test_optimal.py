@@ -78,6 +78,7 @@ def test_more_choices_never_cost_more(make_problem) -> None:
 def test_no_family_pays_for_another(make_problem) -> None:
     """With the worst family in the objective the worst one loses less than without."""
     problem = make_problem(layers=8, heads=4, points=24, families=4, bits=(16, 8), context=2048, window=2048)
+    problem = dataclasses.replace(problem, profile=dataclasses.replace(problem.profile, kept=None))
     plan = allocate("optimal", problem)
     mean = dataclasses.replace(
         problem,
@@ -99,15 +100,20 @@ def test_no_family_pays_for_another(make_problem) -> None:
 def test_losses_of_a_plan_are_those_of_its_choices(make_problem) -> None:
     problem = make_problem(families=2, bits=(16, 8, 4), points=20)
     plan = allocate("optimal", problem)
-    total = np.zeros(2)
+    total, profile = np.zeros(2), problem.profile
     for layer, head in np.ndindex(4, 2):
         part = plan.recent[layer, head] / (plan.capacity[layer, head] - DEFAULT_SINK)
         scored = POLICIES[plan.policy[layer, head]] == "scored"
         share = 1 + int(np.abs(np.array([0.5, 0.125]) - part).argmin()) if scored else 0
-        total += evicted(problem, plan.capacity[layer, head : head + 1])[:, layer, head, share, 0]
-        for table, bits in ((problem.profile.key_loss, plan.k_bits), (problem.profile.value_loss, plan.v_bits)):
+        tokens = plan.capacity[layer, head : head + 1]
+        total += evicted(problem, tokens)[:, layer, head, share, 0]
+        of_window = DEFAULT_SINK + (tokens - DEFAULT_SINK) * (profile.window - DEFAULT_SINK) / (
+            problem.context - DEFAULT_SINK
+        )
+        for kind, bits in (("key", plan.k_bits), ("value", plan.v_bits)):
             if bits[layer, head] < 16:
-                total += table[:, layer, head, [8, 4].index(bits[layer, head])]
+                table = profile.codec_loss(kind, of_window)
+                total += table[:, layer, head, 0, [8, 4].index(bits[layer, head])]
     np.testing.assert_allclose(family_losses(problem, plan), total, rtol=1e-6)
 
 

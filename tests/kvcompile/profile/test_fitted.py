@@ -12,7 +12,8 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack, references
 from kvcompile.profile.cut import Left, over_cut
 from kvcompile.profile.eviction import budget_grid
-from kvcompile.profile.fitted import SHARE, Fitting, losses_at, points, with_fitted
+from kvcompile.profile.fitted import SHARE, Kept, fitted_at, points, with_fitted
+from kvcompile.profile.references import LayerReferences
 from kvcompile.stages import Rotary
 
 
@@ -44,9 +45,10 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
         None, softmax,
     )  # fmt: skip
     gradient = draw(heads * group, 14, dim, seed=5)
-    fitting = Fitting(draw(heads * group, 30, dim, seed=6), scaling, softmax)
+    asking = LayerReferences(draw(heads * group, 30, dim, seed=6), scaling, softmax)
     kept = [draw(heads, length, seed=7 + i) > level for i, level in enumerate((1.0, 0.0))]
-    found = losses_at(fitting, call, gradient, Context([], [keys], [values]), packed, kept)
+    context = Context([], [keys], [values])
+    found = fitted_at([Kept.of(alive, context, asking) for alive in kept], call, gradient, context, packed)
     for block in packed.blocks:
         own, judged = slice(block.start, block.stop), slice(block.judged - block.start, None)
         for h in range(heads):
@@ -54,7 +56,7 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
             q, u, mine = call.query[rows, own], gradient[rows, own].double(), (call.key[h, own], call.value[h, own])
             full = attended(q, keys[h], values[h], *mine, scaling, softmax)
             for i, alive in enumerate(kept):
-                new = fitting.values(h, keys, values, alive[h])
+                new = asking.values(h, keys, values, alive[h])
                 assert torch.equal(new[~alive[h]], values[h][~alive[h]])
                 cut = attended(q, keys[h][alive[h]], new[alive[h]], *mine, scaling, softmax)
                 error = (u * (cut - full)).sum(-1).sum(0)[judged]

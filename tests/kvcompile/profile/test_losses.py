@@ -11,6 +11,7 @@ from kvcompile.kernels import Changes
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack
 from kvcompile.profile.eviction import SHARES, budget_grid, entries, ring, survivors
+from kvcompile.profile.fitted import Kept
 from kvcompile.profile.losses import losses
 
 
@@ -81,6 +82,35 @@ def test_losses_are_those_of_attention_written_out(heads: int, group: int, lengt
             expected = cost(written_out(q, keys, other_values[h], *mine, every, scaling))
             np.testing.assert_allclose(found.values[block.kind][h, 0], expected, rtol=2e-3, atol=1e-8)
     assert all((table[..., -1] == 0).all() for table in found.evicted.values())
+
+
+def test_losses_of_codecs_among_kept_tokens() -> None:
+    """What is left of a layer, with errors in all of it, against the same without."""
+    heads, length, dim, scaling = 2, 40, 4, 0.7
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    packed = pack(length, [Asked("quote", 1, 6)])
+    call = Attention(0, draw(heads, 6, dim), draw(heads, 6, dim), draw(heads, 6, dim), scaling, None)
+    gradient, keys, score = draw(heads, 6, dim), draw(heads, length, dim), draw(heads, length)
+    alive = survivors(score, 11, 4, 2)
+    kept = Kept(alive, draw(heads, length, dim))
+    left = kept.context(keys)
+    assert torch.equal(left.keys[0][1], keys[1][alive[1]])
+    assert torch.equal(left.values[0][1], kept.values[1][alive[1]])
+    errors = draw(heads, 11, dim), draw(heads, 11, dim)
+    changes = Changes(torch.zeros(heads, 11, 1, dtype=torch.int32), 1, (errors[0],), (errors[1],))
+    found, every = losses(call, gradient, left, packed, changes), torch.ones(11, dtype=torch.bool)
+    for h in range(heads):
+        given = left.keys[0][h], left.values[0][h]
+        own = call.query[h : h + 1], call.key[h], call.value[h]
+        exact = written_out(own[0], *given, *own[1:], every, scaling)
+        for table, k, v in ((found.keys, errors[0][h], 0), (found.values, 0, errors[1][h])):
+            other = written_out(own[0], given[0] + k, given[1] + v, *own[1:], every, scaling)
+            error = (gradient[h].double() * (other - exact)[0]).sum(-1)[1:]
+            np.testing.assert_allclose(table["quote"][h, 0], float(error.square().mean() / 2), rtol=2e-3)
 
 
 def test_survivors_are_sinks_recent_and_the_best_of_the_rest() -> None:

@@ -28,6 +28,8 @@ def test_every_family_is_measured(tiny: Tiny, family: str) -> None:
     assert profile.families == ("code", "essay", "retrieval")
     assert profile.loss.shape == (3, count, 2, len(profile.shares), points)
     assert (profile.key_loss.shape, profile.value_loss.shape) == ((3, count, 2, 5), (3, count, 2, 4))
+    assert (profile.kept.key.shape, profile.kept.value.shape) == ((3, count, 2, 2, 5), (3, count, 2, 2, 4))
+    assert profile.kept.tokens.tolist() == [5, 6]
     assert (profile.baklava.shape, profile.squeeze.shape) == ((count, 2), (count,))
     assert profile.surfacelogic.shape == (count, 2)
     assert all(getattr(profile, name).dtype == np.float32 for name in TABLES)

@@ -57,7 +57,7 @@ def test_the_example_says_what_the_runtime_says(
     loaded = load(str(model_folder), dtype=torch.float32, device="cpu")
     ids = loaded.tokenizer(TEXT, return_tensors="pt").input_ids
     assert ids.shape[1] > 128  # longer than the context, so every head has to let go of something
-    with attach(loaded.model, plan, fit_values=False) as kv:  # which takes more than standard operators
+    with attach(loaded.model, plan, references=False) as kv:  # which takes more than standard operators
         expected = generate(loaded.model, kv.new_cache(), ids, max_new_tokens=24, eos=[256])[0]
     done = run_example(folder, "--prompt", prompt, "--max-new-tokens", 24)
     assert done.returncode == 0, done.stderr
