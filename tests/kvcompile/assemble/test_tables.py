@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 from profiles import tiny_profile
+from tiny_models import CONFIGS, make_artifact, tiny_model
 
-from kvcompile.artifacts import ArtifactError
+from kvcompile.artifacts import Artifact, ArtifactError
 from kvcompile.assemble.tables import profile_arrays, stored_profile
 from kvcompile.stages import KeptLosses, Profile
 
@@ -20,8 +21,8 @@ def with_kept() -> Profile:
 
 
 @pytest.mark.parametrize("profile", [tiny_profile(), with_kept()], ids=["without kept", "with kept"])
-def test_what_is_stored_comes_back(profile: Profile, llama, make_artifact) -> None:
-    artifact = _holding(profile, llama, make_artifact)
+def test_what_is_stored_comes_back(profile: Profile) -> None:
+    artifact = _holding(profile)
     found = stored_profile(artifact)
     assert (found.kept is None) == (profile.kept is None)
     for name, table in profile_arrays(profile).items():
@@ -38,16 +39,16 @@ def test_what_is_stored_comes_back(profile: Profile, llama, make_artifact) -> No
         ("kept_value_loss", None),
     ],
 )
-def test_losses_of_kept_tokens_that_do_not_fit_are_refused(name: str, table, llama, make_artifact) -> None:
+def test_losses_of_kept_tokens_that_do_not_fit_are_refused(name: str, table) -> None:
     arrays = profile_arrays(with_kept())
     arrays = {key: value for key, value in arrays.items() if key != name} | ({} if table is None else {name: table})
-    artifact = dataclasses.replace(_holding(with_kept(), llama, make_artifact), profile=arrays)
+    artifact = dataclasses.replace(_holding(with_kept()), profile=arrays)
     with pytest.raises(ArtifactError, match=rf"carries no usable profile\.{name}"):
         stored_profile(artifact)
 
 
-def _holding(profile: Profile, model, make_artifact):
-    artifact = make_artifact(model, 14)
+def _holding(profile: Profile) -> Artifact:
+    artifact = make_artifact(tiny_model(CONFIGS["llama"]), 14)
     layers, heads = profile.baklava.shape
     identity = dataclasses.replace(artifact.model, num_layers=layers, num_kv_heads=heads)
     return dataclasses.replace(artifact, model=identity, profile=profile_arrays(profile))
