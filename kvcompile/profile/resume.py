@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.kernels import codecs
-from kvcompile.runtime import fitted
+from kvcompile.runtime import fitted, references
 
 Sums = dict[str, NDArray[Any]]
 
@@ -22,13 +22,13 @@ FILE = "sums.npz"
 def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int, checks: int) -> str:
     """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
     calibration text, seed, sinks, the number of whole plans that are run, and the sources of what measures (this
-    package, the quantiser, the values that they pass, how values are fitted, the codecs), so that no change of ours
-    meets old numbers."""
+    package, the quantiser, the values that they pass, how tokens are chosen and values fitted, the codecs), so that no
+    change of ours meets old numbers."""
     digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink, checks)).encode())
     here = Path(__file__).parent
     codecs_folder = Path(codecs.__file__).parent
     sources = [*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py"), here.parent / "stages.py"]
-    sources.append(Path(fitted.__file__))
+    sources += [Path(fitted.__file__), Path(references.__file__)]
     for source in [*sorted(sources), *sorted(codecs_folder.rglob("*.py"))]:
         digest.update(source.read_bytes())
     return digest.hexdigest()
