@@ -78,14 +78,17 @@ def test_every_plan_loses_what_the_runtime_loses(plan: dict[str, Any], tmp_path:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "multi-query"])
-def test_fitted_values_lose_what_the_runtime_loses(family: str, tmp_path: Path) -> None:
+def test_reference_queries_do_what_they_do_in_the_runtime(family: str, tmp_path: Path) -> None:
     plan = {"capacity": 20, "policy": "scored", "recent": 6}
-    fitted, plain = (_compare(family, plan, tmp_path / name, name == "fitted") for name in ("fitted", "plain"))
-    assert fitted != pytest.approx(plain, rel=1e-4)
+    (fitted, ours), (plain, _) = (
+        _compare(family, plan, tmp_path / name, name == "fitted") for name in ("fitted", "plain")
+    )
+    # Both round scores to half precision, where a token may win in one and lose in the other.
+    assert abs(fitted - ours) < abs(fitted - plain) / 20
 
 
-def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = False) -> float:
-    """The press's loss, which is the runtime's; `fitted`: the artifact has a rotary embedding, so that values are."""
+def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = False) -> tuple[float, float]:
+    """The press's loss and the runtime's; `fitted`: the artifact has a rotary embedding, so that there are references."""
     model = tiny_model(CONFIGS[family])
     model.save_pretrained(tmp_path / "model")
     artifact = make_artifact(model, **plan)
@@ -98,10 +101,10 @@ def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = F
     ids = torch.randint(3, 97, (90,), generator=torch.Generator().manual_seed(0)).tolist()
     ours = runtime_loss(tmp_path / "model", tmp_path / "a.kvb", ids, 60, tmp_path)
     theirs = pressed_loss(model, KvcompilePress(tmp_path / "a.kvb"), ids, 60)
-    assert theirs == pytest.approx(ours, rel=3e-5 if fitted else 1e-3)
+    assert theirs == pytest.approx(ours, rel=1e-3)
     if "capacity" in plan:
         assert theirs != pytest.approx(_plain_loss(model, ids), rel=1e-3)
-    return theirs
+    return theirs, ours
 
 
 @torch.inference_mode()
