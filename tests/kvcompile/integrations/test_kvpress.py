@@ -88,7 +88,7 @@ def test_reference_queries_do_what_they_do_in_the_runtime(family: str, tmp_path:
 
 
 def _compare(family: str, plan: dict[str, Any], tmp_path: Path, fitted: bool = False) -> tuple[float, float]:
-    """The press's loss and the runtime's; `fitted`: the artifact has a rotary embedding, so that there are references."""
+    """The press's loss and the runtime's; `fitted`: the artifact has a rotary embedding, and there are references."""
     model = tiny_model(CONFIGS[family])
     model.save_pretrained(tmp_path / "model")
     artifact = make_artifact(model, **plan)
