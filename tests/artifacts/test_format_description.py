@@ -78,7 +78,8 @@ def test_every_key_and_tensor_is_described(newer, read_kvb, tmp_path):
 
 
 def test_every_field_of_a_profile_is_described():
-    tables = {field.name for field in fields(Profile)} - {"keys"}
+    tables = {field.name for field in fields(Profile)} - {"keys", "kept"}
+    tables |= {"kept_tokens", "kept_key_loss", "kept_value_loss"}
     rotary = Rotary(np.zeros((1, 2), np.float32), np.arange(2, dtype=np.int32))
     moment = Moment(np.zeros((1, 1, 2), np.float32), np.zeros((1, 1, 3), np.float16))
     tables |= key_arrays(KeyMoments(moment, moment, moment, rotary)).keys()
