@@ -110,7 +110,8 @@ class RaggedLayer(CacheLayerMixin):
         own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
         if not self.columns:
             self._fit_batch(batch)
-            self.prompt = LayerPrompt(self.store.layout, columns, own, refers=self.store.refers(columns))
+            uses = self.store.uses_references(columns)
+            self.prompt = LayerPrompt(self.store.layout, columns, own, keep_references=uses)
         else:
             self.prompt = FollowUp(self.store, columns, own)
         try:

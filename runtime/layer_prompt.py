@@ -18,7 +18,7 @@ class LayerPrompt:
     """Keys and values of one layer for prompts side by side in `columns` columns, filled chunk by chunk, and what the
     policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding).
     `room` are tensors [B, num_kv_heads, columns or more, D] for keys and values; None: they are allocated. With
-    `refers`, reference queries are kept beside (`runtime.references`)."""
+    `keep_references`, reference queries are kept beside (`runtime.references`)."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class LayerPrompt:
         pad: torch.Tensor | None,
         room: tuple[torch.Tensor, torch.Tensor] | None = None,
         softmax: Softmax = PLAIN,
-        refers: bool = False,
+        keep_references: bool = False,
     ) -> None:
         self.layout = layout
         self.softmax = softmax
@@ -37,7 +37,7 @@ class LayerPrompt:
         self.filled = 0
         self.scaling = 1.0
         self.references: References | None = None
-        self._refers = refers
+        self._keep_references = keep_references
         self._tail = max(POLICIES[cls.policy].queries for cls in layout.classes)
         self._drawn: dict[int, torch.Tensor] = {}
         self._scores: list[torch.Tensor] = []
@@ -53,7 +53,7 @@ class LayerPrompt:
         scaling: float,
         score: torch.Tensor | None,
         softmax: Softmax = PLAIN,
-        refers: bool = False,
+        keep_references: bool = False,
     ) -> LayerPrompt:
         """Prompts read at once, given as for `add`; `real` bool [B, n] is False for padding, wherever it is."""
         pad = None
@@ -61,7 +61,7 @@ class LayerPrompt:
             pad, moved = left_padded(real, (query, 2), (keys, 2), (values, 2), (score, 1))
             query, keys, values = (tensor for tensor in moved[:3] if tensor is not None)
             score = moved[3]
-        prompt = cls(layout, keys.shape[2], pad, softmax=softmax, refers=refers)
+        prompt = cls(layout, keys.shape[2], pad, softmax=softmax, keep_references=keep_references)
         prompt.add(query, keys, values, scaling, score)
         return prompt
 
@@ -87,7 +87,7 @@ class LayerPrompt:
         if not whole:
             self.keys[:, :, first : self.filled], self.values[:, :, first : self.filled] = keys, values
         seen = self.read
-        if self._refers and query.shape[2]:
+        if self._keep_references and query.shape[2]:
             if self.references is None:
                 self.references = References.none_yet(query, self.layout.num_kv_heads, self.lengths.long())
             begin = torch.full_like(self.lengths, first).long()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvcompile.runtime.layer_prompt import LayerPrompt
 
 LEAST = 1e-7
-"""Attention below this is no attention, as for the compiled scorer: its logarithm would only say how little."""
+"""Attention below this is no attention, here and where scorers are fitted: its logarithm would only say how little."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -93,10 +93,10 @@ class LayerStore:
     ) -> None:
         """Cut a prompt to the budget: `query` [B, num_heads, n, D], `keys` and `values` [B, num_kv_heads, n, D], all
         with RoPE applied; `real` bool [B, n] is False for padding (None: no padding)."""
-        refers = self.refers(keys.shape[2])
-        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, refers))
+        uses = self.uses_references(keys.shape[2])
+        self.cut(LayerPrompt.whole(self.layout, query, keys, values, real, scaling, score, self.softmax, uses))
 
-    def refers(self, columns: int) -> bool:
+    def uses_references(self, columns: int) -> bool:
         """Whether prompts of so many columns have to bring reference queries."""
         return self.rotation is not None and any(uses_references(cls, columns) for cls in self.layout.classes)
 

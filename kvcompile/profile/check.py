@@ -146,7 +146,7 @@ class Sample:
 
 def sample_plan(profile: Profile, number: int, price: float, seed: int, sink: int) -> Sample:
     """The best choice of every head at a `price` for bytes, in nats a token for a whole head; in every second plan, by
-    its `number`, a random half of the heads is `LESS` dear."""
+    its `number`, at that price over `LESS` for a random half of the heads."""
     # Loss of every choice of a head, [F, L, H, P, C, 1 + Qk, 1 + Qv]: share x budget x bits of keys x bits of values,
     # where the cache dtype comes first and loses nothing.
     loss = profile.loss[..., None, None].astype(np.float64)

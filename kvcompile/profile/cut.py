@@ -46,8 +46,8 @@ def over_cut(
     layer (None: without references)."""
 
     def attend(call: Attention) -> Tensor:
-        asking = None if rotary is None else LayerReferences.of(call, left.references, left.key.shape[1], rotary)
-        cut = cut_layer(left.key, left.value, left.score, rows, quantiser, tokens, shift, asking)
+        references = None if rotary is None else LayerReferences.of(call, left.references, left.key.shape[1], rotary)
+        cut = cut_layer(left.key, left.value, left.score, rows, quantiser, tokens, shift, references)
         over = over_context(Context([], [cut.key], [cut.value]), packed, [cut.kept])
         return over(replace(call, layer=0))
 
@@ -80,7 +80,8 @@ def cut_layer(
     references: LayerReferences | None = None,
 ) -> LayerCut:
     """What a plan for contexts of `tokens` tokens leaves of one layer: `score` [H, n] are the scorer's, `rows` the
-    plan's for this layer, quantiser and shift tables of one layer."""
+    plan's for this layer, quantiser and shift tables of one layer. `references` choose tokens beside the scorer and
+    have values fitted, where the runtime's do; None: neither."""
     length, scale = key.shape[1], key.shape[1] / tokens
     alive, values = list[Tensor](), list(value)
     for number in range(key.shape[0]):

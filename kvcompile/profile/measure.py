@@ -143,16 +143,9 @@ def _profiled(sums: Sums, setting: Setting, fitted: Fitted) -> Profiled:
     )
     tables = ("loss", "key_loss", "value_loss", "baklava", "squeeze", "surfacelogic")
     measured: list[NDArray[Any]] = [getattr(profile, name) for name in tables]
-    assert profile.kept is not None
-    require_finite(
-        [
-            *measured,
-            profile.kept.key,
-            profile.kept.value,
-            *vars(fitted.scorer).values(),
-            *vars(fitted.quantiser).values(),
-        ]
-    )
+    for part in (profile.kept, fitted.scorer, fitted.quantiser):
+        measured += vars(part).values()
+    require_finite(measured)
     checks = tuple((float(predicted), float(real)) for predicted, real in sums["checks"])
     probes, answered = len(setting.material.probes), int(sums["answered"].sum())
     return Profiled(profile, fitted.scorer, fitted.quantiser, probes, answered, checks)

@@ -16,9 +16,7 @@ from kvcompile.artifacts import Scorer
 from kvcompile.kernels import attention_peaks
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
-
-LEAST = 1e-7
-"""Attention below this is no attention: its logarithm would only say how little."""
+from kvcompile.runtime.references import LEAST
 
 RIDGE = 1e-3
 """Added to the diagonal of the normal equations, as a share of it."""

@@ -157,8 +157,8 @@ class CompiledAttention(Attention):
         if piece.slot >= 0:
             assert self._room is not None
             room = (self._room[piece.slot, 0], self._room[piece.slot, 1])
-        refers = self.store.refers(piece.length)
-        prompt = LayerPrompt(self.store.layout, piece.length, None, room, refers=refers)
+        uses = self.store.uses_references(piece.length)
+        prompt = LayerPrompt(self.store.layout, piece.length, None, room, keep_references=uses)
         if piece.slot >= 0:
             self.prompts[piece.slot] = prompt
         return prompt
