@@ -132,7 +132,7 @@ def _type(name: str, exact: torch.dtype) -> str:
         ("_matrix", "_mean")
     ):
         return "*fp32"
-    if name in ("items", "ranges", "heads", "seen_by", "places", "done", "tokens"):
+    if name in ("items", "heads", "seen_by", "places", "done", "tokens"):
         return "*i32"
     if name in ("k_codes", "v_codes", "new_mask"):
         return "*u8"

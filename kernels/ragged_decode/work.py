@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.layout import HeadRow, LayerLayout
 
+FAN = 8
+"""Items of a head with many that are joined at a time. To join what groups of items have found takes another store,
+atomic and load, which is as long as it takes to load another 8."""
+
 
 @dataclass(frozen=True)
 class WorkList:
@@ -20,6 +24,11 @@ class WorkList:
     def most(self) -> int:
         """Items of the head that has most."""
         return max(count for _, count in self.heads)
+
+    @property
+    def fan(self) -> int:
+        """Items of a head that are joined at a time: all of them, where that takes no longer than joining twice."""
+        return 2 * FAN if self.most <= 2 * FAN else FAN
 
 
 def slot_weight(row: HeadRow, head_dim: int, exact_bits: int) -> float:

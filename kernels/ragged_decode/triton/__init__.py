@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -16,21 +16,11 @@ from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.overlap import overlap
 from kvcompile.kernels.ragged_decode.occupancy import resident
 from kvcompile.kernels.ragged_decode.pairs import codecs_of, pairs_of
-from kvcompile.kernels.ragged_decode.triton.join import FAN
-from kvcompile.kernels.ragged_decode.triton.scan import _decode
+from kvcompile.kernels.ragged_decode.triton.scan import ITEM, _decode
 from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
-from kvcompile.kernels.ragged_decode.work import work_list
+from kvcompile.kernels.ragged_decode.work import FAN, work_list
 
 TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-class _Tables(NamedTuple):
-    """What never changes about a layer, on the device, int32: `items` [n, 2] and `ranges` [H, 2] of the work list, and
-    the rows of the layout."""
-
-    items: torch.Tensor
-    ranges: torch.Tensor
-    heads: torch.Tensor
 
 
 def constants(
@@ -43,7 +33,7 @@ def constants(
         "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
-        "MOST": triton.next_power_of_2(chosen.most), "NEW": new, "MASKED": masked, "LAG": chosen.lag,
+        "GROUPS": -(-chosen.most // FAN), "NEW": new, "MASKED": masked, "LAG": chosen.lag,
         **unit_sizes(codecs_of(pairs), head_dim),
     }  # fmt: skip
     return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
@@ -82,47 +72,49 @@ def ragged_decode(
 
     constant = places is None  # and not written by the launch before, where it could be anything yet
     places = in_order(layout, batch, device) if places is None else places
-    done = _done(layout, batch, blocks, fixed["MOST"], device)
+    done = _done(layout, batch, blocks, fixed["GROUPS"], device)
 
-    def arguments(tables: _Tables, partial: torch.Tensor, stats: torch.Tensor, early: int) -> tuple[Any, ...]:
+    def arguments(items: torch.Tensor, partial: torch.Tensor, stats: torch.Tensor, *sizes: int) -> tuple[Any, ...]:
         return (
-            query, partial, stats, *tables, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values),
-            *steps(keys), *steps(values), scaling, heads, used, length, int(new_keys is None),
-            early,
+            query, partial, stats, items, seen, places, done, out, *new, mask, *tensors(keys), *tensors(values),
+            *steps(keys), *steps(values), scaling, heads, used, length, int(new_keys is None), *sizes,
         )  # fmt: skip
 
     with on_device(device):
         key = ("ragged_decode", device, batch, blocks, chosen, *fixed.values(), *options.values())
         if key not in layout.memo:
             some = torch.empty(1, dtype=torch.float32, device=device)
-            like = arguments(_Tables(seen, seen, seen), some, some, 0)
+            like = arguments(seen, some, some, FAN, 0)
             more, programs = _fitted(like, fixed | options) if device.type == "cuda" else ({}, chosen.programs)
             early = chosen.early // programs
             programs = items_of(programs * chosen.waves, device, batch * blocks)
-            layout.memo[key] = _tables(layout, head_dim, exact, programs, chosen, device), early, options | more
-        tables, early, options = layout.memo[key]
-        items = len(tables.items)
-        partial = torch.empty(batch, items, used, head_dim, dtype=torch.float32, device=device)
-        stats = torch.empty(batch, items, 2, used, dtype=torch.float32, device=device)
-        found = arguments(tables, partial, stats, early if constant else 0)
-        _decode[(items, batch, blocks)](*found, **fixed, **options)
+            items, fan = _items(layout, head_dim, exact, programs, chosen, device)
+            layout.memo[key] = items, fan, early, options | more
+        items, fan, early, options = layout.memo[key]
+        partial = torch.empty(batch, len(items), used, head_dim, dtype=torch.float32, device=device)
+        stats = torch.empty(batch, len(items), 2, used, dtype=torch.float32, device=device)
+        found = arguments(items, partial, stats, fan, early if constant else 0)
+        _decode[(len(items), batch, blocks)](*found, **fixed, **options)
     return out
 
 
-def _tables(
+def _items(
     layout: LayerLayout, head_dim: int, exact: torch.dtype, programs: int, chosen: Tuning, device: torch.device
-) -> _Tables:
+) -> tuple[torch.Tensor, int]:
+    """The work list on the device, where it never changes: int32 [items, `ITEM`], `scan.OWN` and the row of the item's
+    head, so that a program has all of it at once; and how many items are joined at a time."""
     work = work_list(layout, head_dim, exact.itemsize * 8, programs, chosen.block, chosen.most)
-    items, ranges = (torch.tensor(t, dtype=torch.int32, device=device) for t in (work.items, work.heads))
-    return _Tables(items, ranges, head_table(layout, head_dim, device))
+    own = torch.tensor([(h, part, work.heads[h][1]) for h, part in work.items], dtype=torch.int32, device=device)
+    found = torch.cat([own, head_table(layout, head_dim, device)[own[:, 0].long()]], 1)
+    return torch.nn.functional.pad(found, (0, ITEM.value - found.shape[1])), work.fan
 
 
-def _done(layout: LayerLayout, batch: int, blocks: int, most: int, device: torch.device) -> torch.Tensor:
-    """Counters int32 [batch, H, blocks of rows, 1 + groups] of groups of `FAN` items that are joined, and of items of
-    each group that are done, which every launch leaves at 0."""
-    key = ("ragged_decode counters", device, batch, blocks, most)
+def _done(layout: LayerLayout, batch: int, blocks: int, groups: int, device: torch.device) -> torch.Tensor:
+    """Counters int32 [batch, H, blocks of rows, 1 + groups] of groups of items that are joined, and of items of each
+    group that are done, which every launch leaves at 0."""
+    key = ("ragged_decode counters", device, batch, blocks, groups)
     if key not in layout.memo:
-        shape = (batch, layout.num_kv_heads, blocks, 1 + -(-most // FAN.value))
+        shape = (batch, layout.num_kv_heads, blocks, 1 + groups)
         layout.memo[key] = torch.zeros(shape, dtype=torch.int32, device=device)
     counters: torch.Tensor = layout.memo[key]
     return counters

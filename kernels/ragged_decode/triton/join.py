@@ -7,37 +7,40 @@ import triton.language as tl
 
 from kvcompile.kernels.tiles import columns, product
 
-FAN = tl.constexpr(8)
-"""Items that are joined by the last of their programs."""
-
 
 @triton.jit
-def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
-          MOST: tl.constexpr):  # fmt: skip
-    """`count` items, at most `MOST`, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i,
-    l_i and acc_i of item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
+def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
+    """`count` items, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i, l_i and acc_i of
+    item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
     d = tl.arange(0, DP)
     mine = rows < used
     inside = (d < D)[:, None] & mine[None, :]
-    i = tl.arange(0, MOST)
-    at = stats + i[:, None] * step * 2 * used + rows[None, :]
-    there = (i < count)[:, None] & mine[None, :]
-    # .cg: other programs have written these, and the first-level cache is not kept coherent.
-    highest = tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg")
-    sums = tl.load(at + used, mask=there, other=0.0, cache_modifier=".cg")
-    m = tl.max(highest, 0)
-    finite = tl.where(m == float("-inf"), 0.0, m)
-    l = tl.sum(tl.exp2(highest - finite[None, :]) * sums, 0)
+    m = tl.full([R], float("-inf"), tl.float32)
+    l = tl.zeros([R], tl.float32)
     acc = tl.zeros([DP, R], tl.float32)
-    TOGETHER: tl.constexpr = min(4, 512 // DP)  # loads that are under way at a time: as many as registers hold
+    TOGETHER: tl.constexpr = min(4, 512 // DP)  # items that are on their way at a time: as many as registers hold
     for first in range(0, count, TOGETHER):
+        heights, sums, tiles = (), (), ()
         for n in tl.static_range(TOGETHER):
-            item = (first + n) * step
-            own = tl.load(stats + item * 2 * used + rows, mask=mine & (first + n < count), other=float("-inf"),
-                          cache_modifier=".cg")  # fmt: skip
-            one = tl.load(partial + (item * used + rows)[None, :] * D + d[:, None],
-                          mask=inside & (first + n < count), other=0.0, cache_modifier=".cg")  # fmt: skip
-            acc += one * tl.exp2(own - finite)[None, :]
+            there, item = mine & (first + n < count), (first + n) * step
+            # .cg: other programs have written these, and the first-level cache is not kept coherent.
+            at = stats + item * 2 * used + rows
+            heights = heights + (tl.load(at, mask=there, other=float("-inf"), cache_modifier=".cg"),)
+            sums = sums + (tl.load(at + used, mask=there, other=0.0, cache_modifier=".cg"),)
+            at = partial + (item * used + rows)[None, :] * D + d[:, None]
+            tiles = tiles + (tl.load(at, mask=inside & (first + n < count), other=0.0, cache_modifier=".cg"),)
+        top = m
+        for n in tl.static_range(TOGETHER):
+            top = tl.maximum(top, heights[n])
+        finite = tl.where(top == float("-inf"), 0.0, top)
+        alpha = tl.exp2(m - finite)
+        l = l * alpha
+        acc = acc * alpha[None, :]
+        for n in tl.static_range(TOGETHER):
+            weight = tl.exp2(heights[n] - finite)
+            l += sums[n] * weight
+            acc += tiles[n] * weight[None, :]
+        m = top
     return m, l, acc
 
 

@@ -14,14 +14,18 @@ from kvcompile.kernels.arguments import COLUMNS, SIZES
 from kvcompile.kernels.overlap import let_next_begin, wait_for_previous
 from kvcompile.kernels.ragged_decode.pairs import key_codec, pair_count, value_codec
 from kvcompile.kernels.ragged_decode.triton.early import affordable, begin
-from kvcompile.kernels.ragged_decode.triton.join import FAN, finish, merge
+from kvcompile.kernels.ragged_decode.triton.join import finish, merge
 from kvcompile.kernels.ragged_decode.triton.parts import asked, first, keep, key_logits, mixed
 from kvcompile.kernels.tiles import columns, of_head
 
-ROW = tl.constexpr(len(COLUMNS))
-CAPACITY, SINK = (tl.constexpr(COLUMNS.index(name)) for name in ("capacity", "sink"))
+OWN = ("head", "part", "count")
+"""Columns of an item before those of its head: its number among the head's items, and their number."""
+ITEM = tl.constexpr(32)
+"""Columns of an item in all, of which some are not used: 128 bytes, which come in one access to memory."""
+HEAD, PART, COUNT = (tl.constexpr(i) for i in range(len(OWN)))
+CAPACITY, SINK = (tl.constexpr(len(OWN) + COLUMNS.index(name)) for name in ("capacity", "sink"))
 K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, V_SCALES = (
-    tl.constexpr(COLUMNS.index(f"{side}_{name}"))
+    tl.constexpr(len(OWN) + COLUMNS.index(f"{side}_{name}"))
     for side in "kv"
     for name in ("codec", "row", "anchor", "codes", "scales")
 )
@@ -36,8 +40,8 @@ def _scan(
     R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, LAG: tl.constexpr,
 ):  # fmt: skip
-    """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC
-    and VC are the codecs of its keys and values."""
+    """One item, the slots [start, stop) of a head; all pointers are those of the head in this sequence. KC and VC are
+    the codecs of its keys and values."""
     KT: tl.constexpr = EXACT if KC == 0 else CODE
     VT: tl.constexpr = EXACT if VC == 0 else CODE
     m = tl.full([R], float("-inf"), tl.float32)
@@ -115,29 +119,29 @@ def span(part, most, filled, BLOCK: tl.constexpr):
     return tl.minimum(count, blocks), start, stop
 
 
-@triton.jit(do_not_specialize=[*SIZES, "early"])
+@triton.jit(do_not_specialize=[*SIZES, "fan", "early"])
 def _decode(
-    query, partial, stats, items, ranges, heads, seen_by, places, done, out, new_keys, new_values, new_mask,
+    query, partial, stats, items, seen_by, places, done, out, new_keys, new_values, new_mask,
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored,
-    scale, num_heads, used, length, before, early,
+    scale, num_heads, used, length, before, fan, early,
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
     VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, MOST: tl.constexpr, NEW: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, GROUPS: tl.constexpr, NEW: tl.constexpr,
     MASKED: tl.constexpr, LAG: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
     A program fetches `early` bytes before it waits for the launch before it (0: none, where that one may write
-    `places`). `PAIRS` are the pairs of codecs in the layer (see `pairs`); no head has more than `MOST` items."""
+    `places`). `PAIRS` are the pairs of codecs in the layer (see `pairs`); `fan` items of a
+    head are joined at a time, in at most `GROUPS` groups."""
     let_next_begin(OVERLAP)
-    item = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    h = tl.load(items + 2 * item)
-    part = tl.load(items + 2 * item + 1)
-    row = heads + h * ROW
+    row = items + tl.program_id(0) * ITEM
+    h = tl.load(row + HEAD)
+    part = tl.load(row + PART)
+    most = tl.load(row + COUNT)
     capacity = tl.load(row + CAPACITY)
-    most = tl.load(ranges + 2 * h + 1)
     anchored = tl.load(row + SINK) > 0
     k_codec = tl.load(row + K_CODEC)
     v_codec = tl.load(row + V_CODEC)
@@ -161,10 +165,11 @@ def _decode(
                     begin(keys, key_codes, key_scales, start, slots, key_codec(PAIRS, i), D)
                     begin(values, value_codes, value_scales, start, slots, value_codec(PAIRS, i), D)
     wait_for_previous(OVERLAP)  # tables never change
+    # Both are on their way at a time.
     seen = tl.load(seen_by + b, volatile=True)
+    place = tl.load(places + b, volatile=True).to(tl.int64)
     count, start, stop = span(part, most, tl.minimum(capacity, seen), N * HALVES)
     if part < count:
-        place = tl.load(places + b).to(tl.int64)
         k_exact, k_codes, k_scales, k_anchors = of_head(
             place, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
             tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), tl.load(row + K_ANCHOR), D, KU, KS,
@@ -183,29 +188,23 @@ def _decode(
                     key_codec(PAIRS, i), value_codec(PAIRS, i), D, DP, KS, VS, R, N, HALVES, STAGES, WINDOW, EXACT,
                     CODE, LAG,
                 )  # fmt: skip
-    # The last program of `FAN` neighbours joins what they have found, and the last of a head to do so joins that. The
+    # The last program of `fan` neighbours joins what they have found, and the last of a head to do so joins that. The
     # barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
-    # Numbers are loaded anew: registers are scarce above.
     tl.debug_barrier()
-    h = tl.load(items + 2 * item, volatile=True)
-    part = tl.load(items + 2 * item + 1, volatile=True)
-    count = tl.load(ranges + 2 * h + 1, volatile=True)
     which = b * num_heads + h
-    group = part // FAN
-    ticket = done + (which * tl.num_programs(2) + tl.program_id(2)) * (1 + -(-MOST // FAN))
-    if tl.atomic_add(ticket + 1 + group, 1, sem="acq_rel") == tl.minimum(count - group * FAN, FAN) - 1:
+    group = part // fan
+    ticket = done + (which * tl.num_programs(2) + tl.program_id(2)) * (1 + GROUPS)
+    if tl.atomic_add(ticket + 1 + group, 1, sem="acq_rel") == tl.minimum(most - group * fan, fan) - 1:
         tl.store(ticket + 1 + group, 0)  # ready for the next launch
         rows = tl.program_id(2) * R + tl.arange(0, R)
-        first_item = b * tl.num_programs(0) + tl.load(ranges + 2 * h)
+        first_item = b * tl.num_programs(0) + tl.program_id(0) - part
         partial += first_item * used * D
         stats += first_item * 2 * used
-        filled = tl.minimum(tl.load(heads + h * ROW + CAPACITY), tl.load(seen_by + b, volatile=True))
-        found = tl.minimum(count, (filled + HALVES * N - 1) // (HALVES * N))
-        own = group * FAN
+        own = group * fan
         m, l, acc = merge(
-            rows, partial + own * used * D, stats + own * 2 * used, tl.minimum(found - own, FAN), 1, used, D, DP, R, FAN
+            rows, partial + own * used * D, stats + own * 2 * used, tl.minimum(count - own, fan), 1, used, D, DP, R
         )  # fmt: skip
-        groups = (count + FAN - 1) // FAN
+        groups = (most + fan - 1) // fan
         last = groups == 1
         if groups > 1:
             d = tl.arange(0, DP)
@@ -219,9 +218,7 @@ def _decode(
             if tl.atomic_add(ticket, 1, sem="acq_rel") == groups - 1:
                 tl.store(ticket, 0)
                 last = True
-                m, l, acc = merge(
-                    rows, partial, stats, (found + FAN - 1) // FAN, FAN, used, D, DP, R, -(-MOST // FAN)
-                )  # fmt: skip
+                m, l, acc = merge(rows, partial, stats, (count + fan - 1) // fan, fan, used, D, DP, R)
         if last:
             finish(
                 rows, m, l, acc, query + which * used * D, new_keys + which * length * D,
