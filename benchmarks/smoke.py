@@ -17,10 +17,12 @@ import torch
 
 from kvcompile.artifacts import identify
 from kvcompile.bench.subjects import ragged_plan
-from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, append, compact, ragged_decode
+from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, append, compact, new_token, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.codecs import names
 from kvcompile.kernels.compact import reference as compact_reference
+from kvcompile.kernels.new_token import dense as new_token_dense
+from kvcompile.kernels.new_token.parts import LinearScorer
 from kvcompile.kernels.ragged_decode import reference as decode_reference
 
 DIM = 128
@@ -106,6 +108,29 @@ def appending(device: torch.device, widths: str = "mixed") -> str:
     return same_store(ours, theirs, 0)
 
 
+def storing(device: torch.device) -> str:
+    """A new token from its projections to the store, beside torch."""
+    torch.manual_seed(0)
+    of, dtype, group, size = layout("mixed"), torch.float16, 7, 96
+    ours = sides(of, dtype, device)
+    theirs = copy.deepcopy(ours)
+    scores = torch.randn(2, of.scored_slots, device=device).half()
+    other = scores.clone()
+    qkv = torch.randn(2, 4 * (group + 2) * DIM, device=device).to(dtype)
+    angle = torch.randn(2, DIM // 2, device=device).repeat(1, 2)
+    rotary = angle.cos().to(dtype), angle.sin().to(dtype)
+    looks = {
+        "hidden": torch.randn(2, size, device=device).to(dtype),
+        "scorer": LinearScorer(torch.randn(4, size, device=device), torch.randn(4, device=device)),
+    }
+    seen = torch.tensor(SEEN, dtype=torch.int32, device=device)
+    found = new_token(qkv, *rotary, *ours, scores, of, seen, **looks)
+    expected = new_token_dense.new_token(qkv, *rotary, *theirs, other, of, seen, None, None, *looks.values())
+    torch.testing.assert_close(scores, other, atol=2e-2, rtol=1e-2)
+    error = near(found, expected.cpu().double(), TOLERANCE[dtype])
+    return f"{error}, {same_store(ours, [on_cpu(side) for side in theirs], 0.02)}"
+
+
 def compacting(device: torch.device, widths: str = "mixed") -> str:
     """Two prompts of 300 tokens, cut in one call: rows as the reference writes them."""
     torch.manual_seed(0)
@@ -177,20 +202,22 @@ def same_store(ours: list[Buffers], theirs: list[Buffers], most: float) -> str:
 
 CHECKS: list[tuple[str, Callable[[torch.device], str]]] = [
     ("attention, 16 bits, groups of 7", attention("16", 7)),
-    ("attention, 8 bits, groups of 7", attention("8", 7)),
-    ("attention, 4 bits, groups of 7", attention("4", 7)),
     ("attention, mixed bits, groups of 7", attention("mixed", 7)),
+    ("append", appending),
+    ("new_token", storing),
+    ("compact", compacting),
+    ("attention, 4 bits, groups of 7", attention("4", 7)),
+    ("attention, 8 bits, groups of 7", attention("8", 7)),
     ("attention, 16 bits, groups of 5", attention("16", 5)),
     ("attention, mixed bits, groups of 5", attention("mixed", 5)),
     ("attention, new tokens with padding", attention("mixed", 7, 3)),
     ("attention, 3 bits and fewer, groups of 7", attention("fewer", 7)),
     ("attention, 3 bits and fewer, new tokens", attention("fewer", 5, 3)),
-    ("append", appending),
     ("append, 3 bits and fewer", partial(appending, widths="fewer")),
-    ("compact", compacting),
     ("compact, 3 bits and fewer", partial(compacting, widths="fewer")),
     ("decode loop, recorded", recorded),
 ]
+"""First one of every kernel, for a run that is cut."""
 
 
 def main() -> None:

@@ -9,22 +9,24 @@ import torch
 from kvcompile.kernels import HeadClass, LayerLayout
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.references import referred_heads
-from kvcompile.runtime.rotation import Rotation
+from kvcompile.runtime.references import ReferredHead
 
 
 def kept_of(
-    prompt: LayerPrompt, layout: LayerLayout, state: Sequence[list[torch.Tensor]], rotation: Rotation | None = None
+    prompt: LayerPrompt,
+    layout: LayerLayout,
+    state: Sequence[list[torch.Tensor]],
+    referred: Sequence[ReferredHead] = (),
 ) -> list[torch.Tensor]:
     """The columns of prompts that a layer's heads keep, class by class as in `kept_columns`; what their policies
-    remember of them goes into `state`. With the layer's `rotation` the prompt's references have a say."""
+    remember of them goes into `state`. In `referred` heads the prompt's references have a say."""
     pad, chosen = prompt.columns - prompt.lengths.long(), []
     scores = [
         POLICIES[cls.policy].score(prompt.of(cls)) if own or prompt.columns > cls.capacity else None
         for cls, own in zip(layout.classes, state, strict=True)
     ]
-    if rotation is not None:
-        scores = with_references(prompt, scores, rotation)
+    if referred:
+        scores = with_references(scores, referred)
     for cls, own, score in zip(layout.classes, state, scores, strict=True):
         column = kept_columns(cls, prompt.columns, pad, score)
         if own and score is not None:
@@ -38,15 +40,15 @@ def kept_of(
 
 
 def with_references(
-    prompt: LayerPrompt, scores: Sequence[torch.Tensor | None], rotation: Rotation
+    scores: Sequence[torch.Tensor | None], referred: Sequence[ReferredHead]
 ) -> list[torch.Tensor | None]:
     """Scores of prompts' columns, f32 [B, count, n] class by class, as they are with what references say of them."""
     found = [None if score is None else score.clone() for score in scores]
-    for one in referred_heads(prompt, rotation):
+    for one in referred:
         table = found[one.which]
         assert table is not None
         row = table[one.b, one.place, one.own]
-        row.copy_(one.references.scores(prompt.keys[one.b, one.head, one.own], row))
+        row.copy_(one.attended.scores(row))
     return found
 
 

@@ -17,39 +17,34 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.runtime.layer_prompt import LayerPrompt
-from kvcompile.runtime.references import HeadReferences, referred_heads
-from kvcompile.runtime.rotation import Rotation
+from kvcompile.runtime.references import HeadReferences, ReferredHead
 
 RIDGE = 1e-4
 """A reference query. KL is the same with 1.5e-5 and 5e-5, and a tenth higher with 5e-4 (docs/results.md)."""
 
 
-def fit_values(prompt: LayerPrompt, kept: Sequence[torch.Tensor], rotation: Rotation) -> torch.Tensor:
-    """Values [B, num_kv_heads, n, D] of prompts with those of `kept` tokens (`kept_of`) fitted, where references are
-    used."""
-    pad = prompt.columns - prompt.lengths.long()
-    values = prompt.values.clone()
-    for one in referred_heads(prompt, rotation):
-        columns = kept[one.which][one.b, one.place]
-        stored = prompt.keys[one.b, one.head, one.own], prompt.values[one.b, one.head, one.own]
-        values[one.b, one.head, columns] = fit_head(one.references, *stored, columns - pad[one.b]).to(values.dtype)
+def fit_values(prompt: LayerPrompt, kept: Sequence[torch.Tensor], referred: Sequence[ReferredHead]) -> torch.Tensor:
+    """Values [B, num_kv_heads, n, D] of prompts with those of `kept` tokens (`kept_of`) fitted in `referred` heads."""
+    values = prompt.values.clone() if referred else prompt.values
+    for one in referred:
+        at = one.b, one.head, kept[one.which][one.b, one.place]
+        values[at] = fit_head(one.references, one.attended.output, prompt.keys[at], prompt.values[at]).to(values.dtype)
     return values
 
 
-def fit_head(references: HeadReferences, keys: torch.Tensor, values: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Values f32 [m, D] of one KV head's `kept` int64 [m] tokens, of `keys` and `values` [n, D]: see above."""
-    keys, values = keys.float(), values.float()
-    weights, residual = [], []
-    for logits, counts in references.logits(keys):
-        some = references.softmax.weights(logits[..., kept], None)[0]
-        residual.append((references.softmax.weights(logits, None)[0] @ values - some @ values[kept]) * counts)
-        weights.append(some * counts)
-    w, left = torch.cat(weights, 1).flatten(0, 1), torch.cat(residual, 1).flatten(0, 1)
+def fit_head(
+    references: HeadReferences, output: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    """Values f32 [m, D] of one KV head's kept tokens, of which these are the `keys` and `values` [m, D]; `output`
+    [group, r, D] is that of its references over all tokens: see above."""
+    values = values.float()
+    w = torch.cat(list(references.weights(keys.float())), 1).flatten(0, 1)
+    left = output.flatten(0, 1) - w @ values
     ridge = RIDGE * len(w)
     # The same either way; the smaller system is solved.
-    if len(w) < len(kept):
-        return values[kept] + w.mT @ _solved(w @ w.mT, left, ridge)
-    return values[kept] + _solved(w.mT @ w, w.mT @ left, ridge)
+    if len(w) < len(values):
+        return values + w.mT @ _solved(w @ w.mT, left, ridge)
+    return values + _solved(w.mT @ w, w.mT @ left, ridge)
 
 
 def _solved(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:

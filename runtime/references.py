@@ -81,29 +81,44 @@ class HeadReferences:
         """Rows, those that do not count included."""
         return self.query.shape[0] * self.query.shape[1]
 
-    def logits(self, keys: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits f32 [1, group, T, n] to `keys` f32 [n, D], some of the queries at a time, and a factor [T, 1] that is
-        0 where they do not count."""
+    def weights(self, keys: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Weights f32 [group, T, n] of `keys` f32 [n, D], some of the queries at a time; 0 of those that do not
+        count."""
         rows = max(1, MASK_ELEMENTS // (len(self.query) * len(keys)))
         real = torch.ones(self.query.shape[1], device=keys.device) if self.real is None else self.real.float()
         for query, counts in zip(self.query.split(rows, dim=1), real.split(rows), strict=True):
-            yield (query @ keys.mT * self.scaling)[None], counts[:, None]
+            yield self.softmax.weights((query @ keys.mT * self.scaling)[None], None)[0].mul_(counts[:, None])
 
-    def scores(self, keys: torch.Tensor, score: torch.Tensor) -> torch.Tensor:
-        """By which the head is to choose among tokens with `keys` [n, D], f32 [n]: the mean of the compiled scorer's
-        `score` f32 [n] and of the logarithm of the root mean square of the attention that the queries pay; with the
-        mean that `score` has, as later tokens have nothing else. Rounded as a cache holds it."""
-        keys, square = keys.float(), torch.zeros(len(keys), device=keys.device)
-        for logits, counts in self.logits(keys):
-            square += self.softmax.weights(logits, None)[0].mul_(counts).square_().sum((0, 1))
-        attention = (square / len(self)).sqrt().clamp_min(LEAST).log()
-        return ((score + attention + (score - attention).mean()) / 2).half().float()
+    def attended(self, keys: torch.Tensor, values: torch.Tensor) -> Attended:
+        """Over all of a prompt's `keys` and `values` [n, D]."""
+        keys, values, outputs = keys.float(), values.float(), []
+        square = torch.zeros(len(keys), device=keys.device)
+        for weights in self.weights(keys):
+            outputs.append(weights @ values)
+            square += weights.square_().sum((0, 1))
+        return Attended((square / len(self)).sqrt(), torch.cat(outputs, 1))
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """Attention of a KV head's reference queries over all of a prompt: f32 [n] the root mean square of their
+    `weights`, and their `output` f32 [group, r, D]."""
+
+    weights: torch.Tensor
+    output: torch.Tensor
+
+    def scores(self, score: torch.Tensor) -> torch.Tensor:
+        """By which the head is to choose among tokens, f32 [n]: the mean of the compiled scorer's `score` f32 [n] and
+        of the logarithm of the weights; with the mean that `score` has, as later tokens have nothing else. Rounded as a
+        cache holds it."""
+        weight = self.weights.clamp_min(LEAST).log()
+        return ((score + weight + (score - weight).mean()) / 2).half().float()
 
 
 @dataclass(frozen=True, eq=False)
 class ReferredHead:
     """The `references` of prompt `b`, in the columns `own`, for KV head number `head`, at `place` in class number
-    `which`."""
+    `which`, and what they have `attended` to."""
 
     which: int
     place: int
@@ -111,11 +126,13 @@ class ReferredHead:
     b: int
     own: slice
     references: HeadReferences
+    attended: Attended
 
 
-def referred_heads(prompt: LayerPrompt, rotation: Rotation) -> Iterator[ReferredHead]:
-    """All KV heads of prompts that have brought references, where they are used."""
-    assert prompt.references is not None
+def referred_heads(prompt: LayerPrompt, rotation: Rotation | None) -> Iterator[ReferredHead]:
+    """All KV heads of prompts that have brought references, where they are used; none without the `rotation`."""
+    if prompt.references is None or rotation is None:
+        return
     lengths = prompt.lengths
     # Without padding the host need not wait for the device.
     counts = [prompt.columns] * len(prompt.keys) if prompt.pad is None else lengths.tolist()
@@ -130,4 +147,5 @@ def referred_heads(prompt: LayerPrompt, rotation: Rotation) -> Iterator[Referred
             for place, head in enumerate(range(cls.start, cls.start + cls.count)):
                 softmax = prompt.softmax.of(slice(head, head + 1), query.shape[2])
                 references = HeadReferences(query[b, head], prompt.scaling, softmax, real[b])
-                yield ReferredHead(which, place, head, b, own, references)
+                attended = references.attended(prompt.keys[b, head, own], prompt.values[b, head, own])
+                yield ReferredHead(which, place, head, b, own, references, attended)

@@ -17,7 +17,7 @@ from kvcompile.runtime.cut import kept_tokens as kept_tokens
 from kvcompile.runtime.fitted import fit_values
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.policies import POLICIES
-from kvcompile.runtime.references import uses_references
+from kvcompile.runtime.references import referred_heads, uses_references
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.weighed import weighed
 
@@ -103,10 +103,10 @@ class LayerStore:
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
         """Keep of prompts that have been read what the policies choose."""
-        rotation = None if prompt.references is None else self.rotation
-        kept = kept_of(prompt, self.layout, self.state, rotation)
+        referred = list(referred_heads(prompt, self.rotation))
+        kept = kept_of(prompt, self.layout, self.state, referred)
         lengths = prompt.lengths
-        values = prompt.values if rotation is None else fit_values(prompt, kept, rotation)
+        values = fit_values(prompt, kept, referred)
         compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
         # Without padding the host need not wait for the device.
         self.seen = [prompt.columns] * self.batch if prompt.pad is None else lengths.tolist()

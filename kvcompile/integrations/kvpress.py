@@ -39,7 +39,7 @@ from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.fitted import fit_head
 from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts
-from kvcompile.runtime.references import HeadReferences, reference_tokens, uses_references
+from kvcompile.runtime.references import Attended, HeadReferences, reference_tokens, uses_references
 from kvcompile.runtime.rotation import Rotation, layer_rotation
 from kvcompile.runtime.store import kept_tokens
 from kvcompile.runtime.transforms import layer_transform
@@ -114,11 +114,15 @@ class KvcompilePress(BasePress):
         layer = self._layers[int(module.layer_idx)]
         if layer.sliding:
             return keys, values
-        references = layer.references(module, hidden_states, kwargs["position_embeddings"][0])
-        alive = layer.kept(hidden_states, keys, references)
+        references = layer.references(module, hidden_states, kwargs["position_embeddings"][0], keys, values)
+        alive = layer.kept(hidden_states, references)
         module.masked_key_indices = None if bool(alive.all()) else (~alive).nonzero(as_tuple=True)
         values = layer.fitted(references, keys, values, alive)
         return layer.stored(keys, 0), layer.stored(values, 1)
+
+
+_Looks = dict[tuple[int, int], tuple[HeadReferences, Attended]]
+"""Reference queries and what they have attended to, by sequence and KV head."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,8 @@ class _Layer:
         rotation = layer_rotation(plan, index, like.device)
         return cls(heads, scorer, transform, rotation, getattr(torch, plan.target.dtype), layout.window > 0)
 
-    def kept(
-        self, hidden: torch.Tensor, keys: torch.Tensor, references: dict[tuple[int, int], HeadReferences]
-    ) -> torch.Tensor:
-        """Which of n tokens the heads keep, bool [B, H, n], by the attention block's input [B, n, d] and keys
-        [B, H, n, D]."""
+    def kept(self, hidden: torch.Tensor, references: _Looks) -> torch.Tensor:
+        """Which of n tokens the heads keep, bool [B, H, n], by the attention block's input [B, n, d]."""
         scores = None if self.scorer is None else self.scorer(hidden).half().float()
         count = hidden.shape[1]
         alive = torch.zeros(len(hidden), len(self.heads), count, dtype=torch.bool, device=hidden.device)
@@ -154,15 +155,17 @@ class _Layer:
             for h, head in enumerate(self.heads):
                 score = scores[b, :, h] if scores is not None and head.policy == "scored" else None
                 if score is not None and (b, h) in references:
-                    score = references[b, h].scores(keys[b, h], score)
+                    score = references[b, h][1].scores(score)
                 row = None if score is None else score[None]
                 alive[b, h, kept_tokens(head, count, row, hidden.device)[0]] = True
         return alive
 
-    def references(self, module: Any, hidden: torch.Tensor, cos: torch.Tensor) -> dict[tuple[int, int], HeadReferences]:
-        """The reference queries after prompts, from the attention block's input [B, n, d], by sequence and KV head,
-        where the runtime looks at them (`kvcompile.runtime.references`); `cos` [B, n, w] has what the model multiplies
-        its rotation with at position 0."""
+    def references(
+        self, module: Any, hidden: torch.Tensor, cos: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> _Looks:
+        """The reference queries after prompts, from the attention block's input [B, n, d], where the runtime looks at
+        them (`kvcompile.runtime.references`), and their attention to keys and values [B, H, n, D]; `cos` [B, n, w] has
+        what the model multiplies its rotation with at position 0."""
         count = hidden.shape[1]
         using = [h for h, head in enumerate(self.heads) if uses_references(head, count)]
         if self.rotation is None or not using:
@@ -174,20 +177,15 @@ class _Layer:
         turned = self.rotation.turned(queries, place) * cos[0, 0, 0].float()
         grouped = turned.reshape(len(hidden), len(self.heads), group, *turned.shape[2:])
         scaling = float(module.scaling)
-        return {(b, h): HeadReferences(grouped[b, h], scaling, PLAIN) for b in range(len(hidden)) for h in using}
+        found = {(b, h): HeadReferences(grouped[b, h], scaling, PLAIN) for b in range(len(hidden)) for h in using}
+        return {at: (one, one.attended(keys[at], values[at])) for at, one in found.items()}
 
-    def fitted(
-        self,
-        references: dict[tuple[int, int], HeadReferences],
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        alive: torch.Tensor,
-    ) -> torch.Tensor:
+    def fitted(self, references: _Looks, keys: torch.Tensor, values: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         """Values [B, H, n, D] with those of kept tokens fitted, where there are references."""
         new = values.clone()
-        for (b, h), own in references.items():
-            kept = alive[b, h].nonzero()[:, 0]
-            new[b, h, kept] = fit_head(own, keys[b, h], values[b, h], kept).to(new.dtype)
+        for (b, h), (own, attended) in references.items():
+            at = b, h, alive[b, h]
+            new[at] = fit_head(own, attended.output, keys[at], values[at]).to(new.dtype)
         return new
 
     def stored(self, vectors: torch.Tensor, side: int) -> torch.Tensor:

@@ -130,13 +130,14 @@ class Curves:
             _, quantiser = self.fit.of_layer(sums, layer)
             rotary = of_layer(setting.rotary, place)
             references = LayerReferences.of(call, cache["references"], len(context), rotary)
-            keys, score = context.keys[0], cache["score"]
-            score = torch.stack([references.scores(h, keys, score) for h in range(len(keys))])
+            keys = context.keys[0]
+            looks = [references.of_head(h, keys, context.values[0]) for h in range(len(keys))]
+            score = torch.stack([look.scores(own) for look, own in zip(looks, cache["score"], strict=True)])
             entry = entries(score, budgets, sink)
             changes = Changes(entry, len(budgets), *_errors(context, quantiser))
             whole = losses(call, upstream, context, packed, changes)
             alive = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
-            kept = [Kept.of(one, context, references) for one in alive]
+            kept = [Kept.of(one, looks) for one in alive]
             found.update(loss=whole.evicted, key_loss=whole.keys, value_loss=whole.values)
             found["fitted_loss"] = fitted_at(kept, call, upstream, context, packed)
             left = [_stored(call, upstream, one.context(keys), packed, quantiser) for one in kept[:STORED]]

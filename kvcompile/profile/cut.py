@@ -94,11 +94,12 @@ def cut_layer(
         # Without a scorer no head is `scored`, and all scores are equal.
         row = torch.zeros(length, device=key.device) if score is None else score[number].to(key.device)
         asked = references if policy == "scored" and budget < length else None
-        if asked is not None and score is not None:
-            row = asked.scores(number, key, score)
+        look = None if asked is None else asked.of_head(number, key, value)
+        if look is not None and score is not None:
+            row = look.scores(row)
         alive.append(survivors(row[None], budget, recent, sink)[0])
-        if asked is not None:
-            values[number] = asked.values(number, key, value, alive[-1])
+        if look is not None:
+            values[number] = look.values(alive[-1])
     return LayerCut(
         _read_back(key, rows["k_bits"], quantiser, "key", shift),
         _read_back(torch.stack(values), rows["v_bits"], quantiser, "value"),

@@ -18,7 +18,7 @@ from kvcompile.kernels import Changes
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
 from kvcompile.profile.losses import fitted_losses
-from kvcompile.profile.references import LayerReferences
+from kvcompile.profile.references import HeadLook
 
 PARTS = (1 / 32, 1 / 8, 1 / 2)
 """Of the window: the budgets at which losses are measured with fitted values."""
@@ -45,11 +45,9 @@ class Kept:
     values: Tensor
 
     @classmethod
-    def of(cls, alive: Tensor, context: Context, references: LayerReferences) -> Kept:
-        """Of a layer alone in its context."""
-        (keys,), (values,) = context.keys, context.values
-        fitted = [references.values(h, keys, values, alive[h]) for h in range(len(keys))]
-        return cls(alive, torch.stack(fitted).float())
+    def of(cls, alive: Tensor, looks: Sequence[HeadLook]) -> Kept:
+        """Of a layer whose heads look so."""
+        return cls(alive, torch.stack([look.values(own) for look, own in zip(looks, alive, strict=True)]).float())
 
     def context(self, keys: Tensor) -> Context:
         """What is left of the layer's context, with its `keys` [H, n, D]."""

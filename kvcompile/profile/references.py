@@ -10,7 +10,7 @@ from torch import Tensor
 from kvcompile.kernels.softmax import Softmax
 from kvcompile.profile.attention import Attention
 from kvcompile.runtime.fitted import fit_head
-from kvcompile.runtime.references import HeadReferences, References, reference_tokens
+from kvcompile.runtime.references import Attended, HeadReferences, References, reference_tokens
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.stages import Rotary
 
@@ -32,18 +32,30 @@ class LayerReferences:
         found = References(queries[None], reference_tokens(lengths, len(queries) // len(call.key)))
         return cls(found.after(rotation, lengths)[0], call.scaling, call.softmax)
 
-    def scores(self, head: int, key: Tensor, score: Tensor) -> Tensor:
-        """By which a KV head of the layer `key` [H, n, D] chooses, f32 [n], where the scorer's `score` is [H, n]."""
-        return self._of(head, len(key)).scores(key[head], score[head])
-
-    def values(self, head: int, key: Tensor, value: Tensor, kept: Tensor) -> Tensor:
-        """Values [n, D] of a KV head of the layer `key` and `value` [H, n, D], of which those of the tokens `kept` bool
-        [n] are fitted."""
-        chosen, new = kept.nonzero()[:, 0], value[head].clone()
-        new[chosen] = fit_head(self._of(head, len(key)), key[head], value[head], chosen).to(new.dtype)
-        return new
-
-    def _of(self, head: int, num_kv_heads: int) -> HeadReferences:
-        group = len(self.query) // num_kv_heads
+    def of_head(self, head: int, key: Tensor, value: Tensor) -> HeadLook:
+        """What those of a KV head make of the context in the layer `key` and `value` [H, n, D]."""
+        group = len(self.query) // len(key)
         own = self.query[head * group : (head + 1) * group]
-        return HeadReferences(own, self.scaling, self.softmax.of(slice(head, head + 1), group))
+        references = HeadReferences(own, self.scaling, self.softmax.of(slice(head, head + 1), group))
+        return HeadLook(key[head], value[head], references, references.attended(key[head], value[head]))
+
+
+@dataclass(frozen=True, eq=False)
+class HeadLook:
+    """Keys and values [n, D] of one KV head, its references, and what they have attended to."""
+
+    key: Tensor
+    value: Tensor
+    references: HeadReferences
+    attended: Attended
+
+    def scores(self, score: Tensor) -> Tensor:
+        """By which the head chooses, f32 [n], where the scorer's are `score` f32 [n]."""
+        return self.attended.scores(score)
+
+    def values(self, kept: Tensor) -> Tensor:
+        """Values [n, D], of which those of the tokens `kept` bool [n] are fitted."""
+        chosen, new = kept.nonzero()[:, 0], self.value.clone()
+        fitted = fit_head(self.references, self.attended.output, self.key[chosen], self.value[chosen])
+        new[chosen] = fitted.to(new.dtype)
+        return new

@@ -26,6 +26,10 @@ def outputs(query, keys, values, scaling, softmax):
     return softmax.weights((query @ keys.mT * scaling)[None], None)[0] @ values
 
 
+def fitted(references, keys, values, kept):
+    return fit_head(references, references.attended(keys, values).output, keys[kept], values[kept])
+
+
 SOFTMAX = {
     "plain": lambda group: PLAIN,
     "capped": lambda group: Softmax(cap=2.0),
@@ -42,7 +46,7 @@ def test_they_are_the_least_squares_solution(group: int, asked: int, count: int,
     query, keys, values = random(group, asked, 8), random(count, 8, seed=1), random(count, 8, seed=2)
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(3))[:kept].sort().values
     of_group = softmax(group)
-    found = fit_head(HeadReferences(query, 0.5, of_group), keys, values, chosen)
+    found = fitted(HeadReferences(query, 0.5, of_group), keys, values, chosen)
     logits = (query @ keys.mT * 0.5)[None]
     weights = of_group.weights(logits[..., chosen], None)[0].flatten(0, 1).double()
     left = outputs(query, keys, values, 0.5, of_group).flatten(0, 1).double() - weights @ values[chosen].double()
@@ -56,7 +60,7 @@ def test_a_token_makes_up_for_its_twin() -> None:
     """Two tokens with one key: whichever goes, the other's value becomes the mean of both."""
     keys, values = random(20, 16), random(40, 16, seed=1)
     references = HeadReferences(random(4, 200, 16, seed=2), 1.0, PLAIN)
-    found = fit_head(references, torch.cat([keys, keys]), values, torch.arange(20))
+    found = fitted(references, torch.cat([keys, keys]), values, torch.arange(20))
     torch.testing.assert_close(found, (values[:20] + values[20:]) / 2, atol=0.05, rtol=0.05)
 
 
@@ -64,7 +68,7 @@ def test_what_was_not_seen_does_not_count() -> None:
     query, keys, values, kept = random(2, 9, 8), random(30, 8, seed=1), random(30, 8, seed=2), torch.arange(5)
     real = torch.arange(9) < 6
     found, other = (
-        fit_head(HeadReferences(torch.where(real[:, None], query, unseen), 0.5, PLAIN, real), keys, values, kept)
+        fitted(HeadReferences(torch.where(real[:, None], query, unseen), 0.5, PLAIN, real), keys, values, kept)
         for unseen in (7.0, -3.0)
     )
     torch.testing.assert_close(found, other)

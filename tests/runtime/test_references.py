@@ -26,6 +26,7 @@ SOFTMAX = {
 def test_scores_are_written_out(group: int, asked: int, count: int, softmax, monkeypatch) -> None:
     """Half the scorer's, half what the queries that were seen pay; however many queries go through at once."""
     query, keys, score = random(group, asked, 8), random(count, 8, seed=1), random(count, seed=2)
+    values = random(count, 4, seed=3)
     real, of_group = torch.arange(asked) < max(asked - 2, 1), softmax(group)
     weights = of_group.weights((query[:, real] @ keys.mT * 0.5)[None], None)[0]
     attention = (weights.square().sum((0, 1)) / (group * asked)).sqrt().clamp_min(LEAST).log()
@@ -33,7 +34,9 @@ def test_scores_are_written_out(group: int, asked: int, count: int, softmax, mon
     references = HeadReferences(query, 0.5, of_group, real)
     for at_once in (1, 10**6):
         monkeypatch.setattr("kvcompile.runtime.references.MASK_ELEMENTS", at_once)
-        found = references.scores(keys, score)
+        attended = references.attended(keys, values)
+        torch.testing.assert_close(attended.output[:, real], weights @ values)
+        found = attended.scores(score)
         torch.testing.assert_close(found - found.mean(), expected - expected.mean(), atol=2e-3, rtol=2e-3)
         torch.testing.assert_close(found.mean(), score.mean(), atol=2e-3, rtol=2e-3)
 
@@ -43,7 +46,7 @@ def test_what_is_asked_for_stays() -> None:
     keys, score = torch.nn.functional.normalize(random(50, 8), dim=-1), torch.zeros(50)
     score[17] = -5.0
     references = HeadReferences(20 * keys[17].expand(2, 30, 8), 1.0, PLAIN)
-    assert references.scores(keys, score).argmax() == 17
+    assert references.attended(keys, keys).scores(score).argmax() == 17
 
 
 @pytest.mark.parametrize("group", [1, 5, 7])

@@ -31,7 +31,7 @@ def test_a_dry_run_has_every_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = {row["check"]: row for row in lines(out)}
     assert [row for row in rows.values() if row["error"]] == []
-    assert sum(check.startswith("smoke: ") for check in rows) == 14
+    assert sum(check.startswith("smoke: ") for check in rows) == 15
     asked = {check: row["asked"] for check, row in rows.items() if row["asked"] and not check.startswith("smoke: ")}
     assert asked == {
         "ragged, of copy bandwidth": "90%", "ragged int4, of copy bandwidth": "70%",

@@ -48,7 +48,8 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
     asking = LayerReferences(draw(heads * group, 30, dim, seed=6), scaling, softmax)
     kept = [draw(heads, length, seed=7 + i) > level for i, level in enumerate((1.0, 0.0))]
     context = Context([], [keys], [values])
-    found = fitted_at([Kept.of(alive, context, asking) for alive in kept], call, gradient, context, packed)
+    looks = [asking.of_head(h, keys, values) for h in range(heads)]
+    found = fitted_at([Kept.of(alive, looks) for alive in kept], call, gradient, context, packed)
     for block in packed.blocks:
         own, judged = slice(block.start, block.stop), slice(block.judged - block.start, None)
         for h in range(heads):
@@ -56,7 +57,7 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
             q, u, mine = call.query[rows, own], gradient[rows, own].double(), (call.key[h, own], call.value[h, own])
             full = attended(q, keys[h], values[h], *mine, scaling, softmax)
             for i, alive in enumerate(kept):
-                new = asking.values(h, keys, values, alive[h])
+                new = looks[h].values(alive[h])
                 assert torch.equal(new[~alive[h]], values[h][~alive[h]])
                 cut = attended(q, keys[h][alive[h]], new[alive[h]], *mine, scaling, softmax)
                 error = (u * (cut - full)).sum(-1).sum(0)[judged]
