@@ -1,9 +1,9 @@
 """Every GPU kernel compiled ahead of time, for which no GPU is needed: registers, stack, shared memory, instructions.
 
-    python -m kvcompile.kernels.ahead [sm_80 sm_90 ...] [64 96 128 256 ...]
+    python -m kvcompile.kernels.ahead [sm_80 sm_90 ...] [64 96 128 256 ...] [16/16 "8/4 4/4" ...]
 
-prints one JSON object a kernel, shape and architecture, for these head sizes. A register spill shows as stack or local
-memory.
+prints one JSON object a kernel, shape and architecture, for these head sizes and pairs of codecs. A register spill
+shows as stack or local memory.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ class Compiled:
     fetches: tuple[int, int] = (0, 0)
 
 
-def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS) -> Iterator[Compiled]:
+def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS, pairs: Sequence[str] = PAIRS) -> Iterator[Compiled]:
     """Every kernel at these head sizes, for bfloat16 and one token a step, and for sm_90 at 128 the others,
     and `ragged_decode` with new tokens and for float32."""
     for head_dim in head_dims:
-        for name in PAIRS:
+        for name in pairs:
             yield decode(head_dim, name, arch)
         four, rows = {"num_warps": 4}, {"GROUP": 7, "R": 16}
         sizes = {"D": head_dim, "DP": triton.next_power_of_2(head_dim)}
@@ -170,6 +170,7 @@ def _compile(
 
 if __name__ == "__main__":
     sizes = [int(argument) for argument in sys.argv[1:] if argument.isdigit()] or HEAD_DIMS
-    for arch in [argument for argument in sys.argv[1:] if not argument.isdigit()] or ("sm_80", "sm_90"):
-        for one in compile_all(arch, sizes):
+    codecs = [argument for argument in sys.argv[1:] if "/" in argument] or PAIRS
+    for arch in [argument for argument in sys.argv[1:] if argument.startswith("sm_")] or ("sm_80", "sm_90"):
+        for one in compile_all(arch, sizes, codecs):
             print(json.dumps(vars(one)), flush=True)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from device_stores import spread_over
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform
 from kvcompile.kernels.add_norm import dense as add_norm_dense
@@ -33,6 +34,7 @@ FEW_BITS = LayerLayout.from_heads(
         HeadSpec("scored", 11, 1, 4, 4, 66),
     ]
 )  # fmt: skip
+STORED = {"exact": EXACT, "quantised": MIXED, "few bits": FEW_BITS}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -80,14 +82,13 @@ def one_step_apart(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return ((a >> 4) - (b >> 4)).abs().le(1) & ((a & 15) - (b & 15)).abs().le(1) | (a - b).abs().le(1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("group", "head_dim", "batch"), [(1, 16, 1), (5, 64, 3), (7, 96, 1), (8, 128, 1)])
-@pytest.mark.parametrize("normed", [False, True], ids=["", "norms"])
-@pytest.mark.parametrize("layout", [EXACT, MIXED, FEW_BITS], ids=["exact", "quantised", "few bits"])
-def test_new_token(
-    layout: LayerLayout, normed: bool, group: int, head_dim: int, batch: int, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "normed", "shape", "dtype"),
+    spread_over(STORED, [False, True], [(1, 16, 1), (5, 64, 3), (7, 96, 1), (8, 128, 1)], DTYPES), ids=str,
+)  # fmt: skip
+def test_new_token(name: str, normed: bool, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     """Queries and stores after some tokens of a longer text, more of it than the heads hold."""
+    layout, (group, head_dim, batch) = STORED[name], shape
     heads, d = layout.num_kv_heads, 40
     transform = None if layout is EXACT else transform_of(layout, head_dim)
     norms = HeadNorms(*(draw(head_dim, seed=i).to(DEVICE, dtype) for i in (1, 2)), 1e-5) if normed else None

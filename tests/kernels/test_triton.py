@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from device_stores import DEVICE, FEW_BITS, QUANTISED, TOLERANCE, on_cpu, sides
+from device_stores import DEVICE, FEW_BITS, QUANTISED, TOLERANCE, on_cpu, sides, spread_over
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, ragged_decode
 from kvcompile.kernels.append import reference as append_reference
@@ -27,14 +27,13 @@ LITTLE = Tuning(32, 2)
 """Items so small that a head has several and the last is shorter."""
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(("group", "length"), [(1, 1), (5, 1), (7, 1), (4, 3), (8, 2)])
-@pytest.mark.parametrize(("head_dim", "seen"), [(64, LENGTHS[0]), (96, LENGTHS[2]), (128, LENGTHS[1])], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_ragged_decode(
-    layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype
-) -> None:
-    decoded_as_by_the_reference(layout, head_dim, seen, group, length, dtype)
+@pytest.mark.parametrize(
+    ("layout", "shape", "rows", "dtype"),
+    spread_over(LAYOUTS, [(64, LENGTHS[0]), (96, LENGTHS[2]), (128, LENGTHS[1])],
+                [(1, 1), (5, 1), (7, 1), (4, 3), (8, 2)], TOLERANCE), ids=str,
+)  # fmt: skip
+def test_ragged_decode(layout: str, shape: tuple[int, list[int]], rows: tuple[int, int], dtype: torch.dtype) -> None:
+    decoded_as_by_the_reference(LAYOUTS[layout], *shape, *rows, dtype)
 
 
 def test_groups_of_no_power_of_two() -> None:
@@ -97,15 +96,15 @@ def test_many_tokens_beside_a_heavy_one_are_not_lost(bits: tuple[int, int], sink
     """One item of 8,192 slots, whose first token draws 98 % of the attention and has a value of almost nothing, as
     sinks have: the output is what the others add up to, each with a weight of 2.4e-6."""
     count, head_dim, heavy = 8192, 64, 12.9  # e^12.9 / (e^12.9 + 8191) = 0.98
-    layout = LayerLayout.from_heads([HeadSpec("recent", count, sink, 64, *bits)] * 2)
+    layout = LayerLayout.from_heads([HeadSpec("recent", count, sink, 64, *bits)])
     keys, values = (Buffers(layout, [b], head_dim, torch.float16, DEVICE, 1) for b in bits)
     generator = torch.Generator().manual_seed(0)
-    k = torch.randn(1, 2, count, head_dim, generator=generator) * 0.1
-    v = torch.randn(1, 2, count, head_dim, generator=generator) * 0.1 + torch.linspace(0.5, 1.5, head_dim)
+    k = torch.randn(1, 1, count, head_dim, generator=generator) * 0.1
+    v = torch.randn(1, 1, count, head_dim, generator=generator) * 0.1 + torch.linspace(0.5, 1.5, head_dim)
     k[:, :, 0], v[:, :, 0] = 0, 0.001
     k[:, :, 0, 0] = heavy
     for stored, new in ((keys, k), (values, v)):
-        slot = torch.arange(count).expand(1, 2, -1).to(DEVICE)
+        slot = torch.arange(count).expand(1, 1, -1).to(DEVICE)
         stored.write(layout.classes[0], new.to(DEVICE), slot, slot[:, :, :0], slot[:, :, :0])
         stored.write_anchor(layout.classes[0], new.to(DEVICE), slot)
     query = torch.zeros(1, 2, 1, head_dim, dtype=torch.float16)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Sequence
+from itertools import product
+from typing import Any
 
 import torch
 
@@ -40,6 +43,15 @@ def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, se
             stored.write_anchor(cls, new, slot)
         stores.append(stored)
     return stores
+
+
+def spread_over(first: Iterable[Any], second: Sequence[Any], *others: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Cases for `parametrize`: on a GPU all combinations of the axes. The interpreter is slow: there every combination
+    of the others has one of the `second` axis, in turn, so that any two values of two axes still meet."""
+    axes = [list(axis) for axis in (first, second, *others)]
+    places = product(*(range(len(axis)) for axis in axes))
+    chosen = [at for at in places if GPU or sum(at) % len(second) == 0]
+    return [tuple(axis[i] for axis, i in zip(axes, at, strict=True)) for at in chosen]
 
 
 def on_cpu(stored: Buffers) -> Buffers:
