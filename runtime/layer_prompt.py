@@ -35,6 +35,7 @@ class LayerPrompt:
         self.columns = columns
         self.pad = pad
         self.filled = 0
+        self.early = False  # whether it ended before all columns were read
         self.scaling = 1.0
         self.references: References | None = None
         self._keep_references = keep_references
@@ -124,6 +125,7 @@ class LayerPrompt:
     def ended(self) -> LayerPrompt:
         """The prompt as if it ended with what has been read of it."""
         found = copy.copy(self)
+        found.early = self.filled < self.columns
         found.columns, (found.keys, found.values) = self.filled, self.read
         found._drawn = {start: drawn[:, :, : self.filled] for start, drawn in self._drawn.items()}
         return found

@@ -85,9 +85,10 @@ class HeadReferences:
         """Weights f32 [group, T, n] of `keys` f32 [n, D], some of the queries at a time; 0 of those that do not
         count."""
         rows = max(1, MASK_ELEMENTS // (len(self.query) * len(keys)))
-        real = torch.ones(self.query.shape[1], device=keys.device) if self.real is None else self.real.float()
-        for query, counts in zip(self.query.split(rows, dim=1), real.split(rows), strict=True):
-            yield self.softmax.weights((query @ keys.mT * self.scaling)[None], None)[0].mul_(counts[:, None])
+        for start in range(0, self.query.shape[1], rows):
+            query = self.query[:, start : start + rows]
+            weights = self.softmax.weights((query @ keys.mT * self.scaling)[None], None)[0]
+            yield weights if self.real is None else weights.mul_(self.real[start : start + rows, None])
 
     def attended(self, keys: torch.Tensor, values: torch.Tensor) -> Attended:
         """Over all of a prompt's `keys` and `values` [n, D]."""
@@ -138,7 +139,7 @@ def referred_heads(prompt: LayerPrompt, rotation: Rotation | None) -> Iterator[R
     counts = [prompt.columns] * len(prompt.keys) if prompt.pad is None else lengths.tolist()
     query = prompt.references.after(rotation, lengths.long()).unflatten(1, (prompt.layout.num_kv_heads, -1))
     # Of a prompt that ended early some were never seen.
-    real = prompt.references.token < lengths[:, None]
+    real = prompt.references.token < lengths[:, None] if prompt.early else None
     for which, cls in enumerate(prompt.layout.classes):
         for b, count in enumerate(counts):
             if not uses_references(cls, count):
@@ -146,6 +147,6 @@ def referred_heads(prompt: LayerPrompt, rotation: Rotation | None) -> Iterator[R
             own = slice(prompt.columns - count, None)
             for place, head in enumerate(range(cls.start, cls.start + cls.count)):
                 softmax = prompt.softmax.of(slice(head, head + 1), query.shape[2])
-                references = HeadReferences(query[b, head], prompt.scaling, softmax, real[b])
+                references = HeadReferences(query[b, head], prompt.scaling, softmax, None if real is None else real[b])
                 attended = references.attended(prompt.keys[b, head, own], prompt.values[b, head, own])
                 yield ReferredHead(which, place, head, b, own, references, attended)

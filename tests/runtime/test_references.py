@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from kvcompile.artifacts import REFERENCES
+from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.kernels.softmax import PLAIN, Softmax
-from kvcompile.runtime.references import LEAST, HeadReferences, References, reference_tokens
+from kvcompile.runtime.layer_prompt import LayerPrompt
+from kvcompile.runtime.references import LEAST, HeadReferences, References, reference_tokens, referred_heads
+from kvcompile.runtime.rotation import Rotation
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -70,3 +74,25 @@ def test_references_are_the_same_in_chunks(chunk: int) -> None:
     assert torch.equal(found.query, whole.query)
     index = whole.token[0]
     assert torch.equal(whole.query, query[:, :, index])
+
+
+def test_of_a_prompt_that_ended_early_those_count_that_were_seen() -> None:
+    layout = LayerLayout.from_heads([HeadSpec("scored", 12, 2, 4)] * 2)
+    query, keys, values = random(1, 4, 60, 8), random(1, 2, 60, 8, seed=1), random(1, 2, 60, 8, seed=2)
+    rotation = Rotation.of(np.zeros(8, np.float32), np.arange(8, dtype=np.int32), torch.device("cpu"))
+    for read in (60, 40):
+        prompt = LayerPrompt(layout, 60, None, keep_references=True)
+        prompt.add(*(side[:, :, :read] for side in (query, keys, values)), 0.5, random(1, read, 2))
+        heads = list(referred_heads(prompt.ended(), rotation))
+        assert len(heads) == 2
+        token = reference_tokens(torch.tensor([60]), 2)[0]
+        seen = token < read
+        for one in heads:
+            real = torch.ones(len(token), dtype=torch.bool) if one.references.real is None else one.references.real
+            assert torch.equal(real, seen)
+            rows = slice(2 * one.head, 2 * one.head + 2)
+            expected = HeadReferences(query[0, rows][:, token[seen]], 0.5, PLAIN)
+            expected = expected.attended(keys[0, one.head, :read], values[0, one.head, :read])
+            torch.testing.assert_close(one.attended.output[:, seen], expected.output)
+            share = (seen.sum() / len(seen)).sqrt()
+            torch.testing.assert_close(one.attended.weights, expected.weights * share)
