@@ -10,6 +10,8 @@ from kvcompile.runtime.policies import POLICIES as TOKEN_POLICIES
 UNTRIED = frozenset(
     {
         "gemma2",
+        "gemma4_text",
+        "gemma4_unified_text",
         "gpt_oss",
         "granite",
         "llama4_text",
