@@ -20,8 +20,8 @@ from kvcompile.kernels.tiles import columns, of_head
 
 OWN = ("head", "part", "count")
 """Columns of an item before those of its head: its number among the head's items, and their number."""
-ITEM = tl.constexpr(32)
-"""Columns of an item in all, of which some are not used: 128 bytes, which come in one access to memory."""
+ITEM = tl.constexpr(1 << (len(OWN) + len(COLUMNS) - 1).bit_length())
+"""Columns of an item in all, of which the last are not used: 128 bytes, which come in one access to memory."""
 HEAD, PART, COUNT = (tl.constexpr(i) for i in range(len(OWN)))
 CAPACITY, SINK = (tl.constexpr(len(OWN) + COLUMNS.index(name)) for name in ("capacity", "sink"))
 K_CODEC, K_ROW, K_ANCHOR, K_CODES, K_SCALES, V_CODEC, V_ROW, V_ANCHOR, V_CODES, V_SCALES = (
