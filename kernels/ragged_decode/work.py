@@ -9,7 +9,7 @@ from kvcompile.kernels.layout import HeadRow, LayerLayout
 
 FAN = 8
 """Items of a head with many that are joined at a time. To join what groups of items have found takes another store,
-atomic and load, which is as long as it takes to load another 8."""
+atomic and load, which is about as long as it takes to load another 8."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,13 @@ def test_many_items_of_a_head(halves: int, dtype: torch.dtype, length: int) -> N
     decoded_as_by_the_reference(layout, 64, seen, 3, length, dtype, chosen)
 
 
+def test_all_items_of_a_head_are_joined_at_once() -> None:
+    """Where there are more than a group of a head with many has, and at most twice as many: 12, 9 and 1."""
+    layout = LayerLayout.from_heads([HeadSpec("full", 190, 4, 27), HeadSpec("recent", 40, 1, 39, 8, 4)])
+    assert work_list(layout, 64, 16, 100, 16, most=128).fan == 16
+    decoded_as_by_the_reference(layout, 64, [1000, 140, 7], 3, 1, torch.float16, Tuning(16, 1, programs=200))
+
+
 def decoded_as_by_the_reference(
     layout: LayerLayout, head_dim: int, seen: list[int], group: int, length: int, dtype: torch.dtype,
     chosen: Tuning = LITTLE,

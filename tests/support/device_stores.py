@@ -47,7 +47,8 @@ def sides(layout: LayerLayout, head_dim: int, dtype: torch.dtype, batch: int, se
 
 def spread_over(first: Iterable[Any], second: Sequence[Any], *others: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Cases for `parametrize`: on a GPU all combinations of the axes. The interpreter is slow: there every combination
-    of the others has one of the `second` axis, in turn, so that any two values of two axes still meet."""
+    of the others has one of the `second` axis, in turn, so that any two values of two axes still meet, if a third
+    one is as long as that."""
     axes = [list(axis) for axis in (first, second, *others)]
     places = product(*(range(len(axis)) for axis in axes))
     chosen = [at for at in places if GPU or sum(at) % len(second) == 0]

@@ -133,8 +133,8 @@ def _decode(
     """Program (item, sequence, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
     A program fetches `early` bytes before it waits for the launch before it (0: none, where that one may write
-    `places`). `PAIRS` are the pairs of codecs in the layer (see `pairs`); `fan` items of a
-    head are joined at a time, in at most `GROUPS` groups."""
+    `places`). `PAIRS` are the pairs of codecs in the layer (see `pairs`); `fan` items of a head are joined at a
+    time, in at most `GROUPS` groups."""
     let_next_begin(OVERLAP)
     b = tl.program_id(1).to(tl.int64)
     row = items + tl.program_id(0) * ITEM
