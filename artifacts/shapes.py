@@ -16,6 +16,9 @@ LINEAR = "linear_attention"
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
+SHARING = frozenset({"gemma4_text"})
+"""Families that have layers without keys and values of their own, or embeddings of the tokens for every layer."""
+
 CHUNKED = "chunked_attention"
 """The type of layers in which a token sees the chunk of a sequence that it is in, as far as that goes, and nothing
 before (Llama-4's)."""
@@ -53,10 +56,21 @@ def heads_of(config: Any, layer: int) -> tuple[int, int]:
     return int(kv_heads), int(getattr(one, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def is_planned(config: Any, layer: int) -> bool:
-    """Whether a plan has rows for the heads of a layer. It has none for layers of linear attention, and none for
-    sliding ones whose heads are not in number and size those of the layers of full attention (Gemma-4)."""
+def source_of(config: Any, layer: int) -> int:
+    """The layer whose keys and values a layer attends to: its own, or, where it is one of the last layers of a model in
+    which these have none, those of the last layer before them that is of its type."""
     config, kinds = config.get_text_config(), kinds_of(config)
+    first = len(kinds) - int(getattr(config, "num_kv_shared_layers", None) or 0)
+    return layer if layer < first else first - 1 - kinds[:first][::-1].index(kinds[layer])
+
+
+def is_planned(config: Any, layer: int) -> bool:
+    """Whether a plan has rows for the heads of a layer. It has none for layers of linear attention, for sliding ones
+    whose heads are not in number and size those of the layers of full attention (Gemma-4), and for those that attend to
+    the keys and values of another layer."""
+    config, kinds = config.get_text_config(), kinds_of(config)
+    if source_of(config, layer) != layer:
+        return False
     if kinds[layer] in (FULL, LINEAR) or FULL not in kinds or not getattr(config, "is_heterogeneous", False):
         return kinds[layer] != LINEAR
     return heads_of(config, layer) == heads_of(config, kinds.index(FULL))
@@ -90,7 +104,8 @@ def _states(config: Any) -> tuple[int, int]:
     """Elements that one sequence takes in layers that a plan is not for: in the cache dtype, states of convolutions and
     keys and values of sliding windows; and in float32, states of the gated delta rule (arXiv 2412.06464)."""
     kinds, planned = kinds_of(config), which_planned(config)
-    windows = [heads_of(config, i) for i, kind in enumerate(kinds) if kind == SLIDING and not planned[i]]
+    own = [kind == SLIDING and source_of(config, i) == i for i, kind in enumerate(kinds)]
+    windows = [heads_of(config, i) for i in range(len(kinds)) if own[i] and not planned[i]]
     if windows:
         return 2 * int(config.sliding_window) * sum(heads * size for heads, size in windows), 0
     count = kinds.count(LINEAR)
@@ -109,9 +124,10 @@ def _check_heads(config: Any, name: str) -> None:
 
     Raises ModelError."""
     sizes = sorted({heads_of(config, layer) for layer, planned in enumerate(which_planned(config)) if planned})
-    if getattr(config, "num_kv_shared_layers", None):
+    known = config.model_type in SHARING
+    if getattr(config, "num_kv_shared_layers", None) and not known:
         found = "layers that share keys and values"
-    elif getattr(config, "hidden_size_per_layer_input", None):
+    elif getattr(config, "hidden_size_per_layer_input", None) and not known:
         found = "embeddings of the tokens for every layer"
     elif len(sizes) > 1:
         shapes = " and ".join(f"{heads} of {size}" for heads, size in sizes)

@@ -39,7 +39,7 @@ MEMCHECK = 60.0
 """Seconds that are kept for it."""
 FAREWELL = 6.0
 """Seconds that pytest has to sum up when its time is up."""
-WORKERS = 8
+WORKERS = 16
 MOST_FAILURES = 30
 
 

@@ -28,7 +28,7 @@ from kvcompile.runtime.layer_scorer import LayerScorer
 from kvcompile.runtime.layouts import layer_layouts, window_layout
 from kvcompile.runtime.linear import LinearLayer
 from kvcompile.runtime.masks import mask
-from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of, planned, windowed
+from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of, planned, reuses, sources, windowed
 from kvcompile.runtime.reorder import ARCHITECTURES, inverse, permute_heads
 from kvcompile.runtime.rotation import layer_rotation
 from kvcompile.runtime.tensor_parallel import TensorParallel
@@ -46,12 +46,22 @@ BINDING = "_kvcompile_binding"
 class Binding:
     """Passes the cache layer of the forward pass under way from a hook on the attention module to its attention
     function, which transformers calls without the cache. `chunk`: tokens after which the model's chunked attention
-    would forget them, None where it has none."""
+    would forget them, None where it has none; `source`: the number of the layer that the module `reuses` the keys and
+    values of (None: it has its own), of which it is the `last` one to do so."""
 
-    def __init__(self, attachment: str, module: nn.Module, scorer: LayerScorer | None, chunk: int | None) -> None:
+    def __init__(
+        self,
+        attachment: str,
+        module: nn.Module,
+        scorer: LayerScorer | None = None,
+        chunk: int | None = None,
+        source: int | None = None,
+        last: bool = False,
+    ) -> None:
         self.attachment = attachment
         self.scorer = scorer
         self.chunk = chunk
+        self.source, self.last = source, last
         self.layer: RaggedLayer | None = None
         self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -65,6 +75,9 @@ class Binding:
         if cache.attachment != self.attachment:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
         hidden = attention_input(args, kwargs)
+        if self.source is not None:
+            self.layer = cache.layers[self.source]
+            return
         layer: RaggedLayer = cache.layers[module.layer_idx]
         if self.chunk is not None and layer.get_seq_length() + hidden.shape[1] > self.chunk:
             found = (
@@ -76,7 +89,11 @@ class Binding:
             layer.score = self.scorer(hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.layer is not None:
+        if self.layer is not None and self.source is not None:
+            if self.last:
+                self.layer.end_reuse()
+            self.layer = None
+        elif self.layer is not None:
             self.layer.expected = False
             self.layer.score = None
             self.layer = None
@@ -101,6 +118,8 @@ def attention_forward(
     def prompt() -> torch.Tensor:
         return own_attention(module, query, key, value, attention_mask, scale, softmax, **kwargs)
 
+    if binding.source is not None:
+        return binding.layer.attend_again(query, scale, softmax, prompt), None
     return binding.layer.attend(query, key, value, attention_mask, scale, prompt, softmax), None
 
 
@@ -123,7 +142,11 @@ class Attachment:
                 f"cannot reorder the heads of a {architecture!r} model, expected one of {', '.join(ARCHITECTURES)}"
             )
         self._attention = attention_modules(model)
-        self._windowed = [layer.self_attn for layer in decoder_of(model).layers if windowed(layer)]
+        layers = decoder_of(model).layers
+        self._windowed = [layer.self_attn for layer in layers if windowed(layer)]
+        self._sources = sources(model)
+        self._reusing = [layer.self_attn for layer in layers if reuses(layer)]
+        """Modules that attend to the keys and values of an earlier layer."""
         if any(hasattr(module, BINDING) for module in self._attention):
             raise ModelError("this model has an artifact attached already: call detach() on that attachment first")
         check_identity(artifact.model, identify(model, artifact.model.name))
@@ -152,6 +175,10 @@ class Attachment:
         bound = [*zip(self._attention, self.scorers, strict=True), *((module, None) for module in self._windowed)]
         for module, scorer in bound:
             setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
+        for module in self._reusing:
+            source = self._sources[module.layer_idx]
+            last = source not in self._sources[module.layer_idx + 1 :]
+            setattr(module, BINDING, Binding(self._id, module, source=source, last=last))
         model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
@@ -181,14 +208,17 @@ class Attachment:
         layers = [
             next(ragged) if planned(layer) else self._left_alone(layer, dtype, batch_size)
             for layer in decoder_of(self.model).layers
+            if not reuses(layer)
         ]
+        for module in self._reusing:
+            layers[self._sources[module.layer_idx]].reused = True
         return RaggedCache(layers, self._id)
 
     def detach(self) -> None:
         """Give the model back as it was, bit for bit; its ragged caches cannot be used any more. Safe to repeat."""
         if not hasattr(self._attention[0], BINDING):
             return
-        for module in (*self._attention, *self._windowed):
+        for module in (*self._attention, *self._windowed, *self._reusing):
             for hook in getattr(module, BINDING).hooks:
                 hook.remove()
             delattr(module, BINDING)
@@ -225,7 +255,9 @@ class Attachment:
         identity = self.artifact.model
         for module, row in zip(self._attention, self._orders, strict=True):
             order = inverse(row) if undo else row
-            permute_heads(identity.architecture, module, order, identity.num_attention_heads, identity.head_dim)
+            followers = [one for one in self._reusing if self._sources[one.layer_idx] == module.layer_idx]
+            for one in (module, *followers):
+                permute_heads(identity.architecture, one, order, identity.num_attention_heads, identity.head_dim)
 
 
 def attach(model: PreTrainedModel, artifact: str | Path | Artifact, *, references: bool = True) -> Attachment:

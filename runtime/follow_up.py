@@ -41,6 +41,11 @@ class FollowUp:
         seen = self._prompt.add(query, keys, values, scaling, score)
         return self._store.several(query, *seen, scaling, pad=self._prompt.pad)
 
+    def again(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """The same, over all that has been read, of another layer's queries of the last of it."""
+        query, *_ = self._store.transformed(query, *(part[:, :, :0] for part in self._prompt.read))
+        return self._store.several(query, *self._prompt.read, scaling, pad=self._prompt.pad)
+
     def end(self) -> None:
         """Store what the policies keep."""
         prompt, real = self._prompt, None

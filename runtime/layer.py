@@ -13,10 +13,12 @@ from transformers.cache_utils import CacheLayerMixin
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout, Softmax, Transform
 from kvcompile.kernels.softmax import PLAIN
+from kvcompile.runtime import new_tokens
 from kvcompile.runtime.exact import refuse_followers
 from kvcompile.runtime.follow_up import FollowUp
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import real_tokens
+from kvcompile.runtime.reuse import Reuse, as_many
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.store import LayerStore
 
@@ -46,6 +48,8 @@ class RaggedLayer(CacheLayerMixin):
         self.columns = 0  # of the attention mask: tokens so far, padding included
         self.prompt: LayerPrompt | FollowUp | None = None  # while one is read in chunks
         self.expected = False  # set by the attached model for the length of one forward pass
+        self.reused = False  # whether later layers attend to these keys and values
+        self._reuse = Reuse()
 
     @property
     def batch_size(self) -> int:
@@ -86,12 +90,14 @@ class RaggedLayer(CacheLayerMixin):
         if self.prompt is not None:
             self.prompt.softmax = softmax
             return self.prompt.attend(query, keys, values, scaling, self.score).transpose(1, 2)
+        self.end_reuse()
         first = self.columns == 0
         if not first and len(query) != self.store.batch:
             raise CacheError(f"the cache holds {self.store.batch} sequences and was called with {len(query)}")
         if not first and query.shape[2] == 1:
             # Without a look at the mask, which the host would have to wait for: a step's token is never padding.
             self.columns += 1
+            self._reuse = Reuse(self.store.again if self.reused else None)
             return self.store.step(query, keys, values, scaling, self.score).transpose(1, 2)
         real = real_tokens(mask, len(query))
         self.columns += query.shape[2]
@@ -100,13 +106,52 @@ class RaggedLayer(CacheLayerMixin):
             out = exact()
             self.store.prefill(query, keys, values, real, scaling, self.score)
             return out
+        if self.reused:
+            return self._extend(query, keys, values, mask, real, scaling).transpose(1, 2)
         return self.store.extend(query, keys, values, mask, real, scaling, self.score).transpose(1, 2)
+
+    def _extend(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        real: torch.Tensor | None,
+        scaling: float,
+    ) -> torch.Tensor:
+        """As the store's `extend`, but that new tokens are stored when later layers have seen them too."""
+        store, score, count = self.store, self.score, query.shape[2]
+        given = (query, keys, values)
+
+        def again(later: torch.Tensor, scale: float) -> torch.Tensor:
+            own = store.transformed(as_many(later, count), keys, values)
+            return store.several(*own, scale, mask)[:, :, -later.shape[2] :]
+
+        self._reuse = Reuse(again, lambda: new_tokens.keep(store, *store.transformed(*given), real, scaling, score))
+        return again(query, scaling)
+
+    def attend_again(
+        self, query: torch.Tensor, scaling: float, softmax: Softmax, exact: Callable[[], torch.Tensor]
+    ) -> torch.Tensor:
+        """Attention output [B, t, num_heads, D] of a later layer that attends to these keys and values, for the last t
+        of the tokens that this layer has just seen; `exact` is the model's own over all of them, for the prompt."""
+        if not softmax.plain:
+            raise CacheError("keys and values of an earlier layer are attended to by a plain softmax alone")
+        if self._reuse.again is None:
+            return exact()
+        return self._reuse.again(query, scaling).transpose(1, 2)
+
+    def end_reuse(self) -> None:
+        """All later layers have attended to what is new."""
+        reuse, self._reuse = self._reuse, Reuse()
+        reuse.after()
 
     @contextmanager
     def reading(self, batch: int, columns: int, pad: torch.Tensor | None) -> Iterator[None]:
         """Within, `attend` is called with `columns` columns of prompts (on a filled cache: of follow-ups) chunk by
         chunk, and attends exactly to what has come so far; afterwards the policies choose what is kept. Sequence b is
         the columns from `pad[b]` int64 [B] on."""
+        self.end_reuse()
         own = None if pad is None else pad.to(self.store.keys.exact.device)  # layers may lie on several devices
         if not self.columns:
             self._fit_batch(batch)
@@ -116,7 +161,13 @@ class RaggedLayer(CacheLayerMixin):
             self.prompt = FollowUp(self.store, columns, own)
         try:
             yield
-            self.prompt.end() if isinstance(self.prompt, FollowUp) else self.store.cut(self.prompt)
+            if isinstance(self.prompt, LayerPrompt):
+                self.store.cut(self.prompt)
+                self._reuse = Reuse(self.prompt.again if self.reused else None)
+            elif self.reused:
+                self._reuse = Reuse(self.prompt.again, self.prompt.end)
+            else:
+                self.prompt.end()
             self.columns += columns
         finally:
             self.prompt = None
@@ -143,6 +194,7 @@ class RaggedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.18
 
     def reset(self) -> None:
+        self._reuse = Reuse()
         self.store.restart()
         self.columns = 0
 

@@ -117,6 +117,10 @@ class LayerPrompt:
         seen = self.add(query, keys, values, scaling, score)
         return prompt_attention(query, *seen, self.pad, self.layout.window, scaling, softmax=self.softmax)
 
+    def again(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """The same, over all that has been read, of another layer's queries of the last of it."""
+        return prompt_attention(query, *self.read, self.pad, self.layout.window, scaling)
+
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values so far, [B, num_kv_heads, filled, D]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompile.artifacts import is_planned
+from kvcompile.artifacts import is_planned, source_of
 
 
 def decoder_of(model: Any) -> Any:
@@ -27,7 +27,19 @@ def planned(layer: Any) -> bool:
 
 def windowed(layer: Any) -> bool:
     """Whether a decoder layer has a sliding window of keys and values that a plan leaves alone."""
-    return hasattr(layer, "self_attn") and not planned(layer)
+    return hasattr(layer, "self_attn") and not planned(layer) and not reuses(layer)
+
+
+def reuses(layer: Any) -> bool:
+    """Whether a decoder layer attends to the keys and values of an earlier one and has none of its own."""
+    module = getattr(layer, "self_attn", None)
+    return module is not None and source_of(module.config, module.layer_idx) != module.layer_idx
+
+
+def sources(model: Any) -> list[int]:
+    """By decoder layer, the number of the one whose keys and values it attends to (`kvcompile.artifacts.source_of`);
+    its own where it is of linear attention."""
+    return [source_of(model.config, number) for number in range(len(decoder_of(model).layers))]
 
 
 def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 
 from kvcompile.artifacts import PREFILL_CHUNK, CacheError
 from kvcompile.artifacts import prefill_bytes as prefill_bytes
-from kvcompile.runtime import masks
+from kvcompile.runtime import masks, token_inputs
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.linear import LinearLayer
-from kvcompile.runtime.parts import decoder_of
+from kvcompile.runtime.parts import decoder_of, reuses
 
 
 def chunk_length(asked: int | None) -> int:
@@ -109,21 +110,32 @@ def read_prompts(
     for start in range(0, ids.shape[1], chunk):
         hidden[:, start : start + chunk] = embed(ids[:, start : start + chunk]) if start else first
     del first
-    with masks.left_out(), _in_chunks(model, cache, pad, chunk):
+    with masks.left_out(), token_inputs.left_out(model), _in_chunks(model, cache, ids, pad, chunk):
         options = {"position_ids": positions, "past_key_values": cache, "logits_to_keep": 1}
         logits: torch.Tensor = model(inputs_embeds=hidden, **options).logits
     return logits[:, -1]
 
 
+Inputs = Callable[[slice], dict[str, torch.Tensor]]
+"""What a layer is given for some columns beside hidden states."""
+
+
 @contextmanager
-def _in_chunks(model: Any, cache: RaggedCache, pad: torch.Tensor | None, chunk: int) -> Iterator[None]:
+def _in_chunks(
+    model: Any, cache: RaggedCache, ids: torch.Tensor, pad: torch.Tensor | None, chunk: int
+) -> Iterator[None]:
     """Within, every decoder layer takes hidden states of a whole prompt and goes through them in chunks; the last one
-    hands on those of the last token alone."""
+    that has a cache hands on those of the last token alone."""
     layers = decoder_of(model).layers
     own = [vars(layer).get("forward") for layer in layers]
     try:
-        for layer, stored in zip(layers, cache.layers, strict=True):
-            layer.forward = _chunked(layer.forward, stored, pad, chunk, last=stored is cache.layers[-1])
+        for number, layer in enumerate(layers):
+            inputs = partial(_inputs, model, ids, number)
+            if reuses(layer):
+                layer.forward = _at_the_end(layer.forward, inputs)
+            else:
+                last = number == len(cache.layers) - 1
+                layer.forward = _chunked(layer.forward, inputs, cache.layers[number], pad, chunk, last)
         yield
     finally:
         for layer, before in zip(layers, own, strict=True):
@@ -133,8 +145,33 @@ def _in_chunks(model: Any, cache: RaggedCache, pad: torch.Tensor | None, chunk: 
                 layer.forward = before
 
 
+def _inputs(model: Any, ids: torch.Tensor, layer: int, now: slice) -> dict[str, torch.Tensor]:
+    """By token, where a layer of the model takes such inputs."""
+    if not token_inputs.has_token_inputs(model):
+        return {}
+    embedded = model.get_input_embeddings()(ids[:, now])
+    return {"per_layer_input": token_inputs.token_input(model, ids[:, now], embedded, layer)}
+
+
+def _at_the_end(forward: Callable[..., Any], inputs: Inputs) -> Callable[..., torch.Tensor]:
+    """Of a layer that attends to the keys and values of an earlier one, which no later token needs: for the last token
+    alone."""
+
+    def read(hidden_states: torch.Tensor, *_: Any, **arguments: Any) -> torch.Tensor:
+        now = slice(-1, None)
+        output: torch.Tensor = forward(hidden_states[:, now], **_part(arguments, now), **inputs(now))
+        return output
+
+    return read
+
+
 def _chunked(
-    forward: Callable[..., Any], stored: RaggedLayer | LinearLayer, pad: torch.Tensor | None, chunk: int, last: bool
+    forward: Callable[..., Any],
+    inputs: Inputs,
+    stored: RaggedLayer | LinearLayer,
+    pad: torch.Tensor | None,
+    chunk: int,
+    last: bool,
 ) -> Callable[..., torch.Tensor]:
     def read(hidden_states: torch.Tensor, *given: Any, **arguments: Any) -> torch.Tensor:
         batch, columns, _ = hidden_states.shape
@@ -145,7 +182,8 @@ def _chunked(
                 part = _part(arguments, now)
                 if isinstance(stored, LinearLayer) and pad is not None:
                     part["attention_mask"] = torch.arange(columns, device=pad.device)[now] >= pad[:, None]
-                out = forward(hidden_states[:, now], *given, **part)
+                beside = inputs(now)
+                out = forward(hidden_states[:, now], *(() if beside else given), **part, **beside)
                 hidden_states[:, now] = out[0] if isinstance(out, tuple) else out
         return hidden_states[:, -1:] if last else hidden_states
 

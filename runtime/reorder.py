@@ -15,10 +15,10 @@ Cut = tuple[torch.Tensor, int, torch.Tensor]
 
 
 def split_projections(attention: nn.Module, q: torch.Tensor, kv: torch.Tensor) -> Iterator[Cut]:
-    """`q_proj`, `k_proj`, `v_proj` (None where values come from the keys' product), `o_proj`. Norms on queries and keys
-    act on one head at a time and stay."""
+    """`q_proj`, `k_proj`, `v_proj` (None where values come from the keys' product, and both are missing where another
+    layer's keys and values are attended to), `o_proj`. Norms on queries and keys act on one head at a time and stay."""
     for name, index in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
-        if (projection := getattr(attention, name)) is not None:
+        if (projection := getattr(attention, name, None)) is not None:
             yield from _rows(projection, index)
     yield attention.get_submodule("o_proj").weight, 1, q
 

@@ -136,6 +136,12 @@ class LayerStore:
         return out
 
     @torch.no_grad()
+    def again(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """Attention [B, num_heads, 1, D] of another layer's query to what a step has left, its own token included."""
+        own = query if self.transform is None else self.transform.queries(query)
+        return weighed(self, own, self.lengths(), scaling)
+
+    @torch.no_grad()
     def extend(
         self,
         query: torch.Tensor,

@@ -11,6 +11,7 @@ import torch
 
 from kvcompile.bench.full_attention import Attend, CacheShape
 from kvcompile.bench.timing import record
+from kvcompile.runtime.parts import reuses
 
 NAME = "kvcompile-bench"
 """Under which another attention is registered with transformers, which then makes no mask."""
@@ -87,8 +88,8 @@ def _filled_static(model: Any, token: torch.Tensor, position: torch.Tensor, cont
     cache = StaticCache(config=model.config, max_cache_len=context)
     model(token, position_ids=position, past_key_values=cache)
     for layer in cache.layers:
-        if not hasattr(layer, "keys"):
-            continue  # linear attention
+        if getattr(layer, "keys", None) is None:
+            continue  # linear attention, or another layer's keys and values
         layer.keys.normal_()
         layer.values.normal_()
         layer.cumulative_length.fill_(int(position[0, 0]))
@@ -101,7 +102,7 @@ def _filled_dynamic(model: Any, shape: CacheShape) -> Any:
     cache: Any = DynamicCache(config=model.config)
     size = (shape.batch, shape.heads, shape.context, shape.head_dim)
     for number, layer in enumerate(model.get_decoder().layers):
-        if not hasattr(layer, "self_attn"):
-            continue  # linear attention
+        if not hasattr(layer, "self_attn") or reuses(layer):
+            continue  # linear attention, or another layer's keys and values
         cache.update(torch.randn(size, dtype=model.dtype), torch.randn(size, dtype=model.dtype), number)
     return cache

@@ -105,9 +105,9 @@ def _cache_bytes(cache: Any, dtype: torch.dtype) -> int:
     """Bytes of transformers' cache with elements of `dtype`; states of linear attention as an artifact counts them."""
     total = 0
     for layer in cache.layers:
-        if hasattr(layer, "keys"):
+        if getattr(layer, "keys", None) is not None:
             total += (layer.keys.numel() + layer.values.numel()) * dtype.itemsize
-        else:
+        elif hasattr(layer, "conv_states"):
             total += layer.conv_states[0].numel() * dtype.itemsize + layer.recurrent_states[0].numel() * 4
     return total
 

@@ -19,6 +19,7 @@ from kvcompile.profile.curves import Curves
 from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.eviction import ring
 from kvcompile.profile.fit import Fit
+from kvcompile.profile.given import given, lend, lent_names
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import Reading
@@ -28,7 +29,7 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens
 from kvcompile.profile.simulate import compared, kinds
-from kvcompile.profile.structure import attends, head, layers, place_of
+from kvcompile.profile.structure import attends, head, layers, place_of, source_layer
 from kvcompile.runtime.parts import planned
 from kvcompile.stages import Plan, Profile
 
@@ -94,19 +95,22 @@ class Check:
     @torch.no_grad()
     def _read(self, layer: int, number: int, reading: Reading, sums: Sums, held: Held) -> None:
         setting, asked = self.setting, reading.asked
-        cache = held.get(reading.cache(layer))
+        source = source_layer(setting.model, layer)
+        cache = held.get(reading.cache(source))
         before = held.one(_state(number, layer) if layer else asked.at(0))
-        part, arguments = layers(setting.model)[layer], setting.calls.at(asked.positions)[layer]
+        part, lent = layers(setting.model)[layer], partial(_lent, number)
+        arguments = given(setting, asked, layer, held, lent)
         attend: Handler = causal
-        if attends(part) and not planned(part):
-            attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
-        elif planned(part):
-            rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, layer))
-            _, quantiser = self.fit.of_layer(sums, layer)
-            rotary = of_layer(setting.rotary, place_of(setting.model, layer))
+        if planned(layers(setting.model)[source]):
+            rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, source))
+            _, quantiser = self.fit.of_layer(sums, source)
+            rotary = of_layer(setting.rotary, place_of(setting.model, source))
             attend = over_cut(Left(**cache), reading.packed, rows, quantiser, setting.window, rotary)
+        elif attends(part):
+            attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
         with after(setting.model, part, reading.packed, cache):
             held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
+        lend(setting, asked, layer, arguments, held, lent)
         if layer:
             held.drop(_state(number, layer))
 
@@ -114,6 +118,8 @@ class Check:
     def _compare(self, plans: Sequence[int], reading: Reading, sums: Sums, held: Held) -> Additions:
         model, top = self.setting.model, len(layers(self.setting.model))
         full, cut = held.one(reading.asked.at(top))[0], [held.one(_state(plan, top))[0] for plan in plans]
+        for plan in plans:
+            held.drop(*lent_names(self.setting, partial(_lent, plan)))
         states = [(kind, full[rows], [one[rows] for one in cut]) for kind, rows in compared(reading.packed)]
         additions = []
         for plan, found in zip(plans, kinds(model, states), strict=True):
@@ -121,6 +127,11 @@ class Check:
             predicted = self._sample(sums, plan).losses[list(self.setting.rows(reading.episode))].mean()
             additions.append(("checks", plan, np.array([predicted, (text + found["question"]) / 2])))
         return additions
+
+
+def _lent(number: int, layer: int) -> str:
+    """The name of what a layer lends later ones where a plan is run."""
+    return f"plan{number}.lent@{layer}"
 
 
 def _state(number: int, layer: int) -> str:

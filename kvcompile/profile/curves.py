@@ -17,12 +17,13 @@ from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed, over_context
 from kvcompile.profile.eviction import SHARES, entries
-from kvcompile.profile.fisher import BACKWARD_TICKS, backward, head_gradient
+from kvcompile.profile.fisher import BACKWARD_TICKS, gradients, head_gradient
 from kvcompile.profile.fit import Fit
 from kvcompile.profile.fitted import SHARE, STORED, Kept, fitted_at, points
+from kvcompile.profile.given import given, lend
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
-from kvcompile.profile.lanes import readings
+from kvcompile.profile.lanes import Reading, readings
 from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.losses import Losses, losses
@@ -31,7 +32,16 @@ from kvcompile.profile.references import LayerReferences
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Setting, asked_tokens, tokens_of
-from kvcompile.profile.structure import attends, head, heads, layers, place_of, planned_layers
+from kvcompile.profile.structure import (
+    attends,
+    head,
+    heads,
+    last_own,
+    layers,
+    place_of,
+    planned_layers,
+    source_layer,
+)  # fmt: skip
 from kvcompile.profile.utility import scores
 from kvcompile.runtime.parts import planned
 
@@ -81,27 +91,55 @@ class Curves:
 
     @torch.no_grad()
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> None:
-        model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
-        part, before, asked = layers(model)[layer], reading.context, reading.asked
-        given = held.one(before.at(layer)), calls.at(before.positions)[layer]
-        if (last := layer == len(layers(model)) - 1) and attends(part):
-            context = left_in_last(part, *given)
+        cache = self.readings[number].cache(source_layer(self.setting.model, layer))
+        if layer > last_own(self.setting.model):
+            left = held.get(cache)
         else:
-            states, context = read_layer(model, part, *given)
+            left = self._left(layer, number, sums, held)
+            held.put(cache, **left)
+        self._follow(layer, number, left, held)
+
+    def _follow(self, layer: int, number: int, left: dict[str, Tensor], held: Held) -> None:
+        """Have what is asked go through a layer, after a context that has `left` this for it."""
+        setting, reading = self.setting, self.readings[number]
+        part, asked = layers(setting.model)[layer], reading.asked
+        context = _context(left)
+        arguments, attend = given(setting, asked, layer, held), over_context(context, reading.packed)
+        with after(setting.model, part, reading.packed, left):
+            later = through(part, held.one(asked.at(layer)), arguments, attend)
+        lend(setting, asked, layer, arguments, held)
+        held.put(asked.at(layer + 1), hidden=later)
+
+    def _left(self, layer: int, number: int, sums: Sums, held: Held) -> dict[str, Tensor]:
+        """What a context leaves in a layer; its states before the next layer are held."""
+        model, before = self.setting.model, self.readings[number].context
+        part, states = layers(model)[layer], held.one(before.at(layer))
+        arguments = given(self.setting, before, layer, held)
+        if (last := layer == last_own(model)) and attends(part):
+            context = left_in_last(part, states, arguments)
+        else:
+            states, context = read_layer(model, part, states, arguments)
             if not last:
                 held.put(before.at(layer + 1), hidden=states)
+        held.drop(before.at(layer))
         left = tensors_of(context.states, part)
         if attends(part):
             left = {"key": context.keys[0], "value": context.values[0]}
         if planned(part):
             scorer, _ = self.fit.of_layer(sums, layer)
             left |= {"score": scores(scorer, 0, context.hidden[0]), "references": context.references[0]}
-        held.put(reading.cache(layer), **left)
-        attend = over_context(context, reading.packed)
-        with after(model, part, reading.packed, left):
-            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
-        held.put(asked.at(layer + 1), hidden=later)
-        held.drop(before.at(layer))
+        return left
+
+    def _from_later(self, layer: int, reading: Reading, held: Held) -> Sequence[Tensor]:
+        """The gradients at the keys and values that a layer attends to of all later ones that attend to them; none
+        where there is no such layer."""
+        own = [source_layer(self.setting.model, one) for one in range(len(layers(self.setting.model)))]
+        if own[layer] not in own[layer + 1 :]:
+            return ()
+        name = reading.lent_gradient(own.index(own[layer], layer + 1))
+        found = held.get(name)
+        held.drop(name)
+        return found["key"], found["value"]
 
     def _turn(self, number: int, _: Sums, held: Held) -> None:
         model, reading, top = self.setting.model, self.readings[number], len(layers(self.setting.model))
@@ -117,17 +155,19 @@ class Curves:
     def _measure(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         setting, sink, reading = self.setting, self.setting.sink, self.readings[number]
         part, asked, packed = layers(setting.model)[layer], reading.asked, reading.packed
-        cache, place = held.get(reading.cache(layer)), place_of(setting.model, layer)
-        context = Context([], [cache["key"]], [cache["value"]]) if attends(part) else Context([], [], [])
+        # Losses of a head are those in all layers that attend to it.
+        source, own = source_layer(setting.model, layer), layers(setting.model)
+        cache, place = held.get(reading.cache(source)), place_of(setting.model, source)
+        context = _context(cache)
         # Budgets are shares of the window: a shorter context is cut in proportion.
         budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
         found: dict[str, dict[str, NDArray[np.float64]]] = {}
 
         def visit(call: Attention, upstream: Tensor) -> None:
-            if not planned(part) or (call.window is not None and call.window < len(context)):
+            if not planned(own[source]) or (call.window is not None and call.window < len(context)):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
-            _, quantiser = self.fit.of_layer(sums, layer)
+            _, quantiser = self.fit.of_layer(sums, source)
             rotary = of_layer(setting.rotary, place)
             references = LayerReferences.of(call, cache["references"], len(context), rotary)
             keys = context.keys[0]
@@ -144,14 +184,21 @@ class Curves:
             found["kept_key_loss"] = _stacked([one.keys for one in left])
             found["kept_value_loss"] = _stacked([one.values for one in left])
 
+        at_lent = self._from_later(layer, reading, held)
         with after(setting.model, part, packed, cache):
-            gradient = backward(
-                part, held.one(asked.at(layer)), setting.calls.at(asked.positions)[layer],
+            gradient, lent = gradients(
+                part, held.one(asked.at(layer)), given(setting, asked, layer, held),
                 held.one(reading.gradient(layer + 1)), visit, over_context(context, packed),
+                at_lent if source == layer else (),
             )  # fmt: skip
         held.put(reading.gradient(layer), gradient=gradient)
         held.drop(reading.gradient(layer + 1))
-        if number not in self.kept:
+        if lent:
+            key, value = [a + b for a, b in zip(lent, at_lent, strict=True)] if at_lent else lent
+            held.put(reading.lent_gradient(layer), key=key, value=value)
+        elif at_lent:
+            held.drop(asked.lent(layer))
+        if number not in self.kept and source == layer:
             held.drop(reading.cache(layer))
         if number not in self.kept or layer > 0:
             held.drop(asked.at(layer))
@@ -166,6 +213,11 @@ class Curves:
         if layer == 0:
             additions.append(("weight", [text, questions], 1))
         return additions
+
+
+def _context(left: dict[str, Tensor]) -> Context:
+    """What a context has left in one layer of attention; of no layer where it is of linear attention."""
+    return Context([], [left["key"]], [left["value"]]) if "key" in left else Context([], [], [])
 
 
 def _stored(call: Attention, upstream: Tensor, left: Context, packed: Packed, quantiser: Quantiser) -> Losses:

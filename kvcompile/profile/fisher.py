@@ -15,7 +15,7 @@ graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal
-from kvcompile.profile.layerwise import through
+from kvcompile.profile.layerwise import SHARED, through
 from kvcompile.profile.structure import chosen_logits, head_blocks, logits
 from kvcompile.profile.unread import unread_output
 
@@ -75,6 +75,20 @@ def backward(
 ) -> Tensor:
     """Carry the gradient `upstream` [1, n, d] at a layer's output back to its input `below` [1, n, d], and let `visit`
     see the attention in between. `attend` is the attention of the forward pass."""
+    return gradients(layer, below, arguments, upstream, visit, attend)[0]
+
+
+def gradients(
+    layer: nn.Module,
+    below: Tensor,
+    arguments: dict[str, Any],
+    upstream: Tensor,
+    visit: Visit,
+    attend: Handler = causal,
+    lent: Sequence[Tensor] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """The same; and of a layer that attends to the keys and values of another one, the gradients at these. `lent` are
+    the sums of those, where the layer is that other one."""
 
     def watched(call: Attention) -> Tensor:
         output = attend(call)
@@ -84,8 +98,13 @@ def backward(
         return output
 
     # The forward pass kept no graph: this layer's is made anew from its input, and freed after use.
-    inputs = below.detach().requires_grad_()
+    inputs, borrowed = below.detach().requires_grad_(), list[Tensor]()
+    if SHARED in arguments:
+        pairs = {kind: [t.detach().requires_grad_() for t in pair] for kind, pair in arguments[SHARED].items()}
+        borrowed = [tensor for pair in pairs.values() for tensor in pair]
+        arguments = arguments | {SHARED: pairs}
     with torch.enable_grad(), unread_output(layer):
         output = through(layer, inputs, arguments, watched)
-    (gradient,) = torch.autograd.grad(output, inputs, upstream)
-    return gradient
+    own = [tensor for pair in arguments[SHARED].values() for tensor in pair] if lent else []
+    found = torch.autograd.grad([output, *own], [inputs, *borrowed], [upstream, *lent])
+    return found[0], list(found[1:])

@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.profile.attention import Attention, causal
 from kvcompile.profile.context import over_context
+from kvcompile.profile.given import given
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import readings
@@ -25,7 +26,7 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.scores import watching
 from kvcompile.profile.setting import Setting, tokens_of
-from kvcompile.profile.structure import attends, head_dim, heads, layers, place_of, planned_layers
+from kvcompile.profile.structure import attends, head_dim, heads, last_own, layers, place_of, planned_layers
 from kvcompile.profile.utility import fit_scorer, normal_sums, utilities
 from kvcompile.quantiser import Positions
 from kvcompile.runtime.parts import planned
@@ -81,6 +82,8 @@ class Fit:
     def at(self, layer: int) -> Iterator[Item]:
         """The items of one layer: an episode each, then what the layer's sums give."""
         part = layers(self.setting.model)[layer]
+        if layer > last_own(self.setting.model):
+            return  # no later layer has keys and values of its own
         step = self._read if planned(part) else self._pass
         for number, reading in enumerate(self.readings):
             yield Item(partial(step, layer, number), part, tokens_of(reading.episode), number)
@@ -90,13 +93,13 @@ class Fit:
     @torch.no_grad()
     def _pass(self, layer: int, number: int, sums: Sums, held: Held) -> None:
         """Through a layer that a plan is not for."""
-        model, calls, reading = self.setting.model, self.setting.calls, self.readings[number]
+        model, setting, reading = self.setting.model, self.setting, self.readings[number]
         part, before, asked = layers(model)[layer], reading.context, reading.asked
-        states, context = read_layer(model, part, held.one(before.at(layer)), calls.at(before.positions)[layer])
+        states, context = read_layer(model, part, held.one(before.at(layer)), given(setting, before, layer, held))
         attend = over_context(context, reading.packed) if attends(part) else causal
         with after(model, part, reading.packed, tensors_of(context.states, part)):
-            later = through(part, held.one(asked.at(layer)), calls.at(asked.positions)[layer], attend)
-        if layer < len(layers(model)) - 1:
+            later = through(part, held.one(asked.at(layer)), given(setting, asked, layer, held), attend)
+        if layer < last_own(model):
             held.put(before.at(layer + 1), hidden=states)
             held.put(asked.at(layer + 1), hidden=later)
         held.drop(before.at(layer), asked.at(layer))
@@ -105,11 +108,11 @@ class Fit:
     def _read(self, layer: int, number: int, sums: Sums, held: Held) -> Additions:
         model, setting, reading = self.setting.model, self.setting, self.readings[number]
         packed = reading.packed
-        part, last = layers(model)[layer], layer == len(layers(model)) - 1
+        part, last = layers(model)[layer], layer == last_own(model)
         before, later, place = reading.context, reading.asked, place_of(model, layer)
         with watching(part, heads(model)[0]) as cosines:
             states, context = read_layer(
-                model, part, held.one(before.at(layer)), setting.calls.at(before.positions)[layer],
+                model, part, held.one(before.at(layer)), given(setting, before, layer, held),
                 cosines.attending(causal),
             )  # fmt: skip
         attend = over_context(context, packed)
@@ -127,7 +130,7 @@ class Fit:
             watch(call)
             return attend(call)
 
-        asked = held.one(later.at(layer)), setting.calls.at(later.positions)[layer]
+        asked = held.one(later.at(layer)), given(setting, later, layer, held)
         if last:
             as_far_as_attention(part, *asked, watch)
         else:

@@ -16,6 +16,7 @@ from kvcompile.profile.layerwise import embedded
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Episode, Setting
 from kvcompile.profile.structure import embedding
+from kvcompile.runtime.token_inputs import has_token_inputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,15 @@ class Lane:
     def at(self, layer: int) -> str:
         """The name of its residual stream [1, n, d] before a layer; the last one is before the head."""
         return f"{self.name}@{layer}"
+
+    @property
+    def embedded(self) -> str:
+        """The name of its residual stream before the first layer where that is needed later too."""
+        return f"{self.name}.embedded"
+
+    def lent(self, layer: int) -> str:
+        """The name of its keys and values in a layer where later ones attend to them."""
+        return f"{self.name}.lent@{layer}"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,11 @@ class Reading:
         """The name of what the context leaves in a layer: its keys, values and scores."""
         return f"{self.name}.cache@{layer}"
 
+    def lent_gradient(self, layer: int) -> str:
+        """The name of the gradients at the keys and values that a layer attends to and an earlier one has, of it and of
+        all later ones."""
+        return f"{self.name}.lent-gradient@{layer}"
+
     def gradient(self, layer: int) -> str:
         """The name of the gradient [1, m, d] at the residual stream before a layer, over all that is asked."""
         return f"{self.name}.gradient@{layer}"
@@ -76,7 +91,10 @@ def opening(setting: Setting, lanes: Sequence[Lane]) -> Iterator[Item]:
 
     def item(lane: Lane) -> Item:
         def run(_: Sums, held: Held) -> None:
-            held.put(lane.at(0), hidden=embedded(setting.model, lane.ids))
+            hidden = embedded(setting.model, lane.ids)
+            held.put(lane.at(0), hidden=hidden)
+            if has_token_inputs(setting.model):
+                held.put(lane.embedded, hidden=hidden)
 
         return Item(run, embedding(setting.model), owner=lane.owner)
 

@@ -20,8 +20,15 @@ from torch import Tensor, nn
 from kvcompile.profile.attention import Attention, Handler, causal, handling
 from kvcompile.profile.context import Context, Packed, references
 from kvcompile.profile.linear import going_on, left_behind, states_of
-from kvcompile.profile.structure import attends, device_of
+from kvcompile.profile.structure import attends, device_of, layers
 from kvcompile.runtime.parts import attention_input, decoder_of
+from kvcompile.runtime.token_inputs import has_token_inputs, left_out, token_input
+
+Lent = tuple[Tensor, Tensor]
+"""Keys and values [1, H, n, D] of one layer that a later one attends to."""
+
+SHARED = "shared_kv_states"
+"""The argument in which transformers hands these on: a dict by the type of the layer."""
 
 Arguments = list[dict[str, Any]]
 """What every layer is called with beside the hidden states, for sequences at the same positions."""
@@ -43,6 +50,35 @@ class Calls:
             nothing = torch.zeros(1, len(positions), width, dtype=self.model.dtype, device=device_of(self.model))
             self._known[key] = _decoded(self.model, positions, self.exact, inputs_embeds=nothing)[1]
         return self._known[key]
+
+    def of(
+        self,
+        layer: int,
+        positions: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        embedded: Tensor | None,
+        lent: Lent | None = None,
+    ) -> dict[str, Any]:
+        """The arguments of one layer for tokens `ids` [n]. Where it has inputs by token, they are of what these were
+        `embedded` as, [1, n, d]; where it attends to another layer's keys and values, they are what that one has
+        `lent`."""
+        found = self.at(positions)[layer]
+        if has_token_inputs(self.model):
+            assert embedded is not None
+            tokens = torch.as_tensor(ids, device=embedded.device)[None]
+            with torch.no_grad():
+                found = found | {"per_layer_input": token_input(self.model, tokens, embedded, layer)}
+        if SHARED in found:
+            found = found | {SHARED: {} if lent is None else {self._kind(layer): lent}}
+        return found
+
+    def lent(self, layer: int, arguments: dict[str, Any]) -> Lent:
+        """The keys and values that a layer has left among its arguments for later ones."""
+        found: Lent = arguments[SHARED][self._kind(layer)]
+        return found
+
+    def _kind(self, layer: int) -> str:
+        return str(layers(self.model)[layer].get_submodule("self_attn").layer_type)
 
 
 def embedded(model: Any, ids: NDArray[np.int64]) -> Tensor:
@@ -137,7 +173,7 @@ def _decoded(model: Any, positions: NDArray[np.int64], exact: bool, **inputs: Te
     """The residual stream before the first layer, and the layers' arguments."""
     decoder = decoder_of(model)
     places = torch.as_tensor(positions, device=device_of(model))[None]
-    with _passing(decoder) as (seen, hidden), _own_rotary(decoder, exact):
+    with _passing(decoder) as (seen, hidden), _own_rotary(decoder, exact), left_out(model):
         decoder(**inputs, position_ids=places, use_cache=False)
     return hidden[0], seen
 

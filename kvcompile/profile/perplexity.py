@@ -15,8 +15,18 @@ from torch import Tensor
 
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
-from kvcompile.profile.layerwise import Calls, embedded, through
-from kvcompile.profile.structure import embedding, frozen, head, head_blocks, layers, logits, place_of
+from kvcompile.profile.layerwise import Calls, Lent, embedded, through
+from kvcompile.profile.structure import (
+    embedding,
+    frozen,
+    head,
+    head_blocks,
+    layers,
+    lends,
+    logits,
+    place_of,
+    source_layer,
+)  # fmt: skip
 from kvcompile.runtime.parts import planned
 
 
@@ -51,10 +61,18 @@ def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArra
     calls, total = Calls(model), 0.0
     with torch.no_grad(), frozen(model), attended(model):
         with resident(embedding(model)):
-            states = [embedded(model, ids) for ids in windows]
+            first = states = [embedded(model, ids) for ids in windows]
+        lent: list[dict[int, Lent]] = [{} for _ in windows]
         for layer, part in enumerate(in_turn(layers(model))):
-            attend = partial(_at, handler, place_of(model, layer)) if planned(part) else causal
-            states = [through(part, one, calls.at(np.arange(one.shape[1]))[layer], attend) for one in states]
+            source, after = source_layer(model, layer), []
+            chosen = planned(layers(model)[source])
+            attend = partial(_at, handler, place_of(model, source)) if chosen else causal
+            for ids, start, state, known in zip(windows, first, states, lent, strict=True):
+                arguments = calls.of(layer, np.arange(len(ids)), ids, start, known.get(source))
+                after.append(through(part, state, arguments, attend))
+                if lends(model, layer):
+                    known[layer] = calls.lent(layer, arguments)
+            states = after
         with resident(head(model)):
             for ids, one in zip(windows, states, strict=True):
                 total += _negative_log_likelihood(model, ids, one[0, :-1])

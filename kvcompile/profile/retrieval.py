@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.profile.attention import BLOCK, Attention, causal, visible
+from kvcompile.profile.given import given, lend, lent_names
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import Lane
@@ -58,7 +59,9 @@ class Probes:
                 found.append(layer_score(call, probe))
             return causal(call)
 
-        after = through(part, before, self.setting.calls.at(lane.positions)[layer], attend)
+        arguments = given(self.setting, lane, layer, held)
+        after = through(part, before, arguments, attend)
+        lend(self.setting, lane, layer, arguments, held)
         held.put(lane.at(layer + 1), hidden=after)
         held.drop(lane.at(layer))
         return [("infsc", (number, place_of(model, layer)), one) for one in found]
@@ -69,7 +72,7 @@ class Probes:
         final = held.one(lane.at(len(layers(self.setting.model))))[0]
         predicted = logits(self.setting.model, final[len(probe.prompt_ids) - 1 :]).argmax(-1)
         right = np.array_equal(predicted.cpu().numpy(), probe.answer_ids)
-        held.drop(lane.at(len(layers(self.setting.model))))
+        held.drop(lane.at(len(layers(self.setting.model))), *lent_names(self.setting, lane.lent))
         return [("answered", number, right)]
 
 

@@ -16,7 +16,7 @@ from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, attended
 from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
 from kvcompile.profile.linear import switched_off
-from kvcompile.profile.structure import embedding, frozen, layers
+from kvcompile.profile.structure import embedding, frozen, last_own, layers
 from kvcompile.runtime.parts import planned
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.stages import Rotary
@@ -92,7 +92,7 @@ def _read(model: Any, lengths: Sequence[int]) -> dict[int, Rotary]:
     with frozen(model), attended(model):
         with resident(embedding(model)):
             sequences = [_sequence(model, length) for length in lengths]
-        for number, layer in enumerate(in_turn(layers(model))):
+        for number, layer in enumerate(in_turn(layers(model)[: last_own(model) + 1])):
             for one in sequences:
                 _go_through(number, layer, one)
     return {length: _rotary(one.layouts) for length, one in zip(lengths, sequences, strict=True)}
@@ -102,9 +102,11 @@ def _sequence(model: Any, length: int) -> _Sequence:
     # Near positions tell fast components apart, far ones the slow ones.
     near = min(length, FAR)
     positions = np.unique([0, 1, *(int(near * part) for part in (0.1, 0.3, 0.7)), length - 1])
-    hidden = embedded(model, np.full(len(positions), _some_token(model)))
+    ids = np.full(len(positions), _some_token(model))
+    hidden, calls = embedded(model, ids), Calls(model, exact=True)
     arguments, tables = [], list[Tensor | None]()
-    for one in Calls(model, exact=True).at(positions):
+    for number in range(last_own(model) + 1):
+        one = calls.of(number, positions, ids, hidden)
         pair = one.get("position_embeddings")
         if isinstance(pair, Tensor):
             tables.append(pair[0, 1].angle())  # the second position is 1

@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.models.resident import in_turn, resident
-from kvcompile.profile.attention import attended
+from kvcompile.profile.attention import Handler, attended
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.cut import Left, over_cut, rows_of
-from kvcompile.profile.layerwise import Calls, after, embedded, read_layer, through
+from kvcompile.profile.layerwise import Calls, Lent, after, embedded, read_layer, through
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift
 from kvcompile.profile.rotation import of_layer
 from kvcompile.profile.setting import Episode
-from kvcompile.profile.structure import Tick, embedding, frozen, head, head_blocks, layers, logits, place_of
+from kvcompile.profile.structure import (
+    Tick,
+    embedding,
+    frozen,
+    head,
+    head_blocks,
+    layers,
+    lends,
+    logits,
+    place_of,
+    source_layer,
+)  # fmt: skip
 from kvcompile.profile.utility import scores
 from kvcompile.quantiser import for_context
 from kvcompile.runtime.parts import planned
@@ -119,18 +130,24 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
         with resident(embedding(model)):
             for number, episode in enumerate(episodes):
                 packed = pack(len(episode.context), episode.follow_ups)
-                asked = embedded(model, packed.ids)
                 room = max(tokens - len(episode.context), 0)
                 offset = round(room * (number + 0.5) / len(episodes))
-                runs.append(_Run(packed, offset, embedded(model, episode.context), asked, asked))
+                before = embedded(model, episode.context), embedded(model, packed.ids)
+                runs.append(_Run(episode.context, packed, offset, before, before[0], before[1], before[1]))
         for layer, part in enumerate(in_turn(layers(model))):
-            place = place_of(model, layer)
+            source = source_layer(model, layer)
+            place = place_of(model, source)
             for run in runs:
-                places = calls.at(np.arange(run.context.shape[1]))[layer]
-                run.context, left = read_layer(model, part, run.context, places)
-                later = calls.at(run.packed.positions)[layer]
+                if source == layer:
+                    places = np.arange(len(run.ids))
+                    arguments = calls.of(layer, places, run.ids, run.embedded[0])
+                    run.context, left = read_layer(model, part, run.context, arguments)
+                else:
+                    left = run.left[source]
+                if lends(model, layer):
+                    run.left[layer] = left
                 attend = whole = over_context(left, run.packed)
-                if planned(part):
+                if planned(layers(model)[source]):
                     score = None
                     if parts.scorer is not None:
                         score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])
@@ -140,8 +157,8 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                     shift = Shift(rotary, run.offset)
                     attend = over_cut(kept, run.packed, rows, of_one, tokens, rotary, shift)
                 with after(model, part, run.packed, tensors_of(left.states, part)):
-                    run.full = through(part, run.full, later, whole)
-                    run.cut = through(part, run.cut, later, attend)
+                    run.full = run.through(calls, layer, part, run.full, whole, run.lent)
+                    run.cut = run.through(calls, layer, part, run.cut, attend, run.lent_of_cut)
         with resident(head(model)):
             found = [_mean(kinds(model, run.compared())[0]) for run in runs]
     return float(np.mean(found))
@@ -149,14 +166,31 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
 
 @dataclass
 class _Run:
-    """An episode on its way through the layers: residual streams [1, n, d] of its context and [1, m, d] of what is
-    asked, with the full cache and with the cut one."""
+    """An episode on its way through the layers: residual streams [1, n, d] of its context `ids` and [1, m, d] of what
+    is asked, with the full cache and with the cut one; what both were `embedded` as; and by number of the layer, what
+    later ones attend to, of the context (`left`) and of what is asked."""
 
+    ids: NDArray[np.int64]
     packed: Packed
     offset: int
+    embedded: tuple[Tensor, Tensor]
     context: Tensor
     full: Tensor
     cut: Tensor
+    left: dict[int, Context] = field(default_factory=dict)
+    lent: dict[int, Lent] = field(default_factory=dict)
+    lent_of_cut: dict[int, Lent] = field(default_factory=dict)
+
+    def through(
+        self, calls: Calls, layer: int, part: nn.Module, states: Tensor, attend: Handler, lent: dict[int, Lent]
+    ) -> Tensor:
+        """What is asked after a layer."""
+        known = lent.get(source_layer(calls.model, layer))
+        arguments = calls.of(layer, self.packed.positions, self.packed.ids, self.embedded[1], known)
+        after = through(part, states, arguments, attend)
+        if lends(calls.model, layer):
+            lent[layer] = calls.lent(layer, arguments)
+        return after
 
     def compared(self) -> list[tuple[str, Tensor, list[Tensor]]]:
         return [(kind, self.full[0, rows], [self.cut[0, rows]]) for kind, rows in compared(self.packed)]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kvcompile.artifacts import planned_heads
-from kvcompile.runtime.parts import decoder_of, planned
+from kvcompile.runtime.parts import decoder_of, planned, sources
 
 LOGITS_AT_ONCE = 1 << 24
 """Elements of the logits that are computed at once, whatever the vocabulary. With a quarter of them, products with the
@@ -56,6 +56,22 @@ def attends(layer: nn.Module) -> bool:
 def place_of(model: Any, layer: int) -> int:
     """The number that a profile gives to a layer: how many that a plan is for are before it."""
     return sum(map(planned, layers(model)[:layer]))
+
+
+def source_layer(model: Any, layer: int) -> int:
+    """The number of the layer whose keys and values a layer attends to: its own, but for some models' last layers."""
+    return sources(model)[layer]
+
+
+def lends(model: Any, layer: int) -> bool:
+    """Whether later layers attend to the keys and values of a layer."""
+    return layer in sources(model)[layer + 1 :]
+
+
+def last_own(model: Any) -> int:
+    """The number of the last layer with keys and values, or a state, of its own: what a context leaves behind does not
+    depend on the layers after it."""
+    return max(sources(model))
 
 
 def embedding(model: Any) -> nn.Module:

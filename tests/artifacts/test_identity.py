@@ -212,9 +212,9 @@ def test_weights_that_are_not_finite(models, value):
     ("family", "changes", "sentence"),
     [
         (
-            "gemma4_text",
-            {"num_hidden_layers": 6, "hidden_size_per_layer_input": 8},
-            "gemma4_text model, which has embeddings of the tokens for every layer",
+            "gemma3n_text",
+            {"num_kv_shared_layers": 0},
+            "gemma3n_text model, which has embeddings of the tokens for every layer",
         ),
         (
             "gemma4_text",

@@ -23,8 +23,8 @@ SIZES = SHAPE | {
 }  # fmt: skip
 FAMILIES = configs(SIZES, 16, 32)
 NEW = (
-    "gemma2", "gemma3", "gemma4", "gemma4-unified", "gpt-oss", "granite", "llama4", "olmo2", "olmo3", "qwen3-next",
-    "qwen3.5", "qwen3.5-moe", "smollm3",
+    "gemma2", "gemma3", "gemma4", "gemma4-shared", "gemma4-unified", "gpt-oss", "granite", "llama4", "olmo2", "olmo3",
+    "qwen3-next", "qwen3.5", "qwen3.5-moe", "smollm3",
 )  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from kvcompile.runtime import attach
 from kvcompile.runtime.fused import FusedStep, fusable
 
 OTHERS = (
-    "gemma3", "llama4", "mixtral", "qwen3-moe", "granite", "gemma2", "gemma4", "gemma4-unified", "gpt-oss", "olmo2",
-    "olmo3", "qwen3-next", "qwen3.5", "qwen3.5-moe",
+    "gemma3", "llama4", "mixtral", "qwen3-moe", "granite", "gemma2", "gemma4", "gemma4-shared", "gemma4-unified",
+    "gpt-oss", "olmo2", "olmo3", "qwen3-next", "qwen3.5", "qwen3.5-moe",
 )  # fmt: skip
 KNOWN = [name for name in CONFIGS if name not in OTHERS]
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]

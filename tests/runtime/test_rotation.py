@@ -35,13 +35,15 @@ def _keys_at(model, offset: int) -> list[torch.Tensor]:
     from kvcompile.profile.attention import attended
     from kvcompile.profile.layerwise import Calls, embedded, through
     from kvcompile.profile.linear import switched_off
-    from kvcompile.profile.structure import frozen, layers
+    from kvcompile.profile.structure import frozen, last_own, layers
     from kvcompile.runtime.parts import planned
 
     found: list[torch.Tensor] = []
     with torch.no_grad(), frozen(model), attended(model):
-        hidden, calls = embedded(model, np.array([5])), Calls(model).at(np.array([offset]))
-        for layer, arguments in zip(layers(model), calls, strict=True):
+        token, calls = np.array([5]), Calls(model)
+        hidden = first = embedded(model, token)
+        for number, layer in enumerate(layers(model)[: last_own(model) + 1]):
+            arguments = calls.of(number, np.array([offset]), token, first)
 
             def attend(call, layer=layer):
                 if planned(layer):

@@ -43,6 +43,11 @@ HYBRID = {
     "initializer_range": 0.1,
 }  # fmt: skip
 """Beside a layer of attention two of linear attention, with weights that do not make much of rounding."""
+SHARED = {
+    "num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "num_kv_shared_layers": 4,
+    "hidden_size_per_layer_input": 8, "use_double_wide_mlp": True,
+}  # fmt: skip
+"""Of six layers the last four attend to the keys and values of the first two, one of either type."""
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
@@ -89,6 +94,11 @@ def configs(shape: dict[str, Any], head_dim: int, expert_size: int) -> dict[str,
             "Gemma4TextConfig",
             **shape | heads, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=4, top_k_experts=2,
             moe_intermediate_size=expert_size,
+        ),
+        "gemma4-shared": _config(
+            "Gemma4TextConfig",
+            **shape | heads | SHARED | {"num_key_value_heads": shape["num_key_value_heads"], "attention_k_eq_v": False},
+            vocab_size_per_layer_input=shape["vocab_size"],
         ),
         "gemma4-unified": _config("Gemma4UnifiedTextConfig", **shape | heads),
         "gpt-oss": _config(

@@ -83,6 +83,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 0,
         "final_logit_softcapping": 2.0,
     },
+    "gemma4_text, shared": {
+        **GEMMA4,
+        "num_key_value_heads": 2,
+        "attention_k_eq_v": False,
+        "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "num_kv_shared_layers": 4,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 61,
+        "use_double_wide_mlp": True,
+    },
     "gemma4_unified_text": {**GEMMA4, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
     "gpt_oss": {
         "head_dim": 16,
@@ -125,7 +136,7 @@ def family(request: pytest.FixtureRequest) -> str:
 def tiny() -> Callable[..., Any]:
     def make(family: str = "llama", **changes: Any) -> Any:
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**SHAPE, **FAMILIES.get(family, {}), **changes})
+        config = AutoConfig.for_model(family.partition(",")[0], **{**SHAPE, **FAMILIES.get(family, {}), **changes})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.eval()
         for name, parameter in model.named_parameters():

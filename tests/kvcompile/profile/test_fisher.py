@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from layer_walk import walked
 from torch import Tensor
 
 from kvcompile.profile.attention import Attention, attended, attending, causal
-from kvcompile.profile.fisher import backward, draw, head_gradient
-from kvcompile.profile.structure import attends, forward, frozen, logits
+from kvcompile.profile.fisher import draw, gradients, head_gradient
+from kvcompile.profile.structure import attends, forward, frozen, logits, source_layer
 
 Tiny = Callable[..., Any]
 
@@ -46,12 +47,18 @@ def test_gradient_matches_finite_difference(tiny: Tiny, family: str) -> None:
     seen: dict[int, Tensor] = {}
     with frozen(model):
         trace = trace_of(model, ids)
-        slope = head_gradient(model, trace.final, (7,))[None]
+        slope, lent = head_gradient(model, trace.final, (7,))[None], dict[int, list[Tensor]]()
         places = [sum(map(attends, model.model.layers[:number])) for number in range(len(model.model.layers))]
+        below, arguments = walked(model, ids)
         for number, part in reversed(list(enumerate(model.model.layers))):
             visit = partial(lambda place, _, upstream: seen.update({place: upstream}), places[number])
+            source = source_layer(model, number)
             with attended(model):
-                slope = backward(part, trace.inputs[number], trace.arguments[number], slope, visit)
+                at_own = lent.get(number, ())
+                slope, others = gradients(part, below[number], arguments[number], slope, visit, lent=at_own)
+            if others:  # keys and values of an earlier layer, which several may attend to
+                sums = zip(lent[source], others, strict=True) if source in lent else []
+                lent[source] = [a + b for a, b in sums] or others
     predicted = seen[layer][head, place].norm()
     direction = seen[layer][head, place] / predicted
     uniform = torch.from_numpy(np.random.default_rng((7,)).random((24, 2), dtype=np.float32))

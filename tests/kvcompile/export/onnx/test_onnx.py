@@ -46,7 +46,8 @@ def compare(model: Any, artifact: Artifact, session: Session, chunks: Sequence[i
 
 
 REFUSED = (
-    "gemma2", "gemma4", "gemma4-unified", "gpt-oss", "llama4", "olmo2", "olmo3", "qwen3-next", "qwen3.5", "qwen3.5-moe",
+    "gemma2", "gemma4", "gemma4-shared", "gemma4-unified", "gpt-oss", "llama4", "olmo2", "olmo3", "qwen3-next",
+    "qwen3.5", "qwen3.5-moe",
 )  # fmt: skip
 
 
