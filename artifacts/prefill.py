@@ -31,6 +31,8 @@ family, or else 28, 4 x 7. Llama-4 sends every token through all of its experts,
 FORMED = {"gemma2": (3, 3), "gpt_oss": (4, 2)}
 """Families whose attention weights torch has to form, as they are more than a softmax of logits: how many tensors of
 f32 there are of them at once, in prompts and in follow-ups."""
+INPUTS = 5
+"""Elements for each of a token's inputs of all layers while these are made, with norms in float32."""
 LEFT_ALONE = {"gemma4_text": 2, "gemma4_unified_text": 4}
 """Families with sliding layers that a plan leaves alone: how many times the bytes of a token's keys and values in the
 layers that it is for they have (Gemma-4 31B: 16 heads of 256 elements against 4 of 512; 12B: 8 against one)."""
@@ -45,7 +47,9 @@ WORKSPACE = 1 << 18
 def feed_forward_elements(config: Any) -> int:
     """Elements a token that the feed-forward block of a model of this configuration (transformers') holds at once, or a
     layer of linear attention where that is more."""
-    return max(_feed_forward(config), _linear_attention(config))
+    inputs = int(getattr(config, "hidden_size_per_layer_input", None) or 0) * int(config.num_hidden_layers)
+    # Of prompts of one chunk, inputs by token of all layers are made at once, and stay.
+    return max(_feed_forward(config) + inputs, _linear_attention(config), INPUTS * inputs)
 
 
 def _linear_attention(config: Any) -> int:
@@ -59,6 +63,7 @@ def _linear_attention(config: Any) -> int:
 
 def _feed_forward(config: Any) -> int:
     width, hidden = int(config.intermediate_size), int(config.hidden_size)
+    width *= 1 + bool(getattr(config, "use_double_wide_mlp", False))  # of layers without keys and values of their own
     experts = int(getattr(config, "num_experts_per_tok", None) or getattr(config, "top_k_experts", None) or 0)
     experts *= getattr(config, "enable_moe_block", True)
     if config.model_type == "llama4_text":  # every token goes to every expert, scaled by what the router says

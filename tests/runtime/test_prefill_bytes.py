@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_models import CONFIGS, HYBRID, SHAPE, YARN, tiny_model
+from tiny_models import CONFIGS, HYBRID, SHAPE, SHARED, YARN, tiny_model
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     Gemma2Config,
@@ -54,6 +54,10 @@ LARGER = {
         attention_k_eq_v=True, sliding_window=64, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=8,
         top_k_experts=4, moe_intermediate_size=160,
         layer_types=["sliding_attention", "full_attention", "full_attention"],
+    ),
+    "gemma4-shared": Gemma4TextConfig(
+        **WIDE | SHARED, head_dim=16, global_head_dim=32, attention_k_eq_v=False, sliding_window=64,
+        vocab_size_per_layer_input=WIDE["vocab_size"],
     ),
     "gpt-oss": GptOssConfig(
         **WIDE | {"intermediate_size": 128}, head_dim=16, sliding_window=64, num_local_experts=4, num_experts_per_tok=2,
