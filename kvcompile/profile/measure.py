@@ -5,7 +5,8 @@
 2. Down, last layer first: the gradients of those episodes give losses under the fitted scorer and quantiser.
 3. Up again: whole plans are run for real, and what they cost is compared with what the curves said (`Check`).
 
-All sequences go through one layer before the next is looked at, so that a layer's weights are needed three times.
+All sequences go through one layer before the next is looked at, so that a layer's weights are needed three times (four
+times where later layers attend to the keys and values of earlier ones).
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from kvcompile.profile.attention import attended
 from kvcompile.profile.check import Check, agreement, first_episodes
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import budget_grid
-from kvcompile.profile.fit import Fit, Fitted
+from kvcompile.profile.fit import Fit
+from kvcompile.profile.fitting import Fitted
 from kvcompile.profile.held import UNLIMITED, Held
 from kvcompile.profile.job import Item, Progress, run
 from kvcompile.profile.lanes import opening
@@ -37,7 +39,7 @@ from kvcompile.profile.resume import Sums
 from kvcompile.profile.retrieval import Probes
 from kvcompile.profile.rotation import read_rotary
 from kvcompile.profile.setting import Material, Setting
-from kvcompile.profile.structure import device_of, frozen, layers
+from kvcompile.profile.structure import device_of, frozen, layers, lends
 from kvcompile.stages import DEFAULT_SINK, Parts, Profile, Rotary
 
 STATES = "states"
@@ -119,9 +121,12 @@ def _items(setting: Setting, fit: Fit, probes: Probes, curves: Curves, check: Ch
     top = len(layers(setting.model))
     episodes = [lane for reading in (*fit.readings, *curves.readings) for lane in reading.lanes]
     yield from opening(setting, [*episodes, *probes.lanes])
-    for layer in range(top):
-        for stage in (fit, probes, curves):
-            yield from stage.at(layer)
+    # What later layers make of a layer's keys and values has a part in its scorer: then all are read once more.
+    sharing = any(lends(setting.model, layer) for layer in range(top))
+    for stages in [(fit, probes), (curves,)] if sharing else [(fit, probes, curves)]:
+        for layer in range(top):
+            for stage in stages:
+                yield from stage.at(layer)
     yield from probes.answers()
     yield from curves.gradients()
     for layer in reversed(range(top)):
