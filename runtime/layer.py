@@ -139,7 +139,8 @@ class RaggedLayer(CacheLayerMixin):
             raise CacheError("keys and values of an earlier layer are attended to by a plain softmax alone")
         if self._reuse.again is None:
             return exact()
-        return self._reuse.again(query, scaling).transpose(1, 2)
+        own = query.to(self.store.keys.exact.device)  # layers may lie on several devices
+        return self._reuse.again(own, scaling).transpose(1, 2).to(query.device)
 
     def end_reuse(self) -> None:
         """All later layers have attended to what is new."""

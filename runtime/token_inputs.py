@@ -7,7 +7,7 @@ when it is its turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,12 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from kvcompile.runtime.parts import decoder_of
+
+Rows = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Columns `own` of the rows of a table, of tokens int64 [B, n]: [B, n, P]."""
+
+ROWS = "kvcompile_rows"
+"""Attribute of a table of embeddings whose weights are not there: its `Rows`."""
 
 
 def has_token_inputs(model: Any) -> bool:
@@ -29,7 +35,9 @@ def token_input(model: Any, ids: torch.Tensor, embedded: torch.Tensor, layer: in
     size = decoder.hidden_size_per_layer_input
     own = slice(layer * size, (layer + 1) * size)
     table = decoder.embed_tokens_per_layer
-    found = embedding(ids, table.weight[:, own]) * table.embed_scale.to(table.weight.dtype)
+    rows: Rows | None = getattr(table, ROWS, None)
+    found = embedding(ids, table.weight[:, own]) if rows is None else rows(ids, own)
+    found = found * table.embed_scale.to(table.weight.dtype)
     product = linear(embedded, decoder.per_layer_model_projection.weight[own])
     product = decoder.per_layer_projection_norm(product * decoder.per_layer_model_projection_scale)
     total: torch.Tensor = (product + found) * decoder.per_layer_input_scale

@@ -3,8 +3,8 @@
 from kvcompile.models.arithmetic import fast_arithmetic, fast_dtype
 from kvcompile.models.devices import over_devices
 from kvcompile.models.load import Loaded, ending_tokens, load
+from kvcompile.models.pieces import sampler
 from kvcompile.models.room import Room, free_bytes, room
-from kvcompile.models.streamed import sampler
 
 __all__ = [
     "Loaded",

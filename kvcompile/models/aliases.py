@@ -13,6 +13,8 @@ ALIASES = {
     "gemma-3-4b": "google/gemma-3-4b-it",
     "gemma-3-12b": "google/gemma-3-12b-it",
     "gemma-3-27b": "google/gemma-3-27b-it",
+    "gemma-4-e2b": "google/gemma-4-E2B-it",
+    "gemma-4-e4b": "google/gemma-4-E4B-it",
     "gemma-4-12b": "google/gemma-4-12B-it",
     "gemma-4-26b-a4b": "google/gemma-4-26B-A4B-it",
     "gemma-4-31b": "google/gemma-4-31B-it",

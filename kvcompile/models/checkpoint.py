@@ -75,13 +75,14 @@ class Checkpoint:
         self._read_into(stored, _bytes_of(data), stored.start)
         return data.view(stored.dtype).reshape(stored.shape)
 
-    def elements(self, key: str, places: Sequence[int]) -> Tensor:
-        """Some elements of a tensor, [len(places)], by their places in its flat order; nothing else is read."""
+    def elements(self, key: str, places: Sequence[int], count: int = 1) -> Tensor:
+        """Some elements of a tensor, [len(places) * count], by their places in its flat order: `count` from each place
+        on. Nothing else is read."""
         stored, size = self.tensors[key], self.tensors[key].dtype.itemsize
-        data = torch.empty(len(places) * size, dtype=torch.uint8)
-        view = _bytes_of(data)
+        data = torch.empty(len(places) * count * size, dtype=torch.uint8)
+        view, step = _bytes_of(data), count * size
         for i, place in enumerate(places):
-            self._read_into(stored, view[i * size : (i + 1) * size], stored.start + place * size)
+            self._read_into(stored, view[i * step : (i + 1) * step], stored.start + place * size)
         return data.view(stored.dtype)
 
     def ahead(self, keys: Iterable[str]) -> None:

@@ -7,16 +7,13 @@ It is a transformers model like any other, and every forward pass works. What go
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,16 +29,13 @@ from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.allocator import give_back
 from kvcompile.models.checkpoint import Checkpoint
 from kvcompile.models.implementation import attention_of
+from kvcompile.models.pieces import register_sampler, rows, sample
 from kvcompile.models.progress import no_progress_bars
 from kvcompile.models.resident import register, resident
 from kvcompile.runtime.parts import decoder_of
-
-Sampler = Callable[[str, list[int]], NDArray[np.float32]]
-"""Gives some elements of a tensor of the state dict, by its name and their places in its flat order, as f32."""
+from kvcompile.runtime.token_inputs import ROWS, has_token_inputs
 
 Renamed = dict[str, str] | None  # patterns of tensors' names, and what replaces them
-
-_samplers: WeakKeyDictionary[nn.Module, Sampler] = WeakKeyDictionary()
 
 
 def stream(
@@ -63,21 +57,20 @@ def stream(
             trust_remote_code=False,
         )
     model.eval().requires_grad_(False)
-    loader = _Loader(model, checkpoint, device, renamed)
+    loader = Loader(model, checkpoint, device, renamed)
     _make_buffers(model, device)
     parts = [model.get_input_embeddings(), *decoder_of(model).layers, model.get_output_embeddings()]
+    if has_token_inputs(model):  # a table of several gigabytes, of which a sequence takes its tokens' rows
+        table = decoder_of(model).embed_tokens_per_layer
+        parts.append(table)
+        setattr(table, ROWS, partial(rows, loader, table.weight))
     for part in parts:
         register(part, _Part(loader, _slots(part.modules())))
     _keep_embedding(model)
     streamed = {module for part in parts for module in part.modules()}
     _Part(loader, _slots(module for module in model.modules() if module not in streamed)).bring()
-    _samplers[model] = loader.sample
+    register_sampler(model, partial(sample, loader))
     return model
-
-
-def sampler(model: Any) -> Sampler | None:
-    """How to see a few numbers of a streamed model's weights; None for a model that is held whole."""
-    return _samplers.get(model)
 
 
 @dataclass(frozen=True)
@@ -102,7 +95,7 @@ def _slots(modules: Iterable[nn.Module]) -> list[_Slot]:
     return [_Slot(m, name) for m in modules for name, parameter in m._parameters.items() if parameter is not None]
 
 
-class _Loader:
+class Loader:
     """Puts tensors of a checkpoint into a model, under transformers' names and joined as transformers joins them."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, renamed: Renamed) -> None:
@@ -173,21 +166,11 @@ class _Loader:
             raise ModelError(lacking(self.checkpoint.name, sorted(missing)))
         return found
 
-    def sample(self, key: str, places: list[int]) -> NDArray[np.float32]:
-        """Some elements of a tensor of the state dict."""
-        empty = self.empty[key]
-        name = next((name for name in self.names[id(empty)] if name in self.sources and name not in self.joined), None)
-        if name is None:
-            whole = self.load([empty])[id(empty)]
-            return whole.reshape(-1)[places].float().cpu().numpy()
-        (source,) = self.sources[name]
-        return self.checkpoint.elements(source, places).to(empty.dtype).float().numpy()
-
 
 class _Part:
     """The weights of one part of a model."""
 
-    def __init__(self, loader: _Loader, slots: list[_Slot]) -> None:
+    def __init__(self, loader: Loader, slots: list[_Slot]) -> None:
         self.loader, self.slots = loader, slots
         self.empty = [slot.parameter for slot in slots]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from profiles import TABLES, Question, assert_same, material
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompile.artifacts.errors import CalibrationError, ModelError
 from kvcompile.models.room import Room
-from kvcompile.profile import Material, measure
+from kvcompile.profile import Material, curves, fit, measure
 from kvcompile.profile.attention import BLOCK
 from kvcompile.profile.held import UNLIMITED
 
@@ -137,6 +139,25 @@ def test_resumed_profile_is_bit_identical(tiny: Tiny, tmp_path: Path, calls: int
 def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> None:
     whole = measure(tiny(), material(), seed=0, store=tmp_path)
     assert_same(measure(tiny(), material(), seed=0, store=tmp_path, progress=stopping_after(0)), whole)
+
+
+def test_every_layer_that_attends_to_a_head_counts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its losses, which add up, and in the utility of its tokens, which is the largest of all."""
+    seen, fitted, own = list[Tensor](), list[Tensor](), (curves.losses, fit.utilities, fit.normal_sums)
+
+    def ones(*args: Any) -> Any:
+        found = own[0](*args)
+        return replace(found, evicted={kind: np.ones_like(table) for kind, table in found.evicted.items()})
+
+    monkeypatch.setattr(curves, "losses", ones)
+    monkeypatch.setattr(fit, "utilities", lambda *args: seen.append(own[1](*args)) or seen[-1])
+    monkeypatch.setattr(fit, "normal_sums", lambda *args: fitted.append(args[1]) or own[2](*args))
+    profile = measure(tiny("gemma4_text, shared"), material(), seed=0).profile
+    np.testing.assert_array_equal(profile.loss[..., 0, :], 3)  # without what fitted values make of it
+    assert len(fitted) == 2  # episodes
+    for number, utility in enumerate(fitted):
+        assert torch.equal(utility, torch.stack(seen[number::2]).amax(0))
+        assert not torch.equal(utility, seen[number])
 
 
 @pytest.mark.parametrize("calls", [None, 1, 4, 20])

@@ -46,6 +46,14 @@ def test_each_weight_is_read_at_most_four_times_whatever_the_number_of_episodes(
     assert {reads[key] for key in ("model.embed_tokens.weight", "lm_head.weight")} == {2}
 
 
+def test_layers_that_are_attended_to_later_are_read_once_more(tiny: Tiny, tmp_path: Path, reads: Counter[str]) -> None:
+    """At most six times all the same; and of a table of inputs by token no more than the rows that are wanted."""
+    measure(streamed(saved(tiny("gemma4_text, shared"), tmp_path)), material(), seed=0, room=Room(0, 0))
+    for number, expected in enumerate([4, 5, 4, 4, 4, 4]):
+        assert {count for key, count in reads.items() if f".layers.{number}." in key} == {expected}
+    assert not any("embed_tokens_per_layer" in key for key in reads)
+
+
 def test_a_plan_and_a_perplexity_are_one_reading_each(tiny: Tiny, tmp_path: Path, reads: Counter[str]) -> None:
     folder = saved(tiny("qwen2"), tmp_path)
     model, there = streamed(folder), whole(folder)
