@@ -85,6 +85,7 @@ def _effects(
         evicted,
         torch.stack(by_keys, -1).sum(1) if by_keys else none[:, :, some].sum(1),
         torch.stack(by_values, -1).sum(1) if by_values else none.sum(1),
+        total.sum(1),
     )
 
 

@@ -28,18 +28,20 @@ def attention_effects(
         evicted = torch.zeros(heads, rows, *kept.shape[2:], dtype=torch.float64)
         by_keys = torch.zeros(heads, len(some), len(changes.keys), dtype=torch.float64)
         by_values = torch.zeros(heads, rows, len(changes.values), dtype=torch.float64)
+        total = torch.zeros(heads, rows, dtype=torch.float64)
         for q in range(len(one.query)):
             h = q * heads // len(one.query)
             for t in range(rows):
                 args = one, q, h, t, scaling, window, softmax
                 whole = _along(keys[h], values[h], every, *args)
+                total[h, t] += whole
                 for p, c in torch.cartesian_prod(*map(torch.arange, kept.shape[2:])).tolist():
                     evicted[h, t, p, c] += _along(keys[h], values[h], kept[h, :, p, c], *args) - whole
                 for y, change in enumerate(changes.values):
                     by_values[h, t, y] += _along(keys[h], values[h] + change[h], every, *args) - whole
                 for x, change in enumerate(changes.keys if t in some else ()):
                     by_keys[h, some.index(t), x] += _along(keys[h] + change[h], values[h], every, *args) - whole
-        found.append(Effects(evicted.float(), by_keys.float(), by_values.float()))
+        found.append(Effects(evicted.float(), by_keys.float(), by_values.float(), total.float()))
     return found
 
 

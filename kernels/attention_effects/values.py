@@ -40,11 +40,13 @@ class Changes:
 @dataclass(frozen=True, eq=False)
 class Effects:
     """By how much each change moves the output of a KV head's group along the gradient, float32: `evicted`
-    [H, T, P, budgets], `values` [H, T, number of changes], and `keys` the same of every `step`-th row."""
+    [H, T, P, budgets], `values` [H, T, number of changes], and `keys` the same of every `step`-th row; `total` [H, T]
+    is where along it the output is without a change."""
 
     evicted: Tensor
     keys: Tensor
     values: Tensor
+    total: Tensor
 
 
 def tables(changes: Changes) -> Tensor:

@@ -95,4 +95,6 @@ def _effects(out: Tensor, changes: Changes, coded: int, order: list[int]) -> Eff
     some = slice(0, coded)
     masses, effects = out[:, some, :, sets : sets + others].unflatten(-1, (-1, 2)).unbind(-1)
     by_keys = effects / masses - total[:, some, :, 0]
-    return Effects(evicted, by_keys.sum(2), by_values)
+    in_order = torch.empty(out.shape[:2])
+    in_order[:, order] = total[..., 0, 0].sum(2)
+    return Effects(evicted, by_keys.sum(2), by_values, in_order)

@@ -8,26 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.artifacts import Quantiser
-from kvcompile.kernels import Changes
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, Packed, over_context
+from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.eviction import SHARES, entries
 from kvcompile.profile.fisher import BACKWARD_TICKS, gradients, head_gradient
 from kvcompile.profile.fit import Fit
-from kvcompile.profile.fitted import SHARE, STORED, Kept, fitted_at, points
+from kvcompile.profile.fitted import STORED, points
 from kvcompile.profile.given import given, lend
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Additions, Item
 from kvcompile.profile.lanes import Reading, readings
+from kvcompile.profile.layer_losses import layer_losses
 from kvcompile.profile.layerwise import after, left_in_last, read_layer, through
 from kvcompile.profile.linear import tensors_of
-from kvcompile.profile.losses import Losses, losses
-from kvcompile.profile.quantised import matrices, quantised
+from kvcompile.profile.losses import Table, asked_of
+from kvcompile.profile.quantised import Errors
 from kvcompile.profile.references import LayerReferences
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.rotation import of_layer
@@ -57,6 +55,7 @@ class Curves:
     def __init__(self, setting: Setting, fit: Fit, kept: frozenset[int] = frozenset()) -> None:
         self.setting, self.fit, self.kept = setting, fit, kept
         self.readings = readings("text", setting.material.measure)
+        self._known: tuple[int, tuple[Errors, Errors]] | None = None
 
     def fresh(self) -> Sums:
         _, num_kv_heads = heads(self.setting.model)
@@ -130,6 +129,13 @@ class Curves:
             left |= {"score": scores(scorer, 0, context.hidden[0]), "references": context.references[0]}
         return left
 
+    def _errors(self, layer: int, sums: Sums, device: torch.device) -> tuple[Errors, Errors]:
+        """What codecs do to the keys and to the values of a layer; those of the layer at hand are made once."""
+        if self._known is None or self._known[0] != layer:
+            _, quantiser = self.fit.of_layer(sums, layer)
+            self._known = layer, (Errors(quantiser, "key", device), Errors(quantiser, "value", device))
+        return self._known[1]
+
     def _from_later(self, layer: int, reading: Reading, held: Held) -> Sequence[Tensor]:
         """The gradients at the keys and values that a layer attends to of all later ones that attend to them; none
         where there is no such layer."""
@@ -162,27 +168,20 @@ class Curves:
         # Budgets are shares of the window: a shorter context is cut in proportion.
         budgets = setting.budgets * (len(reading.episode.context) / setting.window)
         budgets = np.maximum(budgets, sink + 1).round().astype(np.int32)
-        found: dict[str, dict[str, NDArray[np.float64]]] = {}
+        found: dict[str, Table] = {}
 
         def visit(call: Attention, upstream: Tensor) -> None:
             if not planned(own[source]) or (call.window is not None and call.window < len(context)):
                 return  # a sliding layer keeps its own window, so there is nothing to choose
-            _, quantiser = self.fit.of_layer(sums, source)
             rotary = of_layer(setting.rotary, place)
             references = LayerReferences.of(call, cache["references"], len(context), rotary)
             keys = context.keys[0]
             looks = [references.of_head(h, keys, context.values[0]) for h in range(len(keys))]
-            score = torch.stack([look.scores(own) for look, own in zip(looks, cache["score"], strict=True)])
+            score = torch.stack([look.scores(one) for look, one in zip(looks, cache["score"], strict=True)])
             entry = entries(score, budgets, sink)
-            changes = Changes(entry, len(budgets), *_errors(context, quantiser))
-            whole = losses(call, upstream, context, packed, changes)
-            alive = [entry[..., SHARE] <= budget for budget in points(setting.budgets)]
-            kept = [Kept.of(one, looks) for one in alive]
-            found.update(loss=whole.evicted, key_loss=whole.keys, value_loss=whole.values)
-            found["fitted_loss"] = fitted_at(kept, call, upstream, context, packed)
-            left = [_stored(call, upstream, one.context(keys), packed, quantiser) for one in kept[:STORED]]
-            found["kept_key_loss"] = _stacked([one.keys for one in left])
-            found["kept_value_loss"] = _stacked([one.values for one in left])
+            rows, at = asked_of(call, upstream, packed), points(setting.budgets)
+            errors = self._errors(source, sums, keys.device)
+            found.update(layer_losses(call, rows, context, packed, looks, entry, len(budgets), at, errors))
 
         at_lent = self._from_later(layer, reading, held)
         with after(setting.model, part, packed, cache):
@@ -218,25 +217,3 @@ class Curves:
 def _context(left: dict[str, Tensor]) -> Context:
     """What a context has left in one layer of attention; of no layer where it is of linear attention."""
     return Context([], [left["key"]], [left["value"]]) if "key" in left else Context([], [], [])
-
-
-def _stored(call: Attention, upstream: Tensor, left: Context, packed: Packed, quantiser: Quantiser) -> Losses:
-    """Losses of what is left of a layer, when it is stored in every codec."""
-    keys = left.keys[0]
-    all_kept = torch.zeros(*keys.shape[:2], 1, dtype=torch.int32, device=keys.device)
-    return losses(call, upstream, left, packed, Changes(all_kept, 1, *_errors(left, quantiser)))
-
-
-def _stacked(each: Sequence[dict[str, NDArray[np.float64]]]) -> dict[str, NDArray[np.float64]]:
-    """Tables [H, Q] by the follow-ups' kind, of R choices of tokens, as [H, R, Q]."""
-    return {kind: np.stack([one[kind] for one in each], axis=1) for kind in each[0]}
-
-
-def _errors(context: Context, quantiser: Quantiser) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """What every codec that is measured does to a layer's keys and to its values, float32 [H, n, D] each."""
-
-    def each(kind: str, stored: Tensor) -> tuple[Tensor, ...]:
-        transform, mean = matrices(quantiser, 0, kind, stored.device)
-        return tuple(quantised(stored, transform, mean, bits) - stored.float() for bits in profiled(kind[0]))
-
-    return each("key", context.keys[0]), each("value", context.values[0])

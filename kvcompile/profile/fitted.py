@@ -14,10 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.kernels import Changes
-from kvcompile.profile.attention import Attention
-from kvcompile.profile.context import Context, Packed
-from kvcompile.profile.losses import fitted_losses
+from kvcompile.profile.context import Context
 from kvcompile.profile.references import HeadLook
 
 PARTS = (1 / 32, 1 / 8, 1 / 2)
@@ -51,20 +48,12 @@ class Kept:
 
     def context(self, keys: Tensor) -> Context:
         """What is left of the layer's context, with its `keys` [H, n, D]."""
-        token = self.alive.nonzero()[:, 1].view(len(keys), -1, 1).expand(-1, -1, keys.shape[2])
-        return Context([], [keys.gather(1, token)], [self.values.gather(1, token)])
+        return Context([], [self.of_kept(keys)], [self.of_kept(self.values)])
 
-
-def fitted_at(
-    kept: Sequence[Kept], call: Attention, gradient: Tensor, context: Context, packed: Packed
-) -> dict[str, NDArray[np.float64]]:
-    """Predicted losses of eviction by the follow-ups' kind, float64 [H, R], for R choices of tokens."""
-    (keys,), (values,) = context.keys, context.values
-    each = []
-    for one in kept:
-        changes = Changes((~one.alive[..., None]).int(), 1, (), (values.float() - one.values,))
-        each.append(fitted_losses(call, gradient, keys, one.values, packed, changes))
-    return {kind: np.stack([one[kind] for one in each], axis=-1) for kind in each[0]}
+    def of_kept(self, vectors: Tensor) -> Tensor:
+        """Those of the kept tokens, of `vectors` [H, n, D]."""
+        token = self.alive.nonzero()[:, 1].view(len(vectors), -1, 1).expand(-1, -1, vectors.shape[2])
+        return vectors.gather(1, token)
 
 
 def with_fitted(

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kvcompile.kernels import Asked, Changes, attention_effects
+from kvcompile.kernels import Asked, Changes, Effects, attention_effects
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Block, Context, Packed, judged
 
@@ -39,34 +39,45 @@ MANY = 64
 """Of so many rows or more, every second one is looked at with other keys: each codec of keys is another softmax."""
 
 
+Table = dict[str, NDArray[np.float64]]
+"""Losses by the follow-ups' kind."""
+
+
 @dataclass(frozen=True)
 class Losses:
     """Predicted losses of one layer in one episode by the follow-ups' kind, float64: `evicted` [H, P, C], `keys` and
     `values` [H, Q]."""
 
-    evicted: dict[str, NDArray[np.float64]]
-    keys: dict[str, NDArray[np.float64]]
-    values: dict[str, NDArray[np.float64]]
+    evicted: Table
+    keys: Table
+    values: Table
 
 
-def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, changes: Changes) -> Losses:
-    """The losses of all `changes` to a layer's context; `gradient` [Hq, M, D] is u over the packed rows."""
+def asked_of(call: Attention, gradient: Tensor, packed: Packed) -> list[Asked]:
+    """The rows of every follow-up that are looked at; `gradient` [Hq, M, D] is u over the packed rows."""
+    return [_asked(call, gradient, block) for block in packed.blocks]
+
+
+def effects(call: Attention, asked: Sequence[Asked], context: Context, changes: Changes) -> list[Effects]:
+    """What all `changes` to a layer's context do to every follow-up."""
     keys, values = context.keys[call.layer], context.values[call.layer]
-    asked = [_asked(call, gradient, block) for block in packed.blocks]
-    found = attention_effects(asked, keys, values, changes, call.scaling, call.window or 0, call.softmax)
+    return attention_effects(asked, keys, values, changes, call.scaling, call.window or 0, call.softmax)
+
+
+def losses_of(packed: Packed, found: Sequence[Effects]) -> Losses:
+    """The losses of all changes."""
     kinds = [block.kind for block in packed.blocks]
     return Losses(*(_means(kinds, [getattr(one, name) for one in found]) for name in ("evicted", "keys", "values")))
 
 
-def fitted_losses(
-    call: Attention, gradient: Tensor, keys: Tensor, values: Tensor, packed: Packed, changes: Changes
-) -> dict[str, NDArray[np.float64]]:
-    """Losses by the follow-ups' kind, float64 [H], of one choice of tokens whose `values` [H, n, D] have been changed;
-    `changes` are that choice, and the change that gives the values back as they were."""
-    asked = [_asked(call, gradient, block) for block in packed.blocks]
-    found = attention_effects(asked, keys, values, changes, call.scaling, call.window or 0, call.softmax)
-    # The effect of what is left is there beside that of all the changed values, which no cache ever had.
-    errors = [one.evicted[..., 0, 0] - one.values[..., 0] for one in found]
+def losses(call: Attention, gradient: Tensor, context: Context, packed: Packed, changes: Changes) -> Losses:
+    """The losses of all `changes` to a layer's context."""
+    return losses_of(packed, effects(call, asked_of(call, gradient, packed), context, changes))
+
+
+def losses_between(packed: Packed, whole: Sequence[Effects], left: Sequence[Effects]) -> Table:
+    """Losses by the follow-ups' kind, float64 [H], of what is `left` of a context in place of the whole."""
+    errors = [one.total - other.total for one, other in zip(left, whole, strict=True)]
     return _means([block.kind for block in packed.blocks], errors)
 
 
@@ -77,7 +88,7 @@ def _asked(call: Attention, gradient: Tensor, block: Block) -> Asked:
     return Asked(*rows, 2 if len(places) >= MANY else 1)
 
 
-def _means(kinds: Sequence[str], errors: Sequence[Tensor]) -> dict[str, NDArray[np.float64]]:
+def _means(kinds: Sequence[str], errors: Sequence[Tensor]) -> Table:
     """1/2 mean over rows of squared errors [H, T, ...], float64 [H, ...]; follow-ups of one kind count alike, however
     many rows each has."""
     # Losses span many orders of magnitude: in float32, squares below 1e-38 would vanish.

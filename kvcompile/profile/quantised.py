@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser
-from kvcompile.kernels.codecs import codec_of
+from kvcompile.kernels.codecs import codec_of, profiled
 from kvcompile.kernels.codecs.api import read_back
 from kvcompile.profile.rotation import rotated, unrotated
 from kvcompile.quantiser import sectioned
@@ -35,6 +35,42 @@ def quantised(stored: Tensor, transform: Tensor, mean: Tensor, bits: int) -> Ten
     inverse = torch.linalg.inv(transform.double()).float()
     back: Tensor = decoded @ inverse.mT + mean[..., None, :]
     return back
+
+
+class Errors:
+    """What every codec that is measured does to keys, or to values (`kind`), under a quantiser of one layer."""
+
+    def __init__(self, quantiser: Quantiser, kind: str, device: torch.device) -> None:
+        transform, mean = matrices(quantiser, 0, kind, device)
+        size, self._mean = transform.shape[-1], mean[..., None, :]
+        mixings = {bits: sectioned(bits, size) for bits in profiled(kind[0])}
+        self._mixings = {
+            bits: torch.eye(size, device=device) if one is None else torch.from_numpy(one.astype(np.float32)).to(device)
+            for bits, one in mixings.items()
+        }
+        self._transform = transform
+        # As the runtime does, which inverts in float64.
+        self._inverse = {
+            bits: torch.linalg.inv((one @ transform).double()).float() for bits, one in self._mixings.items()
+        }
+
+    def of(self, stored: Tensor) -> tuple[Tensor, ...]:
+        """By codec, what is read back less what was stored, float32 [H, n, D]; see `quantised`."""
+        transformed = (stored.float() - self._mean) @ self._transform.mT
+        return tuple(self._of(stored, transformed, bits) for bits in self._mixings)
+
+    def _of(self, stored: Tensor, transformed: Tensor, bits: int) -> Tensor:
+        codec = codec_of(bits)
+        if not codec.fits(stored.shape[-1]):
+            return torch.zeros_like(transformed)
+        if codec.needs_transform:
+            own = transformed if not codec.sections else transformed @ self._mixings[bits].mT
+        else:
+            own = stored.float()
+        error = read_back(own, bits) - own
+        if codec.needs_anchor:
+            error[..., 0, :] = 0
+        return error @ self._inverse[bits].mT if codec.needs_transform else error
 
 
 @dataclass(frozen=True)

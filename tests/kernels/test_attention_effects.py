@@ -51,7 +51,7 @@ def in_double(args: tuple[list[Asked], Tensor, Tensor, Changes, float]) -> list[
 
 def compare(found: list[Effects], wanted: list[Effects], tolerance: float) -> None:
     for one, other in zip(found, wanted, strict=True):
-        for name in ("evicted", "keys", "values"):
+        for name in ("evicted", "keys", "values", "total"):
             torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=tolerance, atol=tolerance)
         assert (one.evicted[0, ..., -1] == 0).all(), "nothing is lost where all is kept"
 

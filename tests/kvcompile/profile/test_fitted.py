@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from kvcompile.kernels import Softmax
+from kvcompile.kernels import Changes, Softmax
 from kvcompile.kernels.softmax import PLAIN
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, pack, references
 from kvcompile.profile.cut import Left, over_cut
 from kvcompile.profile.eviction import budget_grid
-from kvcompile.profile.fitted import SHARE, Kept, fitted_at, points, with_fitted
+from kvcompile.profile.fitted import SHARE, Kept, points, with_fitted
+from kvcompile.profile.losses import asked_of, effects, losses_between
 from kvcompile.profile.references import LayerReferences
 from kvcompile.stages import Rotary
 
@@ -49,7 +52,21 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
     kept = [draw(heads, length, seed=7 + i) > level for i, level in enumerate((1.0, 0.0))]
     context = Context([], [keys], [values])
     looks = [asking.of_head(h, keys, values) for h in range(heads)]
-    found = fitted_at([Kept.of(alive, looks) for alive in kept], call, gradient, context, packed)
+    asked, nothing = asked_of(call, gradient, packed), torch.zeros(heads, length, 1, dtype=torch.int32)
+    whole = effects(call, asked, context, Changes(nothing, 1))
+    found = []
+    for alive in kept:
+        # As many tokens are kept in every head of a layer: here, one head after the other.
+        each = []
+        for h in range(heads):
+            left = Kept.of(alive[h : h + 1], looks[h : h + 1]).context(keys[h : h + 1])
+            one, mine = slice(h, h + 1), slice(h * group, (h + 1) * group)
+            alone = Attention(0, call.query[mine], call.key[one], call.value[one], scaling, None, softmax)
+            rows = asked_of(alone, gradient[mine], packed)
+            all_kept = torch.zeros(1, left.keys[0].shape[1], 1, dtype=torch.int32)
+            cut = effects(alone, rows, left, Changes(all_kept, 1))
+            each.append(losses_between(packed, [replace(w, total=w.total[one]) for w in whole], cut))
+        found.append({kind: np.concatenate([table[kind] for table in each]) for kind in each[0]})
     for block in packed.blocks:
         own, judged = slice(block.start, block.stop), slice(block.judged - block.start, None)
         for h in range(heads):
@@ -62,7 +79,7 @@ def test_losses_are_those_of_attention_written_out(group: int, softmax: Softmax)
                 cut = attended(q, keys[h][alive[h]], new[alive[h]], *mine, scaling, softmax)
                 error = (u * (cut - full)).sum(-1).sum(0)[judged]
                 expected = float(error.square().mean() / 2)
-                np.testing.assert_allclose(found[block.kind][h, i], expected, rtol=2e-3, atol=1e-7)
+                np.testing.assert_allclose(found[i][block.kind][h], expected, rtol=2e-3, atol=1e-7)
 
 
 def test_points_are_among_the_budgets() -> None:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvcompile.artifacts.errors import CalibrationError, ModelError
 from kvcompile.models.room import Room
-from kvcompile.profile import Material, curves, fit, measure
+from kvcompile.profile import Material, fit, layer_losses, measure
 from kvcompile.profile.attention import BLOCK
 from kvcompile.profile.held import UNLIMITED
 
@@ -143,13 +143,13 @@ def test_finished_profile_is_not_measured_again(tiny: Tiny, tmp_path: Path) -> N
 
 def test_every_layer_that_attends_to_a_head_counts(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its losses, which add up, and in the utility of its tokens, which is the largest of all."""
-    seen, fitted, own = list[Tensor](), list[Tensor](), (curves.losses, fit.utilities, fit.normal_sums)
+    seen, fitted, own = list[Tensor](), list[Tensor](), (layer_losses.losses_of, fit.utilities, fit.normal_sums)
 
     def ones(*args: Any) -> Any:
         found = own[0](*args)
         return replace(found, evicted={kind: np.ones_like(table) for kind, table in found.evicted.items()})
 
-    monkeypatch.setattr(curves, "losses", ones)
+    monkeypatch.setattr(layer_losses, "losses_of", ones)
     monkeypatch.setattr(fit, "utilities", lambda *args: seen.append(own[1](*args)) or seen[-1])
     monkeypatch.setattr(fit, "normal_sums", lambda *args: fitted.append(args[1]) or own[2](*args))
     profile = measure(tiny("gemma4_text, shared"), material(), seed=0).profile

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from kvcompile.artifacts import Quantiser
 from kvcompile.kernels import decode, encode
-from kvcompile.profile.quantised import quantised
+from kvcompile.kernels.codecs import codec_of, profiled
+from kvcompile.profile.quantised import Errors, matrices, quantised
 from kvcompile.quantiser import balanced
 
 
@@ -22,6 +24,21 @@ def test_the_compiler_quantises_as_the_runtime_does(bits: int, size: int) -> Non
     expected = decode(*encode(transformed, bits), bits, torch.float32)
     expected[0] = transformed[0]
     torch.testing.assert_close(found, expected @ torch.linalg.inv(transform).mT + mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+@pytest.mark.parametrize("size", [16, 64, 96])
+def test_errors_are_what_is_read_back_less_what_was_stored(kind: str, size: int) -> None:
+    rng = np.random.default_rng(0)
+    tables = [balanced(np.diag(rng.uniform(0.1, 9, size)), np.eye(size)).astype(np.float16) for _ in range(3)]
+    transform, mean = np.stack(tables)[None], rng.standard_normal((1, 3, size)).astype(np.float16)
+    quantiser = Quantiser(transform, mean, transform, mean)
+    stored = torch.from_numpy(rng.standard_normal((3, 40, size)).astype(np.float32))
+    found = Errors(quantiser, kind, stored.device).of(stored)
+    for bits, error in zip(profiled(kind[0]), found, strict=True):
+        expected = quantised(stored, *matrices(quantiser, 0, kind, stored.device), bits) - stored
+        torch.testing.assert_close(error, expected, rtol=1e-3, atol=1e-4)
+        assert bool(error.any()) == codec_of(bits).fits(size)
 
 
 def test_quantising_balanced_keys_beats_plain_ones_where_it_matters() -> None:
