@@ -46,7 +46,7 @@ from kvcompile.artifacts.schema import (
     vector_bytes,
 )
 from kvcompile.artifacts.serialize import to_bytes, write
-from kvcompile.artifacts.shapes import heads_of, is_planned, planned_heads, source_of
+from kvcompile.artifacts.shapes import heads_of, is_planned, planned_heads, source_of, sources_of
 from kvcompile.artifacts.validate import validate
 
 __all__ = [
@@ -94,6 +94,7 @@ __all__ = [
     "states_name",
     "slot_bytes",
     "source_of",
+    "sources_of",
     "to_bytes",
     "token_limits",
     "validate",

@@ -59,18 +59,27 @@ def heads_of(config: Any, layer: int) -> tuple[int, int]:
 def source_of(config: Any, layer: int) -> int:
     """The layer whose keys and values a layer attends to: its own, or, where it is one of the last layers of a model in
     which these have none, those of the last layer before them that is of its type."""
-    config, kinds = config.get_text_config(), kinds_of(config)
-    first = len(kinds) - int(getattr(config, "num_kv_shared_layers", None) or 0)
-    return layer if layer < first else first - 1 - kinds[:first][::-1].index(kinds[layer])
+    return sources_of(config)[layer]
+
+
+def sources_of(config: Any) -> list[int]:
+    """`source_of` every layer."""
+    config = config.get_text_config()
+    count, sharing = int(config.num_hidden_layers), int(getattr(config, "num_kv_shared_layers", None) or 0)
+    found, first = list(range(count)), count - sharing
+    if sharing:
+        kinds = kinds_of(config)
+        found[first:] = [first - 1 - kinds[:first][::-1].index(kind) for kind in kinds[first:]]
+    return found
 
 
 def is_planned(config: Any, layer: int) -> bool:
     """Whether a plan has rows for the heads of a layer. It has none for layers of linear attention, for sliding ones
     whose heads are not in number and size those of the layers of full attention (Gemma-4), and for those that attend to
     the keys and values of another layer."""
-    config, kinds = config.get_text_config(), kinds_of(config)
     if source_of(config, layer) != layer:
         return False
+    config, kinds = config.get_text_config(), kinds_of(config)
     if kinds[layer] in (FULL, LINEAR) or FULL not in kinds or not getattr(config, "is_heterogeneous", False):
         return kinds[layer] != LINEAR
     return heads_of(config, layer) == heads_of(config, kinds.index(FULL))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvcompile.artifacts import is_planned, source_of
+from kvcompile.artifacts import is_planned, source_of, sources_of
 
 
 def decoder_of(model: Any) -> Any:
@@ -39,7 +39,7 @@ def reuses(layer: Any) -> bool:
 def sources(model: Any) -> list[int]:
     """By decoder layer, the number of the one whose keys and values it attends to (`kvcompile.artifacts.source_of`);
     its own where it is of linear attention."""
-    return [source_of(model.config, number) for number in range(len(decoder_of(model).layers))]
+    return sources_of(model.config)
 
 
 def attention_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

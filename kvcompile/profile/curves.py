@@ -41,7 +41,7 @@ from kvcompile.profile.structure import (
     source_layer,
 )  # fmt: skip
 from kvcompile.profile.utility import scores
-from kvcompile.runtime.parts import planned
+from kvcompile.runtime.parts import planned, sources
 
 
 class Curves:
@@ -139,7 +139,7 @@ class Curves:
     def _from_later(self, layer: int, reading: Reading, held: Held) -> Sequence[Tensor]:
         """The gradients at the keys and values that a layer attends to of all later ones that attend to them; none
         where there is no such layer."""
-        own = [source_layer(self.setting.model, one) for one in range(len(layers(self.setting.model)))]
+        own = sources(self.setting.model)
         if own[layer] not in own[layer + 1 :]:
             return ()
         name = reading.lent_gradient(own.index(own[layer], layer + 1))

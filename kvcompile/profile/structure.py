@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -53,9 +55,14 @@ def attends(layer: nn.Module) -> bool:
     return hasattr(layer, "self_attn")
 
 
+_places: WeakKeyDictionary[nn.Module, list[int]] = WeakKeyDictionary()
+
+
 def place_of(model: Any, layer: int) -> int:
     """The number that a profile gives to a layer: how many that a plan is for are before it."""
-    return sum(map(planned, layers(model)[:layer]))
+    if model not in _places:  # transformers' configurations take their time, and every step of a profile asks
+        _places[model] = [0, *accumulate(int(planned(one)) for one in layers(model))]
+    return _places[model][layer]
 
 
 def source_layer(model: Any, layer: int) -> int:
