@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from kvcompile.artifacts import heads_of
 from kvcompile.bench.full_attention import Attend, CacheShape
 from kvcompile.bench.timing import record
-from kvcompile.runtime.parts import reuses
+from kvcompile.runtime.parts import decoder_of, reuses
 
 NAME = "kvcompile-bench"
 """Under which another attention is registered with transformers, which then makes no mask."""
@@ -27,13 +28,15 @@ class Step:
     recorded: bool | None
 
 
-def cache_shape(model: Any, batch: int, context: int) -> CacheShape:
-    """Of one layer of the model's full cache."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_key_value_heads
-    group = config.num_attention_heads // heads
-    return CacheShape(batch, heads, context, head_dim, group, model.dtype, model.device)
+def cache_shapes(model: Any, batch: int, context: int) -> dict[int, CacheShape]:
+    """Of the model's full cache, by the numbers of the layers that have keys and values of their own."""
+    every, query_heads = decoder_of(model).layers, model.config.get_text_config().num_attention_heads
+    own = [n for n, layer in enumerate(every) if hasattr(layer, "self_attn") and not reuses(layer)]
+    heads = {number: heads_of(model.config, number) for number in own}
+    return {
+        number: CacheShape(batch, count, context, size, query_heads // count, model.dtype, model.device)
+        for number, (count, size) in heads.items()
+    }
 
 
 @contextmanager
@@ -47,17 +50,17 @@ def full_step(
     slots are still to be written, so it reads what the full cache of `context` tokens has, and the text is another.
     """
     static = model.device.type == "cuda" or way is not None
-    shape = cache_shape(model, batch, context)
+    shapes = cache_shapes(model, batch, context)
     token = torch.ones(batch, 1, dtype=torch.int64, device=model.device)
     first = context - steps - 3 if static else context  # three steps before the first that counts
     position = torch.full((batch, 1), first, dtype=torch.int64, device=model.device)
     previous = model.config._attn_implementation
     with torch.inference_mode():
         if way is not None:
-            _register(way(shape))
+            _register(way(next(iter(shapes.values()))))
             model.set_attn_implementation(NAME)
         try:
-            cache = _filled_static(model, token, position, context) if static else _filled_dynamic(model, shape)
+            cache = _filled_static(model, token, position, context) if static else _filled_dynamic(model, shapes)
 
             def step() -> None:
                 logits = model(token, position_ids=position, past_key_values=cache).logits
@@ -66,7 +69,7 @@ def full_step(
 
             on_gpu = model.device.type == "cuda"
             run = record([step]) if on_gpu else step
-            yield Step(model.config.num_hidden_layers * shape.bytes, run, on_gpu or None)
+            yield Step(sum(shape.bytes for shape in shapes.values()), run, on_gpu or None)
         finally:
             model.set_attn_implementation(previous)
 
@@ -96,13 +99,11 @@ def _filled_static(model: Any, token: torch.Tensor, position: torch.Tensor, cont
     return cache
 
 
-def _filled_dynamic(model: Any, shape: CacheShape) -> Any:
+def _filled_dynamic(model: Any, shapes: Mapping[int, CacheShape]) -> Any:
     from transformers import DynamicCache
 
     cache: Any = DynamicCache(config=model.config)
-    size = (shape.batch, shape.heads, shape.context, shape.head_dim)
-    for number, layer in enumerate(model.get_decoder().layers):
-        if not hasattr(layer, "self_attn") or reuses(layer):
-            continue  # linear attention, or another layer's keys and values
+    for number, shape in shapes.items():
+        size = (shape.batch, shape.heads, shape.context, shape.head_dim)
         cache.update(torch.randn(size, dtype=model.dtype), torch.randn(size, dtype=model.dtype), number)
     return cache

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from tiny_models import CONFIGS, make_artifact, tiny_model
 
 from kvcompile.artifacts import KvcompileError, identify
 from kvcompile.bench import subjects
@@ -59,6 +60,19 @@ def test_every_part_is_measured(tiny) -> None:
     assert ours.cache_bytes == plan.bytes.resident
     assert ours.tokens_per_second == pytest.approx(2 / ours.seconds)
     assert set(measure_prefill(tiny, plan, 1, 64, 1)) == {"full cache", "artifact without its scorer", "artifact"}
+
+
+@pytest.mark.parametrize(
+    ("family", "elements"),
+    # Of a token, heads x elements of every layer with keys and values of its own.
+    [("gemma4", 3 * 16 + 6 * 8 + 3 * 16), ("gemma4-shared", 3 * 8 + 3 * 16), ("qwen3-next", 3 * 16)],
+)
+def test_layers_that_are_not_alike(family: str, elements: int) -> None:
+    model = tiny_model(CONFIGS[family])
+    full, ours = measure_decode(model, make_artifact(model, 40, context=256), 2, 256, 4)
+    assert full.cache_bytes == 2 * 2 * 256 * elements * 4
+    assert full.seconds > 0
+    assert ours.seconds > 0
 
 
 def test_calls_take_turns_and_the_first_round_does_not_count() -> None:
