@@ -1,14 +1,54 @@
-"""What one layer knows of several new tokens on a filled store, which are read chunk by chunk."""
+"""What one layer knows of several new tokens on a filled store, which come at once or are read chunk by chunk."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from kvcompile.kernels import Softmax
 from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime import new_tokens
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.store import LayerStore
+
+
+class FollowUpAtOnce:
+    """New tokens on a filled store that come in one call, also with padding anywhere and for policies that observe:
+    `query` [B, num_heads, T, D], `keys` and `values` [B, num_kv_heads, T, D], `mask` bool [B, 1, T, T] within them,
+    `real` bool [B, T] False for padding (both None: causal, and no padding), `score` f32 [B, T, num_kv_heads]."""
+
+    def __init__(
+        self,
+        store: LayerStore,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        real: torch.Tensor | None,
+        scaling: float,
+        score: torch.Tensor | None,
+    ) -> None:
+        self._store, self._mask, self._real, self._scaling, self._score = store, mask, real, scaling, score
+        self._query, self._keys, self._values = store.transformed(query, keys, values)
+
+    @torch.no_grad()
+    def attend(self) -> torch.Tensor:
+        """Attention [B, num_heads, T, D] to the store, and causally (by the mask) to each other."""
+        return self._store.several(self._query, self._keys, self._values, self._scaling, self._mask)
+
+    @torch.no_grad()
+    def again(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
+        """The same of another layer's queries [B, num_heads, t, D] of the last t."""
+        own = F.pad(query, (0, 0, self._keys.shape[2] - query.shape[2], 0))  # as many as the mask is for
+        own, *_ = self._store.transformed(own, self._keys[:, :, :0], self._values[:, :, :0])
+        out = self._store.several(own, self._keys, self._values, scaling, self._mask)
+        return out[:, :, -query.shape[2] :]
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Store what the policies keep."""
+        given = self._query, self._keys, self._values, self._real, self._scaling, self._score
+        new_tokens.keep(self._store, *given)
 
 
 class FollowUp:

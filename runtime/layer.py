@@ -13,12 +13,11 @@ from transformers.cache_utils import CacheLayerMixin
 from kvcompile.artifacts import CacheError
 from kvcompile.kernels import LayerLayout, Softmax, Transform
 from kvcompile.kernels.softmax import PLAIN
-from kvcompile.runtime import new_tokens
 from kvcompile.runtime.exact import refuse_followers
-from kvcompile.runtime.follow_up import FollowUp
+from kvcompile.runtime.follow_up import FollowUp, FollowUpAtOnce
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import real_tokens
-from kvcompile.runtime.reuse import Reuse, as_many
+from kvcompile.runtime.reuse import Reuse
 from kvcompile.runtime.rotation import Rotation
 from kvcompile.runtime.store import LayerStore
 
@@ -106,29 +105,16 @@ class RaggedLayer(CacheLayerMixin):
             out = exact()
             self.store.prefill(query, keys, values, real, scaling, self.score)
             return out
-        if self.reused:
-            return self._extend(query, keys, values, mask, real, scaling).transpose(1, 2)
-        return self.store.extend(query, keys, values, mask, real, scaling, self.score).transpose(1, 2)
+        new = FollowUpAtOnce(self.store, query, keys, values, mask, real, scaling, self.score)
+        out = new.attend()
+        self._end(new)
+        return out.transpose(1, 2)
 
-    def _extend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        real: torch.Tensor | None,
-        scaling: float,
-    ) -> torch.Tensor:
-        """As the store's `extend`, but that new tokens are stored when later layers have seen them too."""
-        store, score, count = self.store, self.score, query.shape[2]
-        given = (query, keys, values)
-
-        def again(later: torch.Tensor, scale: float) -> torch.Tensor:
-            own = store.transformed(as_many(later, count), keys, values)
-            return store.several(*own, scale, mask)[:, :, -later.shape[2] :]
-
-        self._reuse = Reuse(again, lambda: new_tokens.keep(store, *store.transformed(*given), real, scaling, score))
-        return again(query, scaling)
+    def _end(self, new: FollowUp | FollowUpAtOnce) -> None:
+        """New tokens are stored, where later layers attend to them too when these have."""
+        self._reuse = Reuse(new.again, new.end)
+        if not self.reused:
+            self.end_reuse()
 
     def attend_again(
         self, query: torch.Tensor, scaling: float, softmax: Softmax, exact: Callable[[], torch.Tensor]
@@ -165,10 +151,8 @@ class RaggedLayer(CacheLayerMixin):
             if isinstance(self.prompt, LayerPrompt):
                 self.store.cut(self.prompt)
                 self._reuse = Reuse(self.prompt.again if self.reused else None)
-            elif self.reused:
-                self._reuse = Reuse(self.prompt.again, self.prompt.end)
             else:
-                self.prompt.end()
+                self._end(self.prompt)
             self.columns += columns
         finally:
             self.prompt = None

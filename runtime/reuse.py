@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 
 Again = Callable[[torch.Tensor, float], torch.Tensor]
 """Attention [B, num_heads, t, D] of the queries [B, num_heads, t, D] of the last t of the new tokens, with what
@@ -24,8 +23,3 @@ class Reuse:
 
     again: Again | None = None
     after: Callable[[], None] = lambda: None
-
-
-def as_many(query: torch.Tensor, tokens: int) -> torch.Tensor:
-    """Queries [B, num_heads, t, D] of the last t of so many tokens, with zeros for those before them."""
-    return pad(query, (0, 0, tokens - query.shape[2], 0))

@@ -142,32 +142,15 @@ class LayerStore:
         return weighed(self, own, self.lengths(), scaling)
 
     @torch.no_grad()
-    def extend(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        mask: torch.Tensor | None,
-        real: torch.Tensor | None,
-        scaling: float,
-        score: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Several new tokens: attend to the store and causally (`mask` bool [B, 1, T, T]) to each other, then store
-        what the policies keep of them; [B, num_heads, T, D]."""
-        query, keys, values = self.transformed(query, keys, values)
-        out = self.several(query, keys, values, scaling, mask)
-        new_tokens.keep(self, query, keys, values, real, scaling, score)
-        return out
-
-    @torch.no_grad()
     def put(self, keys: torch.Tensor, values: torch.Tensor, score: torch.Tensor | None) -> None:
-        """Store what `extend` would of several new tokens, where no policy observes."""
+        """Store what the policies keep of several new tokens, where none of them observes."""
         _, keys, values = self.transformed(keys, keys, values)
         new_tokens.keep(self, keys, keys, values, None, 1.0, score)
 
     @torch.no_grad()
     def look(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float) -> torch.Tensor:
-        """What `extend` gives, without storing anything; `query` may be that of the last new tokens alone."""
+        """Attention [B, num_heads, T, D] of several new tokens to the store and causally to each other, without storing
+        anything; `query` may be that of the last of them alone."""
         return self.several(*self.transformed(query, keys, values), scaling)
 
     @torch.no_grad()

@@ -65,19 +65,6 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return labels.clamp_(max=weights.shape[-1] - 1)
 
 
-def backward(
-    layer: nn.Module,
-    below: Tensor,
-    arguments: dict[str, Any],
-    upstream: Tensor,
-    visit: Visit,
-    attend: Handler = causal,
-) -> Tensor:
-    """Carry the gradient `upstream` [1, n, d] at a layer's output back to its input `below` [1, n, d], and let `visit`
-    see the attention in between. `attend` is the attention of the forward pass."""
-    return gradients(layer, below, arguments, upstream, visit, attend)[0]
-
-
 def gradients(
     layer: nn.Module,
     below: Tensor,
@@ -87,8 +74,10 @@ def gradients(
     attend: Handler = causal,
     lent: Sequence[Tensor] = (),
 ) -> tuple[Tensor, list[Tensor]]:
-    """The same; and of a layer that attends to the keys and values of another one, the gradients at these. `lent` are
-    the sums of those, where the layer is that other one."""
+    """Carry the gradient `upstream` [1, n, d] at a layer's output back to its input `below` [1, n, d], and let `visit`
+    see the attention in between; `attend` is the attention of the forward pass. Beside it, of a layer that attends to
+    the keys and values of another one, the gradients [1, H, n, D] at these; where the layer is that other one, `lent`
+    are the sums of those."""
 
     def watched(call: Attention) -> Tensor:
         output = attend(call)

@@ -37,7 +37,7 @@ def layer_losses(
     of_keys, of_values = errors[0].of(keys), errors[1].of(values)
     whole = effects(call, asked, context, Changes(entry, budgets, of_keys, of_values))
     lost = losses_of(packed, whole)
-    found = {"loss": [lost.evicted], "key_loss": [lost.keys], "value_loss": [lost.values]}
+    found = {"loss": lost.evicted, "key_loss": lost.keys, "value_loss": lost.values}
     kept = {"fitted_loss": list[Table](), "kept_key_loss": list[Table](), "kept_value_loss": list[Table]()}
     for number, budget in enumerate(at.tolist()):
         one = Kept.of(entry[..., SHARE] <= budget, looks)
@@ -50,7 +50,7 @@ def layer_losses(
             lost = losses_of(packed, effect)
             kept["kept_key_loss"].append(lost.keys)
             kept["kept_value_loss"].append(lost.values)
-    return {name: one for name, (one,) in found.items()} | {name: _stacked(each) for name, each in kept.items()}
+    return found | {name: _stacked(each) for name, each in kept.items()}
 
 
 def _left(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kvcompile.profile.attention import Attention, Handler, causal, handling
 from kvcompile.profile.context import Context, Packed, references
 from kvcompile.profile.linear import going_on, left_behind, states_of
-from kvcompile.profile.structure import attends, device_of, layers
+from kvcompile.profile.structure import attends, device_of, layers, lends, source_layer
 from kvcompile.runtime.parts import attention_input, decoder_of
 from kvcompile.runtime.token_inputs import has_token_inputs, left_out, token_input
 
@@ -79,6 +79,32 @@ class Calls:
 
     def _kind(self, layer: int) -> str:
         return str(layers(self.model)[layer].get_submodule("self_attn").layer_type)
+
+
+@dataclass(frozen=True, eq=False)
+class OnTheWay:
+    """A sequence on its way through the layers, in memory: its tokens and their positions, i64 [n], what it was
+    `embedded` as, [1, n, d], and by number of the layer what later ones attend to."""
+
+    calls: Calls
+    ids: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    embedded: Tensor
+    lent: dict[int, Lent] = field(default_factory=dict)
+
+    def arguments(self, layer: int) -> dict[str, Any]:
+        """What it goes through a layer with, beside its residual stream."""
+        source = source_layer(self.calls.model, layer)
+        known = None if source == layer else self.lent[source]
+        return self.calls.of(layer, self.positions, self.ids, self.embedded, known)
+
+    def through(self, layer: int, states: Tensor, attend: Handler) -> Tensor:
+        """Its residual stream after a layer, from the one before it, [1, n, d] both."""
+        model, arguments = self.calls.model, self.arguments(layer)
+        after = through(layers(model)[layer], states, arguments, attend)
+        if lends(model, layer):
+            self.lent[layer] = self.calls.lent(layer, arguments)
+        return after
 
 
 def embedded(model: Any, ids: NDArray[np.int64]) -> Tensor:

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
-from kvcompile.profile.layerwise import Calls, Lent, embedded, through
+from kvcompile.profile.layerwise import Calls, OnTheWay, embedded
 from kvcompile.profile.structure import (
     embedding,
     frozen,
     head,
     head_blocks,
     layers,
-    lends,
     logits,
     place_of,
     source_layer,
@@ -61,18 +60,13 @@ def perplexity(model: Any, windows: Sequence[NDArray[np.int64]], budgets: NDArra
     calls, total = Calls(model), 0.0
     with torch.no_grad(), frozen(model), attended(model):
         with resident(embedding(model)):
-            first = states = [embedded(model, ids) for ids in windows]
-        lent: list[dict[int, Lent]] = [{} for _ in windows]
-        for layer, part in enumerate(in_turn(layers(model))):
-            source, after = source_layer(model, layer), []
+            states = [embedded(model, ids) for ids in windows]
+        runs = [OnTheWay(calls, ids, np.arange(len(ids)), one) for ids, one in zip(windows, states, strict=True)]
+        for layer, _ in enumerate(in_turn(layers(model))):
+            source = source_layer(model, layer)
             chosen = planned(layers(model)[source])
             attend = partial(_at, handler, place_of(model, source)) if chosen else causal
-            for ids, start, state, known in zip(windows, first, states, lent, strict=True):
-                arguments = calls.of(layer, np.arange(len(ids)), ids, start, known.get(source))
-                after.append(through(part, state, arguments, attend))
-                if lends(model, layer):
-                    known[layer] = calls.lent(layer, arguments)
-            states = after
+            states = [run.through(layer, state, attend) for run, state in zip(runs, states, strict=True)]
         with resident(head(model)):
             for ids, one in zip(windows, states, strict=True):
                 total += _negative_log_likelihood(model, ids, one[0, :-1])

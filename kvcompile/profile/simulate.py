@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.models.resident import in_turn, resident
-from kvcompile.profile.attention import Handler, attended
+from kvcompile.profile.attention import attended
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.cut import Left, over_cut, rows_of
-from kvcompile.profile.layerwise import Calls, Lent, after, embedded, read_layer, through
+from kvcompile.profile.layerwise import Calls, OnTheWay, after, embedded, read_layer
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift
 from kvcompile.profile.rotation import of_layer
@@ -132,16 +132,16 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                 packed = pack(len(episode.context), episode.follow_ups)
                 room = max(tokens - len(episode.context), 0)
                 offset = round(room * (number + 0.5) / len(episodes))
-                before = embedded(model, episode.context), embedded(model, packed.ids)
-                runs.append(_Run(episode.context, packed, offset, before, before[0], before[1], before[1]))
+                ids = episode.context
+                context = OnTheWay(calls, ids, np.arange(len(ids)), embedded(model, ids))
+                asked = OnTheWay(calls, packed.ids, packed.positions, embedded(model, packed.ids))
+                runs.append(_Run(packed, offset, context, asked, replace(asked, lent={})))
         for layer, part in enumerate(in_turn(layers(model))):
             source = source_layer(model, layer)
             place = place_of(model, source)
             for run in runs:
                 if source == layer:
-                    places = np.arange(len(run.ids))
-                    arguments = calls.of(layer, places, run.ids, run.embedded[0])
-                    run.context, left = read_layer(model, part, run.context, arguments)
+                    run.context, left = read_layer(model, part, run.context, run.reading.arguments(layer))
                 else:
                     left = run.left[source]
                 if lends(model, layer):
@@ -157,8 +157,8 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                     shift = Shift(rotary, run.offset)
                     attend = over_cut(kept, run.packed, rows, of_one, tokens, rotary, shift)
                 with after(model, part, run.packed, tensors_of(left.states, part)):
-                    run.full = run.through(calls, layer, part, run.full, whole, run.lent)
-                    run.cut = run.through(calls, layer, part, run.cut, attend, run.lent_of_cut)
+                    run.full = run.asked.through(layer, run.full, whole)
+                    run.cut = run.asked_of_cut.through(layer, run.cut, attend)
         with resident(head(model)):
             found = [_mean(kinds(model, run.compared())[0]) for run in runs]
     return float(np.mean(found))
@@ -166,31 +166,19 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
 
 @dataclass
 class _Run:
-    """An episode on its way through the layers: residual streams [1, n, d] of its context `ids` and [1, m, d] of what
-    is asked, with the full cache and with the cut one; what both were `embedded` as; and by number of the layer, what
-    later ones attend to, of the context (`left`) and of what is asked."""
+    """An episode on its way through the layers: its context, and what is asked with the full cache and with the cut
+    one, with the residual streams [1, n, d] of all three; and by number of the layer what the context has `left` for
+    later ones."""
 
-    ids: NDArray[np.int64]
     packed: Packed
     offset: int
-    embedded: tuple[Tensor, Tensor]
-    context: Tensor
-    full: Tensor
-    cut: Tensor
+    reading: OnTheWay
+    asked: OnTheWay
+    asked_of_cut: OnTheWay
     left: dict[int, Context] = field(default_factory=dict)
-    lent: dict[int, Lent] = field(default_factory=dict)
-    lent_of_cut: dict[int, Lent] = field(default_factory=dict)
 
-    def through(
-        self, calls: Calls, layer: int, part: nn.Module, states: Tensor, attend: Handler, lent: dict[int, Lent]
-    ) -> Tensor:
-        """What is asked after a layer."""
-        known = lent.get(source_layer(calls.model, layer))
-        arguments = calls.of(layer, self.packed.positions, self.packed.ids, self.embedded[1], known)
-        after = through(part, states, arguments, attend)
-        if lends(calls.model, layer):
-            lent[layer] = calls.lent(layer, arguments)
-        return after
+    def __post_init__(self) -> None:
+        self.context, self.full, self.cut = self.reading.embedded, self.asked.embedded, self.asked_of_cut.embedded
 
     def compared(self) -> list[tuple[str, Tensor, list[Tensor]]]:
         return [(kind, self.full[0, rows], [self.cut[0, rows]]) for kind, rows in compared(self.packed)]

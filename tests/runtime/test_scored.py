@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from kvcompile.kernels import HeadSpec, LayerLayout
 from kvcompile.runtime import attach
+from kvcompile.runtime.follow_up import FollowUpAtOnce
 from kvcompile.runtime.store import LayerStore
 
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]
@@ -80,7 +81,7 @@ def check_pieces(capacity: int, sink: int, recent: int, pieces: list[int], every
         elif piece == 1:
             store.step(query, tokens, tokens, 1.0, score)
         else:
-            store.extend(query, tokens, tokens, None, None, 1.0, score)
+            FollowUpAtOnce(store, query, tokens, tokens, None, None, 1.0, score).end()
         start += piece
     view = store.keys.views(layout.classes[0])[0]
     for head in range(2):

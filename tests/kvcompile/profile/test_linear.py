@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvcompile.profile.attention import Attention, attended, attending
 from kvcompile.profile.context import after, follow, over_context, pack, read_context
-from kvcompile.profile.fisher import backward
+from kvcompile.profile.fisher import gradients
 from kvcompile.profile.layerwise import after as after_layer
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.structure import forward, frozen, layers, place_of
@@ -64,7 +64,7 @@ def test_gradients_are_those_of_the_whole_pass(tiny: Callable[..., Any], family_
             # As a profile has it from its disk: tensors, of which a state is made anew.
             left = {name: tensor.clone() for name, tensor in tensors_of(context.states, part).items()}
             with attended(model), after_layer(model, part, packed, left):
-                slope = backward(
+                slope, _ = gradients(
                     part, inputs, arguments, slope, lambda call, upstream: found.append(upstream),
                     over_context(one, packed),
                 )  # fmt: skip

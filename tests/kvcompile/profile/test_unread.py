@@ -8,7 +8,7 @@ import torch
 from layer_walk import walked
 
 from kvcompile.profile.attention import attended, causal
-from kvcompile.profile.fisher import backward
+from kvcompile.profile.fisher import gradients
 from kvcompile.profile.layerwise import through
 from kvcompile.profile.structure import frozen, layers
 from kvcompile.profile.unread import unread_output
@@ -24,7 +24,7 @@ def test_gradients_are_those_of_the_whole_layer(tiny: Tiny, family: str) -> None
     with frozen(model), attended(model):
         _, every = walked(model, np.arange(20) + 3)
         for part, arguments in zip(layers(model), every, strict=True):
-            found = backward(part, below, arguments, upstream, lambda *_: None)
+            found, _ = gradients(part, below, arguments, upstream, lambda *_: None)
             inputs = below.clone().requires_grad_()
             with torch.enable_grad():
                 output = through(part, inputs, arguments, causal)
