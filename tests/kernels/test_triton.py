@@ -191,23 +191,36 @@ def test_padding_in_place_of_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_work_list_covers_every_slot_once(layout: LayerLayout, programs: int) -> None:
     work = work_list(layout, 64, 16, programs, 32, most=16)
-    assert len(work.items) <= max(programs, layout.num_kv_heads)
-    assert work.most <= 16
-    for h, (row, (first, count)) in enumerate(zip(layout.rows, work.heads, strict=True)):
-        assert work.items[first : first + count] == tuple((h, part) for part in range(count))
+    assert len(work.items) <= max(programs, layout.num_kv_heads) + layout.num_kv_heads - 1
+    assert max(work.counts) <= 16
+    for h, row in enumerate(layout.rows):
+        items = [item for item in work.items if item.head == h]
+        assert [item.part for item in items] == list(range(work.counts[h]))
         for filled in {0, 1, min(31, row.capacity), row.capacity // 2, row.capacity}:
-            spans = [span(part, count, filled, 32) for part in range(count)]
+            spans = [span(item, work.counts[h], work.blocks[h], filled, 32) for item in items]
             assert [slot for start, stop in spans for slot in range(start, stop)] == list(range(filled))
-            assert all(stop > start for start, stop in spans[: -(-filled // 32)]), "an item of the first ones is empty"
+            short = -(-filled // 32) < work.counts[h]
+            assert all(stop > start for start, stop in spans[: -(-filled // 32)]) or not short, "spread over as many"
 
 
-def test_items_have_nearly_equal_bytes() -> None:
+def test_a_work_list_of_millions_of_slots() -> None:
+    """Products of which the kernel's 32 bits hold."""
+    work = work_list(LayerLayout.from_heads([HeadSpec("full", 4_000_000, 4, 64)]), 128, 16, 500, 16, most=128)
+    filled = 3_999_990
+    assert -(-filled // 16) * max(item.last for item in work.items) < 1 << 31
+    spans = [span(item, work.counts[0], work.blocks[0], filled, 16) for item in work.items]
+    assert [start for start, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == filled
+    assert max(stop - start for start, stop in spans) < 1.05 * filled / len(spans)
+
+
+def test_programs_are_done_at_about_the_same_time() -> None:
+    """Whatever the budgets: where all begin the longest items first, and go on with the next when they are done."""
     layout = LayerLayout.from_heads(
-        [HeadSpec("scored", n, 4, 64, b, b) for n, b in ((20_000, 16), (9_000, 8), (3_000, 4))]
+        [HeadSpec("scored", n, 4, 64, b, b) for n, b in ((20_000, 16), (9_000, 8), (3_000, 4), (700, 16))]
     )
-    work = work_list(layout, 128, 16, 64, 64, most=64)
-    sizes = []
-    for h, part in work.items:
-        start, stop = span(part, work.heads[h][1], layout.rows[h].capacity, 64)
-        sizes.append((stop - start) * (layout.rows[h].k_codec or 16))  # int8 is 8, int4 is 4
-    assert max(sizes) < 1.15 * sum(sizes) / len(sizes)
+    work = work_list(layout, 128, 16, 24, 64, most=64)
+    done = [0.0] * 24
+    for length in sorted(map(work.length, range(len(work.items))), reverse=True):
+        done[done.index(min(done))] += length
+    assert max(done) < 1.05 * sum(done) / len(done)

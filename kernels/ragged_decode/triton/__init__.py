@@ -1,8 +1,9 @@
-"""Ragged decoding on a GPU: one launch of a work list (`scan`), whose last programs join what the others found."""
+"""Ragged decoding on a GPU: one launch of a work list (`items`), whose last programs join what the others found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.overlap import overlap
 from kvcompile.kernels.ragged_decode.occupancy import resident
 from kvcompile.kernels.ragged_decode.pairs import codecs_of, pairs_of
-from kvcompile.kernels.ragged_decode.triton.scan import ITEM, _decode
+from kvcompile.kernels.ragged_decode.triton.items import ITEM, OWN, _decode
 from kvcompile.kernels.ragged_decode.tuning import Tuning, entry, items_of
 from kvcompile.kernels.ragged_decode.work import FAN, work_list
 
@@ -94,18 +95,21 @@ def ragged_decode(
         partial = torch.empty(batch, len(items), used, head_dim, dtype=torch.float32, device=device)
         stats = torch.empty(batch, len(items), 2, used, dtype=torch.float32, device=device)
         found = arguments(items, partial, stats, fan, early if constant else 0)
-        _decode[(len(items), batch, blocks)](*found, **fixed, **options)
+        _decode[(batch, len(items), blocks)](*found, **fixed, **options)
     return out
 
 
 def _items(
     layout: LayerLayout, head_dim: int, exact: torch.dtype, programs: int, chosen: Tuning, device: torch.device
 ) -> tuple[torch.Tensor, int]:
-    """The work list on the device, where it never changes: int32 [items, `ITEM`], `scan.OWN` and the row of the item's
-    head, so that a program has all of it at once; and how many items are joined at a time."""
+    """The work list on the device, where it never changes: int32 [items, `ITEM`], `items.OWN` and the row of the item's
+    head, so that a program has all of it at once; and how many items are joined at a time. The longest items come
+    first: where a processor has no room for all, it begins the short ones when others are done."""
     work = work_list(layout, head_dim, exact.itemsize * 8, programs, chosen.block, chosen.most)
-    own = torch.tensor([(h, part, work.heads[h][1]) for h, part in work.items], dtype=torch.int32, device=device)
-    found = torch.cat([own, head_table(layout, head_dim, device)[own[:, 0].long()]], 1)
+    rows = [(*astuple(one), work.counts[one.head], work.blocks[one.head], at) for at, one in enumerate(work.items)]
+    rows.sort(key=lambda row: -work.length(row[-1]))
+    own = torch.tensor(rows, dtype=torch.int32, device=device)
+    found = torch.cat([own, head_table(layout, head_dim, device)[own[:, OWN.index("head")].long()]], 1)
     return torch.nn.functional.pad(found, (0, ITEM.value - found.shape[1])), work.fan
 
 
