@@ -70,11 +70,11 @@ def main() -> None:
 
 def pytest_command(paths: Sequence[str], ignored: Sequence[str]) -> list[str]:
     """One line a test, as it comes, in several processes where pytest-xdist is installed: most of the time is compiling
-    kernels."""
+    kernels, which tests of a group share (`tests/conftest.py`)."""
     command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-k", ELSEWHERE, *paths]
     command += [f"--ignore={path}" for path in ignored]
     if importlib.util.find_spec("xdist") is not None:
-        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "load"]
+        command += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "loadgroup"]
     return command
 
 

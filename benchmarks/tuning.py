@@ -1,7 +1,7 @@
 """The launch table of `ragged_decode` (`kernels/ragged_decode/tuning.py`), measured on a GPU.
 
     python benchmarks/tuning.py [--widths 16,8,4,mixed,mix3,mix2] [--share 0.25] [--rounds 9]
-    python benchmarks/tuning.py --widths 4 --vary lag=0 --vary lag=1 --vary block=32,halves=1
+    python benchmarks/tuning.py --widths 4 --vary early=0 --vary registers=168,together=3 --vary block=64,halves=2
 
 A line a variant: microseconds of a layer of Qwen2.5-7B's shape, 16 sequences of 32,768 tokens at 25 % of the bytes.
 With `--vary` the table's own line is varied in that alone.

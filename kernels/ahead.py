@@ -43,7 +43,7 @@ STORED = {"": ((8, 4), (8, 4)), ", few bits": ((8, 4, 67, 66, 65), (4, 3, 2))}
 """Codecs of keys and of values in kernels that store, by a name."""
 VECTORS = {
     "query", "out", "new_keys", "new_values", "keys", "values", "qkv", "cos", "sin", "hidden", "output", "residual",
-    "delta", "weight", "total", "gate_up",
+    "delta", "weight", "total", "gate_up", "partial",
 }  # fmt: skip
 """Arguments in the cache dtype."""
 SLOTS = 64
@@ -128,7 +128,7 @@ def _type(name: str, exact: torch.dtype) -> str:
     """Type of an argument by its name, in Triton's notation."""
     if name in ("scale", "epsilon"):
         return "fp32"
-    if name in ("partial", "stats", "score", "scorer", "bias", "matrix", "mean", "k_inverse") or name.endswith(
+    if name in ("stats", "score", "scorer", "bias", "matrix", "mean", "k_inverse") or name.endswith(
         ("_matrix", "_mean")
     ):
         return "*fp32"

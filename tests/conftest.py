@@ -35,5 +35,10 @@ pytest_plugins = ("hub_stand_in",)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest module first: modules go to the processes in order, and it would keep one busy at the end."""
+    """The longest module first: modules go to the processes in order, and it would keep one busy at the end. Tests for
+    which a GPU's kernels are compiled alike stay in one process (`--dist loadgroup`), which compiles them once."""
     items.sort(key=lambda item: "test_real_model" not in item.nodeid)
+    for item in items:
+        case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if {"layout", "shape", "dtype"} <= case.keys():
+            item.add_marker(pytest.mark.xdist_group(f"{case['layout']} {case['shape']} {case['dtype']}"))

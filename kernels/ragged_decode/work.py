@@ -13,8 +13,9 @@ FAN = 8
 atomic and load, which is about as long as it takes to load another 8."""
 BEGIN = 1
 """To begin an item takes a program about as long as a block of slots."""
-WORTH = 0.99
-"""Of the longest program's length, if more items are to be worth it."""
+WORTH = 0.95
+"""Of the longest item's length must the longest program have, if more items than programs are to be worth it: as long
+as some are not begun, the next launch cannot begin either."""
 TRIES = 40
 """Steps of a bisection."""
 MOST_BLOCKS = 1 << 13

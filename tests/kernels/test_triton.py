@@ -51,12 +51,6 @@ def test_more_new_tokens_than_the_window_has() -> None:
     decoded_as_by_the_reference(WINDOW, 16, [40, 3], 2, 12, torch.float32)
 
 
-@pytest.mark.parametrize(("halves", "dtype"), [(1, torch.float16), (2, torch.float32)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_values_one_block_behind_keys(layout: LayerLayout, halves: int, dtype: torch.dtype) -> None:
-    decoded_as_by_the_reference(layout, 64, LENGTHS[2], 5, 1, dtype, Tuning(16 * halves, halves, lag=True))
-
-
 @pytest.mark.parametrize("halves", [1, 2])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("length", [1, 3])

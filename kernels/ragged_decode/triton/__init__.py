@@ -34,10 +34,12 @@ def constants(
         "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,
         "STAGES": chosen.num_stages, "WINDOW": window, "EXACT": TYPES[exact],
         "CODE": tl.float32 if exact == torch.float32 else tl.float16,
-        "GROUPS": -(-chosen.most // FAN), "NEW": new, "MASKED": masked, "LAG": chosen.lag,
+        "GROUPS": -(-chosen.most // FAN), "NEW": new, "MASKED": masked,
+        "TOGETHER": max(1, min(chosen.together * 128 // triton.next_power_of_2(head_dim), FAN)),
         **unit_sizes(codecs_of(pairs), head_dim),
     }  # fmt: skip
-    return found, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+    return found, options | ({"maxnreg": chosen.registers} if chosen.registers else {})
 
 
 def ragged_decode(
@@ -85,14 +87,14 @@ def ragged_decode(
         key = ("ragged_decode", device, batch, blocks, chosen, *fixed.values(), *options.values())
         if key not in layout.memo:
             some = torch.empty(1, dtype=torch.float32, device=device)
-            like = arguments(seen, some, some, FAN, 0)
+            like = arguments(seen, some.to(exact), some, FAN, 0)
             more, programs = _fitted(like, fixed | options) if device.type == "cuda" else ({}, chosen.programs)
             early = chosen.early // programs
             programs = items_of(programs * chosen.waves, device, batch * blocks)
             items, fan = _items(layout, head_dim, exact, programs, chosen, device)
             layout.memo[key] = items, fan, early, options | more
         items, fan, early, options = layout.memo[key]
-        partial = torch.empty(batch, len(items), used, head_dim, dtype=torch.float32, device=device)
+        partial = torch.empty(batch, len(items), used, head_dim, dtype=exact, device=device)
         stats = torch.empty(batch, len(items), 2, used, dtype=torch.float32, device=device)
         found = arguments(items, partial, stats, fan, early if constant else 0)
         _decode[(batch, len(items), blocks)](*found, **fixed, **options)
@@ -129,15 +131,15 @@ ALL_REGISTERS = {"maxnreg": 255}
 
 
 def _fitted(arguments: Sequence[Any], options: Mapping[str, Any]) -> tuple[dict[str, int], int]:
-    """Options with which the kernel spills nothing, beside those given, and how many programs a processor then holds at
-    a time, by what the compiler made of it."""
+    """Options with which the kernel spills nothing, beside those given (as far as these leave it room), and how many
+    programs a processor then holds at a time, by what the compiler made of it."""
 
     def compiled(more: Mapping[str, int]) -> Any:
-        kernel = _decode.warmup(*arguments, grid=(1,), **options, **more)
+        kernel = _decode.warmup(*arguments, grid=(1,), **{**options, **more})
         _ = kernel.run  # loads it, which tells its registers
         return kernel
 
     kernel, more = compiled({}), {}
-    if kernel.n_spills and (other := compiled(ALL_REGISTERS)).n_spills < kernel.n_spills:
+    if kernel.n_spills and "maxnreg" not in options and (other := compiled(ALL_REGISTERS)).n_spills < kernel.n_spills:
         kernel, more = other, ALL_REGISTERS
     return more, resident(kernel.function, 32 * options["num_warps"], kernel.metadata.shared)

@@ -49,7 +49,7 @@ def _decode(
     PAIRS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr,
     VS: tl.constexpr, R: tl.constexpr, TB: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
     WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, GROUPS: tl.constexpr, NEW: tl.constexpr,
-    MASKED: tl.constexpr, LAG: tl.constexpr, OVERLAP: tl.constexpr,
+    MASKED: tl.constexpr, TOGETHER: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (sequence, item, R rows). `used` rows are queries of a head, row r that of new token r % `length`;
     `before` is 1 where the query's own token has been stored, else 0. `places` says where in the store a sequence is.
@@ -102,12 +102,13 @@ def _decode(
         for i in tl.static_range(pair_count(PAIRS)):
             if (k_codec == key_codec(PAIRS, i)) & (v_codec == value_codec(PAIRS, i)):
                 scan(
-                    tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D, partial, stats, b * tl.num_programs(1) + tl.load(row + AT),
+                    tl.program_id(2) * R + tl.arange(0, R), query + (b * num_heads + h) * used * D, partial, stats,
+                    b * tl.num_programs(1) + tl.load(row + AT),
                     k_exact, k_codes, k_scales, k_exact if key_codec(PAIRS, i) == 0 else k_anchors,
                     v_exact, v_codes, v_scales, v_exact if value_codec(PAIRS, i) == 0 else v_anchors,
                     start, stop, capacity, anchored, seen, seen - before, scale * LOG2E, used, length,
                     key_codec(PAIRS, i), value_codec(PAIRS, i), D, DP, KS, VS, R, N, HALVES, STAGES, WINDOW, EXACT,
-                    CODE, LAG,
+                    CODE,
                 )  # fmt: skip
     # The last program of `fan` neighbours joins what they have found, and the last of a head to do so joins that. The
     # barriers are for the stores of the program's own threads, the atomics' order for those of other programs.
@@ -125,7 +126,8 @@ def _decode(
         stats += first_item * 2 * used
         own = group * fan
         m, l, acc = merge(
-            rows, partial + own * used * D, stats + own * 2 * used, tl.minimum(count - own, fan), 1, used, D, DP, R
+            rows, partial + own * used * D, stats + own * 2 * used, tl.minimum(count - own, fan), 1, used, D, DP, R,
+            TOGETHER,
         )  # fmt: skip
         groups = (most + fan - 1) // fan
         last = groups == 1
@@ -133,7 +135,8 @@ def _decode(
             d = tl.arange(0, DP)
             mine = rows < used
             tl.debug_barrier()  # all have read what is overwritten here
-            tl.store(partial + (own * used + rows)[None, :] * D + d[:, None], acc,
+            mean = acc * tl.where(l > 0.0, 1.0 / l, 0.0)[None, :]
+            tl.store(partial + (own * used + rows)[None, :] * D + d[:, None], mean,
                      mask=(d < D)[:, None] & mine[None, :])  # fmt: skip
             tl.store(stats + own * 2 * used + rows, m, mask=mine)
             tl.store(stats + own * 2 * used + used + rows, l, mask=mine)
@@ -141,7 +144,7 @@ def _decode(
             if tl.atomic_add(ticket, 1, sem="acq_rel") == groups - 1:
                 tl.store(ticket, 0)
                 last = True
-                m, l, acc = merge(rows, partial, stats, (count + fan - 1) // fan, fan, used, D, DP, R)
+                m, l, acc = merge(rows, partial, stats, (count + fan - 1) // fan, fan, used, D, DP, R, TOGETHER)
         if last:
             finish(
                 rows, m, l, acc, query + which * used * D, new_keys + which * length * D,

@@ -9,16 +9,17 @@ from kvcompile.kernels.tiles import columns, product
 
 
 @triton.jit
-def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr):
-    """`count` items, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i, l_i and acc_i of
-    item i, m the highest m_i, and the sums of l_i 2^(m_i - m), and of acc_i 2^(m_i - m) [DP, R]."""
+def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr,
+          TOGETHER: tl.constexpr):  # fmt: skip
+    """`count` items, every `step`-th from the one at `partial` and `stats` on, for R rows: with m_i, l_i and mean o_i
+    of item i, m the highest m_i, and the sums of l_i 2^(m_i - m) and of o_i l_i 2^(m_i - m) [DP, R]. `TOGETHER` are on
+    their way at a time."""
     d = tl.arange(0, DP)
     mine = rows < used
     inside = (d < D)[:, None] & mine[None, :]
     m = tl.full([R], float("-inf"), tl.float32)
     l = tl.zeros([R], tl.float32)
     acc = tl.zeros([DP, R], tl.float32)
-    TOGETHER: tl.constexpr = min(4, 512 // DP)  # items that are on their way at a time: as many as registers hold
     for first in range(0, count, TOGETHER):
         heights, sums, tiles = (), (), ()
         for n in tl.static_range(TOGETHER):
@@ -39,7 +40,7 @@ def merge(rows, partial, stats, count, step, used, D: tl.constexpr, DP: tl.const
         for n in tl.static_range(TOGETHER):
             weight = tl.exp2(heights[n] - finite)
             l += sums[n] * weight
-            acc += tiles[n] * weight[None, :]
+            acc += tiles[n].to(tl.float32) * (sums[n] * weight)[None, :]
         m = top
     return m, l, acc
 

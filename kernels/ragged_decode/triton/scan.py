@@ -20,7 +20,7 @@ def scan(
     start, stop, capacity, anchored, seen, newest, scale, used, length,
     KC: tl.constexpr, VC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KS: tl.constexpr, VS: tl.constexpr,
     R: tl.constexpr, N: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr, LAG: tl.constexpr,
+    WINDOW: tl.constexpr, EXACT: tl.constexpr, CODE: tl.constexpr,
 ):  # fmt: skip
     """The slots [start, stop) of a head, of which there may be none; pointers to its query and stores are those of the
     head in this sequence, and results go to item `index` of `partial` and `stats`. KC and VC are the codecs of its keys
@@ -41,13 +41,10 @@ def scan(
             acc = first(v_first, True, VC, D, DP, R)
     most = m
     parts, sums = asked(query, rows, used, KC, D, DP, KT)
-    # Values are one block behind keys where they `LAG`, so that the products of both wait for nothing of each other.
-    BEHIND: tl.constexpr = HALVES * N if LAG else 0
-    logits = ()
-    for _ in tl.static_range(HALVES):
-        logits = logits + (tl.full([N, R], float("-inf"), tl.float32),)
-    for i in tl.range(start, stop + BEHIND, HALVES * N, num_stages=STAGES):
-        found = ()
+    for i in tl.range(start, stop, HALVES * N, num_stages=STAGES):
+        logits = ()
+        slots = ()
+        valid = ()
         for half in tl.static_range(HALVES):
             slot = i + half * N + tl.arange(0, N)
             inside = slot < stop
@@ -58,15 +55,9 @@ def scan(
                 # ring.
                 token = seen - 1 - (seen - 1 - slot) % capacity
                 visible = visible & (token[:, None] > (newest + rows % length)[None, :] - WINDOW)
-            found = found + (tl.where(visible, one, float("-inf")),)
-        if not LAG:
-            logits = found
-        slots = ()
-        valid = ()
-        for half in tl.static_range(HALVES):
-            slot = i - BEHIND + half * N + tl.arange(0, N)
+            logits = logits + (tl.where(visible, one, float("-inf")),)
             slots = slots + (slot,)
-            valid = valid + ((slot >= start) & (slot < stop) if LAG else slot < stop,)
+            valid = valid + (inside,)
         top = tl.max(logits[0] if HALVES == 1 else tl.maximum(logits[0], logits[1]), 0)
         most = tl.maximum(most, top)
         # Weights are relative to the highest logit of this block, and not of all so far: beside a sink with nearly all
@@ -81,9 +72,8 @@ def scan(
         l = l * alpha + tl.sum(weights[0] if HALVES == 1 else weights[0] + weights[1], 0)
         acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, VS, VT, N)
         m = above
-        if LAG:
-            logits = found
-    keep(acc, partial + index * used * D, rows, used, VC, D, DP, VT)
+    mean = tl.where(l > 0.0, 1.0 / l, 0.0)
+    keep(acc, mean, partial + index * used * D, rows, used, VC, D, DP, VT)
     stats += index * 2 * used
     tl.store(stats + rows, m, mask=rows < used)
     tl.store(stats + used + rows, l, mask=rows < used)
