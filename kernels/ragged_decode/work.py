@@ -14,9 +14,9 @@ atomic and load, which is about as long as it takes to load another 8."""
 BEGIN = 1
 """To begin an item takes a program about as long as a block of slots."""
 WORTH = 0.95
-"""Of the longest item's length must the longest program have, if more items than programs are to be worth it: as long
-as some are not begun, the next launch cannot begin either."""
-TRIES = 40
+"""Of the longest item's length the longest program must have at most, if more items than programs are to be worth it:
+as long as some are not begun, the next launch cannot begin either."""
+TRIES = 20
 """Steps of a bisection."""
 MOST_BLOCKS = 1 << 13
 """Of a head, beyond which they are taken together: the kernel multiplies with their number, in 32 bits."""
@@ -53,7 +53,7 @@ class WorkList:
         return 2 * FAN if max(self.counts) <= 2 * FAN else FAN
 
     def length(self, at: int) -> float:
-        """Bytes of an item of a full head, and the time that it takes to begin as such."""
+        """Bytes of an item of a full head, and those that a program could read while it begins with it."""
         one = self.items[at]
         return (one.last - one.first + BEGIN) * self.weights[one.head]
 
@@ -77,7 +77,8 @@ def work_list(layout: LayerLayout, head_dim: int, exact_bits: int, programs: int
     weights = [block * slot_weight(row, head_dim, exact_bits) for row in layout.rows]
     blocks = [-(-row.capacity // block) for row in layout.rows]
     best = _shared_out(blocks, weights, programs, most)
-    low, high = 0.0, WORTH * max(_length(program, weights) for program in best)
+    lengths = [_length(program, weights) for program in best]
+    low, high = min(sum(lengths) / programs, WORTH * max(lengths)), WORTH * max(lengths)
     for _ in range(TRIES):
         middle = (low + high) / 2
         found = _cut(blocks, weights, middle)
