@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_mul
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
-from kvcompile.runtime.attach import BINDING
+from kvcompile.runtime.binding import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.counting import Lengths, count_step, one_more
 from kvcompile.runtime.joined import Linear, joinable, joined

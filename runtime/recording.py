@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from kvcompile.runtime.attach import BINDING
+from kvcompile.runtime.binding import BINDING
 from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.fused import FusedStep, fusable
 from kvcompile.runtime.parts import attention_modules
