@@ -41,7 +41,7 @@ bits the first ones are `FETCHED`), and several. Those for 128 were measured on 
 
 A program is one warp: a second one would exchange logits through shared memory, and a processor holds several programs
 anyhow. In two halves, every part of the query has two products in a step; with one product, Triton would put it into
-that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs 3
+that product's registers anew in every step. One wave of programs is best where all take as long (a second one costs 5
 to 40 %, and the launch after it begins later); of several pairs some take longer for their bytes, and processors that
 are done take more. To fetch early pays for 4 bits alone."""
 

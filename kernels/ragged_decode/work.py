@@ -54,8 +54,7 @@ class WorkList:
 
     def length(self, at: int) -> float:
         """Bytes of an item of a full head, and those that a program could read while it begins with it."""
-        one = self.items[at]
-        return (one.last - one.first + BEGIN) * self.weights[one.head]
+        return _length([self.items[at]], self.weights)
 
 
 def slot_weight(row: HeadRow, head_dim: int, exact_bits: int) -> float:

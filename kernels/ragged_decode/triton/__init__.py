@@ -28,7 +28,7 @@ def constants(
     head_dim: int, pairs: int, window: int, exact: torch.dtype, chosen: Tuning, new: bool = False,
     masked: bool = False,
 ) -> tuple[dict[str, Any], dict[str, int]]:  # fmt: skip
-    """The constants that a launch is compiled with, and its warps and stages."""
+    """The constants that a launch is compiled with, and its options: warps, stages, registers."""
     found = {
         "PAIRS": pairs, "D": head_dim, "DP": max(16, triton.next_power_of_2(head_dim)), "R": 8,
         "TB": 16, "N": chosen.block // chosen.halves, "HALVES": chosen.halves,

@@ -86,15 +86,15 @@ def first(value, taken, CODEC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, 
 
 
 @triton.jit
-def keep(acc, mean, out, rows, used, CODEC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DTYPE: tl.constexpr):
-    """Store the accumulators, times `mean` of a row, as rows of D elements."""
+def keep(acc, inverse, out, rows, used, CODEC: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, DTYPE: tl.constexpr):
+    """Store the accumulators, times the `inverse` of a row's sum of weights, as rows of D elements."""
     if CODEC == 0:
         for i in tl.static_range(-(-DP // WIDE)):
             d = i * WIDE + tl.arange(0, min(DP, WIDE))
             tl.store(
                 out + rows[None, :] * D + d[:, None],
-                acc[i] * mean[None, :],
+                acc[i] * inverse[None, :],
                 mask=(d < D)[:, None] & (rows < used)[None, :],
             )
     else:
-        products.keep(acc, mean, out, rows, used, CODEC, D, DTYPE)
+        products.keep(acc, inverse, out, rows, used, CODEC, D, DTYPE)

@@ -72,8 +72,8 @@ def scan(
         l = l * alpha + tl.sum(weights[0] if HALVES == 1 else weights[0] + weights[1], 0)
         acc = mixed(acc, alpha, weights, v_exact, v_codes, v_scales, slots, valid, VC, D, DP, VS, VT, N)
         m = above
-    mean = tl.where(l > 0.0, 1.0 / l, 0.0)
-    keep(acc, mean, partial + index * used * D, rows, used, VC, D, DP, VT)
+    inverse = tl.where(l > 0.0, 1.0 / l, 0.0)
+    keep(acc, inverse, partial + index * used * D, rows, used, VC, D, DP, VT)
     stats += index * 2 * used
     tl.store(stats + rows, m, mask=rows < used)
     tl.store(stats + used + rows, l, mask=rows < used)

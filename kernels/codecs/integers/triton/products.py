@@ -205,18 +205,19 @@ def first_row(N: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def keep(acc, mean, out, rows, used, CODEC: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
-    """Store the accumulators, times `mean` of a row, as rows of D elements: sum(w s (c + o_j)) - o_j sum(w s)."""
+def keep(acc, inverse, out, rows, used, CODEC: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+    """Store the accumulators, times the `inverse` of a row's sum of weights, as rows of D elements:
+    sum(w s (c + o_j)) - o_j sum(w s)."""
     for tile in tl.static_range(tile_count(CODEC, D)):
-        _keep(acc, mean, out, rows, used, tile, CODEC, D, DTYPE)
+        _keep(acc, inverse, out, rows, used, tile, CODEC, D, DTYPE)
     if stored_elements(CODEC, D) < D:
         e = _rest(CODEC, D)
-        tl.store(out + rows[None, :] * D + e[:, None], acc[len(acc) - 1] * mean[None, :],
+        tl.store(out + rows[None, :] * D + e[:, None], acc[len(acc) - 1] * inverse[None, :],
                  mask=(e < D)[:, None] & (rows < used)[None, :])  # fmt: skip
 
 
 @triton.jit
-def _keep(acc, mean, out, rows, used, TILE: tl.constexpr, CODEC: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
+def _keep(acc, inverse, out, rows, used, TILE: tl.constexpr, CODEC: tl.constexpr, D: tl.constexpr, DTYPE: tl.constexpr):
     G: tl.constexpr = tile_first(CODEC, D, TILE)
     BITS: tl.constexpr = bits_of(CODEC, D, G)
     PER: tl.constexpr = per_unit(BITS)
@@ -227,5 +228,5 @@ def _keep(acc, mean, out, rows, used, TILE: tl.constexpr, CODEC: tl.constexpr, D
         first = (e < start_of(CODEC, D, G) + size_of(CODEC, D, G))[:, None]
         total = tl.where(first, total, tl.sum(acc[AT + PER + 1], 0)[None, :])
     for j in tl.static_range(PER):
-        kept = (acc[AT + j] - offset(BITS, j, DTYPE) * total) * mean[None, :]
+        kept = (acc[AT + j] - offset(BITS, j, DTYPE) * total) * inverse[None, :]
         tl.store(out + rows[None, :] * D + e[:, None] + j, kept, mask=inside[:, None] & (rows < used)[None, :])
