@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from kvcompile.profile.attention import Attention, Handler, causal
-from kvcompile.profile.layerwise import SHARED, through
+from kvcompile.profile.calls import SHARED
+from kvcompile.profile.layerwise import through
 from kvcompile.profile.structure import chosen_logits, head_blocks, logits
 from kvcompile.profile.unread import unread_output
 

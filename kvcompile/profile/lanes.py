@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.profile.calls import embedded
 from kvcompile.profile.context import Packed, pack
 from kvcompile.profile.held import Held
 from kvcompile.profile.job import Item
-from kvcompile.profile.layerwise import embedded
 from kvcompile.profile.resume import Sums
 from kvcompile.profile.setting import Episode, Setting
 from kvcompile.profile.structure import embedding

@@ -23,6 +23,7 @@ from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError
 from kvcompile.models.room import Room
 from kvcompile.profile.attention import attended
+from kvcompile.profile.calls import Calls
 from kvcompile.profile.check import Check, agreement, first_episodes
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.eviction import budget_grid
@@ -31,7 +32,6 @@ from kvcompile.profile.fitting import Fitted
 from kvcompile.profile.held import UNLIMITED, Held
 from kvcompile.profile.job import Item, Progress, run
 from kvcompile.profile.lanes import opening
-from kvcompile.profile.layerwise import Calls
 from kvcompile.profile.moments import require_finite
 from kvcompile.profile.ranks import ranks
 from kvcompile.profile.result import profile_of

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, Handler, attended, causal, streaming
-from kvcompile.profile.layerwise import Calls, OnTheWay, embedded
+from kvcompile.profile.calls import Calls, embedded
+from kvcompile.profile.layerwise import OnTheWay
 from kvcompile.profile.structure import (
     embedding,
     frozen,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import Attention, attended
-from kvcompile.profile.layerwise import Arguments, Calls, embedded, through
+from kvcompile.profile.calls import Arguments, Calls, embedded
+from kvcompile.profile.layerwise import through
 from kvcompile.profile.linear import switched_off
 from kvcompile.profile.structure import embedding, frozen, last_own, layers
 from kvcompile.runtime.parts import planned

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.profile.calls import Calls
 from kvcompile.profile.context import FollowUp
-from kvcompile.profile.layerwise import Calls
 from kvcompile.profile.ranks import Ranks
 from kvcompile.stages import THOROUGH, Rotary
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import attended
+from kvcompile.profile.calls import Calls, embedded
 from kvcompile.profile.context import Context, Packed, follow, over_context, pack
 from kvcompile.profile.cut import Left, over_cut, rows_of
-from kvcompile.profile.layerwise import Calls, OnTheWay, after, embedded, read_layer
+from kvcompile.profile.layerwise import OnTheWay, after, read_layer
 from kvcompile.profile.linear import tensors_of
 from kvcompile.profile.quantised import Shift
 from kvcompile.profile.rotation import of_layer

@@ -33,7 +33,8 @@ def _plan(model) -> Artifact:
 def _keys_at(model, offset: int) -> list[torch.Tensor]:
     """Keys [H, 1, D] of one token at a position, by planned layer: nothing else is seen, so that only it matters."""
     from kvcompile.profile.attention import attended
-    from kvcompile.profile.layerwise import Calls, embedded, through
+    from kvcompile.profile.calls import Calls, embedded
+    from kvcompile.profile.layerwise import through
     from kvcompile.profile.linear import switched_off
     from kvcompile.profile.structure import frozen, last_own, layers
     from kvcompile.runtime.parts import planned

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from kvcompile.profile.attention import attended, causal
-from kvcompile.profile.layerwise import Calls, OnTheWay, embedded
+from kvcompile.profile.calls import Calls, embedded
+from kvcompile.profile.layerwise import OnTheWay
 from kvcompile.profile.structure import layers
 
 
