@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 class Attachment:
     """A model with an artifact bound to it. The model computes what it did before, with plain caches too; with a cache
-    from `new_cache` it stays within the artifact's budget."""
+    from `new_cache` it stays within the artifact's budget. Only one thread at a time may call it, as its modules know
+    the cache of the pass under way."""
 
     def __init__(self, model: PreTrainedModel, artifact: Artifact, references: bool = True) -> None:
         architecture = model.config.get_text_config().model_type
@@ -76,10 +77,18 @@ class Attachment:
         register()
         self._id = uuid.uuid4().hex
         self._previous = model.config._attn_implementation
-        self._permute(undo=False)
+        self._moved: list[tuple[nn.Module, list[int]]] = []
+        try:
+            self._bind(model)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _bind(self, model: PreTrainedModel) -> None:
+        self._permute()
         bound = [*zip(self._attention, self.scorers, strict=True), *((module, None) for module in self._windowed)]
         for module, scorer in bound:
-            setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(artifact.model)))
+            setattr(module, BINDING, Binding(self._id, module, scorer, chunk_of(self.artifact.model)))
         for module in self._reusing:
             source = self._sources[module.layer_idx]
             last = source not in self._sources[module.layer_idx + 1 :]
@@ -105,10 +114,11 @@ class Attachment:
             None if rotation is None else rotation.to(device)
             for rotation, device in zip(self._rotations, devices, strict=True)
         ]
-        parts = zip(self.layouts, devices, self._transforms, self._rotations, strict=True)
+        own = self.artifact.model
+        parts = zip(self.layouts, devices, self._transforms, self._rotations, own.windows, strict=True)
         ragged = iter(
-            RaggedLayer(layout, self.artifact.model.head_dim, dtype, device, batch_size, transform, rotation)
-            for layout, device, transform, rotation in parts
+            RaggedLayer(layout, own.head_dim, dtype, device, batch_size, transform, rotation, window)
+            for layout, device, transform, rotation, window in parts
         )
         layers = [
             next(ragged) if planned(layer) else self._left_alone(layer, dtype, batch_size)
@@ -121,14 +131,21 @@ class Attachment:
 
     def detach(self) -> None:
         """Give the model back as it was, bit for bit; its ragged caches cannot be used any more. Safe to repeat."""
-        if not hasattr(self._attention[0], BINDING):
-            return
+        binding = getattr(self._attention[0], BINDING, None)
+        if binding is None or binding.attachment != self._id:
+            return  # it has been detached, and another one may be attached
+        self._give_back()
+
+    def _give_back(self) -> None:
         for module in (*self._attention, *self._windowed, *self._reusing):
-            for hook in getattr(module, BINDING).hooks:
-                hook.remove()
-            delattr(module, BINDING)
+            if hasattr(module, BINDING):
+                for hook in getattr(module, BINDING).hooks:
+                    hook.remove()
+                delattr(module, BINDING)
         separate(one for one in self.model.modules() if isinstance(one, nn.Linear))
-        self._permute(undo=True)
+        while self._moved:
+            module, order = self._moved.pop()
+            self._reorder(module, inverse(order))
         self.model.set_attn_implementation(self._previous)
 
     def __enter__(self) -> Attachment:
@@ -156,13 +173,16 @@ class Attachment:
             for i, order in enumerate(own)
         ]
 
-    def _permute(self, undo: bool) -> None:
-        identity = self.artifact.model
-        for module, row in zip(self._attention, self._orders, strict=True):
-            order = inverse(row) if undo else row
+    def _permute(self) -> None:
+        for module, order in zip(self._attention, self._orders, strict=True):
             followers = [one for one in self._reusing if self._sources[one.layer_idx] == module.layer_idx]
             for one in (module, *followers):
-                permute_heads(identity.architecture, one, order, identity.num_attention_heads, identity.head_dim)
+                self._reorder(one, order)
+                self._moved.append((one, order))
+
+    def _reorder(self, module: nn.Module, order: list[int]) -> None:
+        own = self.artifact.model
+        permute_heads(own.architecture, module, order, own.num_attention_heads, own.head_dim)
 
 
 def attach(model: PreTrainedModel, artifact: str | Path | Artifact, *, references: bool = True) -> Attachment:

@@ -48,6 +48,10 @@ class Binding:
         )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.layer is not None:
+            # A pass that was interrupted (KeyboardInterrupt), after which torch calls no hook.
+            self.layer.expected, self.layer.score = False, None
+            self.layer = None
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, RaggedCache):
             return

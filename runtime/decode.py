@@ -95,6 +95,11 @@ class Decoder:
         if len(before) != len(ids):
             raise CacheError(f"{len(ids)} prompts for a cache of {len(before)} sequences")
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
+        if ids.shape[1] < 1:
+            raise CacheError("prompts of no tokens were given, expected 1 or more")
+        if real.shape != ids.shape:
+            found = f"a mask of shape {tuple(real.shape)} was given for prompts of shape {tuple(ids.shape)}"
+            raise CacheError(f"{found}: a follow-up's mask covers its own tokens alone")
         if bool((real[:, 1:] < real[:, :-1]).any()):
             raise CacheError("prompts of unequal length have to be padded on the left")
         start = torch.tensor(before, device=ids.device)[:, None]
@@ -180,6 +185,8 @@ def generate(
     handed on and looked at while the next step is under way, so that no step waits for the host; one step more than
     needed may have been stored. Raises CacheError for prompts that do not fit the cache.
     """
+    if max_new_tokens < 1:
+        raise CacheError(f"{max_new_tokens} new tokens were asked for, expected 1 or more")
     decoder = Decoder(model, cache, sampling, prefill_chunk, prefill_cut_every)
     ended = torch.zeros(len(ids), dtype=torch.bool)
     found: list[torch.Tensor] = []

@@ -19,7 +19,7 @@ def attention_drawn(
     count = keys.shape[2]
     column = torch.arange(count, device=keys.device)
     padding = None if pad is None else column < pad[:, None]  # [B, n]
-    total = torch.zeros(batch, heads, count, device=keys.device)
+    total = torch.zeros(batch, heads, count, dtype=torch.float32, device=keys.device)
     block = max(1, LOGITS_AT_ONCE // (batch * group * count))
     for h in range(heads):
         wanted = keys[:, h].float().mT

@@ -20,7 +20,7 @@ def softmax_of(options: Mapping[str, Any]) -> Softmax:
     cap, sinks = options.get("softcap"), options.get("s_aux")
     if cap is None and sinks is None:
         return PLAIN
-    return Softmax(cap, None if sinks is None else sinks.float())
+    return Softmax(cap, None if sinks is None else sinks.detach().float())
 
 
 def refuse_followers(layout: LayerLayout) -> None:

@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from kvcompile.runtime.store import LayerStore
 
 
-def usable(store: LayerStore, query: torch.Tensor, keys: torch.Tensor) -> bool:
-    """Whether `step` can be taken: on a CPU, with a plain softmax and no policy that places tokens itself."""
-    same = query.dtype == keys.dtype and query.device == store.keys.exact.device
+def usable(store: LayerStore, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `step` can be taken: on a CPU, of one dtype (under autocast values have another than what is rotated),
+    with a plain softmax and no policy that places tokens itself."""
+    same = query.dtype == keys.dtype == values.dtype and query.device == store.keys.exact.device
     return same and store.softmax.plain and native.takes_steps(query, store.layout)
 
 

@@ -24,7 +24,8 @@ from kvcompile.runtime.store import LayerStore
 
 class RaggedLayer(CacheLayerMixin):
     """One layer's store. `update` hands the new keys and values on unchanged; `attend`, called by the model's attention
-    function right after, is where they meet the stored ones."""
+    function right after, is where they meet the stored ones. `window`: tokens that the model itself sees there, where
+    that is no part of the layout as no sequence within the artifact's context is longer (0: all)."""
 
     supports_early_init = False
 
@@ -37,18 +38,25 @@ class RaggedLayer(CacheLayerMixin):
         batch: int,
         transform: Transform | None = None,
         rotation: Rotation | None = None,
+        window: int = 0,
     ):
         super().__init__()
         self.is_sliding = layout.window > 0
+        self._window = layout.window or window
         self.is_initialized = True
-        self.make_store = partial(LayerStore, layout, head_dim, dtype, device, transform=transform, rotation=rotation)
-        self.store = self.make_store(batch=batch)
+        self._make = partial(LayerStore, layout, head_dim, dtype, device, transform=transform, rotation=rotation)
+        self.store = self.make_store(batch)
         self.score: torch.Tensor | None = None  # of the tokens of the forward pass under way, by the compiled scorer
         self.columns = 0  # of the attention mask: tokens so far, padding included
         self.prompt: LayerPrompt | FollowUp | None = None  # while one is read in chunks
         self.expected = False  # set by the attached model for the length of one forward pass
         self.reused = False  # whether later layers attend to these keys and values
         self._reuse = Reuse()
+
+    def make_store(self, batch: int) -> LayerStore:
+        """An empty one for so many sequences."""
+        with torch.inference_mode(False):  # so that it can be written in any mode
+            return self._make(batch=batch)
 
     @property
     def batch_size(self) -> int:
@@ -143,7 +151,7 @@ class RaggedLayer(CacheLayerMixin):
         if not self.columns:
             self._fit_batch(batch)
             uses = self.store.uses_references(columns)
-            self.prompt = LayerPrompt(self.store.layout, columns, own, keep_references=uses)
+            self.prompt = LayerPrompt(self.store.layout, columns, own, keep_references=uses, window=self._window)
         else:
             self.prompt = FollowUp(self.store, columns, own)
         try:
@@ -159,7 +167,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _fit_batch(self, batch: int) -> None:
         if batch != self.store.batch:  # an empty cache follows its first prompt: beam search multiplies the batch
-            self.store = self.make_store(batch=batch)
+            self.store = self.make_store(batch)
 
     def advance(self, tokens: int) -> None:
         """Count tokens that a recorded step has stored."""

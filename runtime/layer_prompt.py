@@ -18,7 +18,8 @@ class LayerPrompt:
     """Keys and values of one layer for prompts side by side in `columns` columns, filled chunk by chunk, and what the
     policies of its heads look at beside. Sequence b is the columns from `pad[b]` int64 [B] on (None: no padding).
     `room` are tensors [B, num_kv_heads, columns or more, D] for keys and values; None: they are allocated. With
-    `keep_references`, reference queries are kept beside (`runtime.references`)."""
+    `keep_references`, reference queries are kept beside (`runtime.references`). `window`: tokens that a query sees,
+    0 for all of them (None: as the layout says)."""
 
     def __init__(
         self,
@@ -28,8 +29,10 @@ class LayerPrompt:
         room: tuple[torch.Tensor, torch.Tensor] | None = None,
         softmax: Softmax = PLAIN,
         keep_references: bool = False,
+        window: int | None = None,
     ) -> None:
         self.layout = layout
+        self._window = layout.window if window is None else window
         self.softmax = softmax
         self._room = None if room is None else tuple(tensor[:, :, :columns] for tensor in room)
         self.columns = columns
@@ -115,11 +118,11 @@ class LayerPrompt:
     ) -> torch.Tensor:
         """Take the next T columns as `add` does; their exact attention over all so far, [B, num_heads, T, D]."""
         seen = self.add(query, keys, values, scaling, score)
-        return prompt_attention(query, *seen, self.pad, self.layout.window, scaling, softmax=self.softmax)
+        return prompt_attention(query, *seen, self.pad, self._window, scaling, softmax=self.softmax)
 
     def again(self, query: torch.Tensor, scaling: float) -> torch.Tensor:
         """The same, over all that has been read, of another layer's queries of the last of it."""
-        return prompt_attention(query, *self.read, self.pad, self.layout.window, scaling)
+        return prompt_attention(query, *self.read, self.pad, self._window, scaling)
 
     @property
     def read(self) -> tuple[torch.Tensor, torch.Tensor]:

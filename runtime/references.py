@@ -93,7 +93,7 @@ class HeadReferences:
     def attended(self, keys: torch.Tensor, values: torch.Tensor) -> Attended:
         """Over all of a prompt's `keys` and `values` [n, D]."""
         keys, values, outputs = keys.float(), values.float(), []
-        square = torch.zeros(len(keys), device=keys.device)
+        square = torch.zeros(len(keys), dtype=torch.float32, device=keys.device)
         for weights in self.weights(keys):
             outputs.append(weights @ values)
             square += weights.square_().sum((0, 1))

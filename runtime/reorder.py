@@ -111,9 +111,16 @@ def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int],
                 f"cannot reorder heads in a {weight.dtype} weight of shape {tuple(weight.shape)} on {weight.device}: "
                 "load the model with unpacked floating-point weights"
             )
+    moved: list[Cut] = []
     with torch.no_grad():
-        for weight, dim, index in cuts:
-            permute(weight, dim, index)
+        try:
+            for cut in cuts:
+                permute(*cut)
+                moved.append(cut)
+        except BaseException:  # memory for a copy may have run out
+            for weight, dim, index in moved:
+                permute(weight, dim, index.argsort())
+            raise
 
 
 def inverse(order: Sequence[int]) -> list[int]:

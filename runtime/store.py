@@ -123,7 +123,7 @@ class LayerStore:
     ) -> torch.Tensor:
         """Write one new token a sequence in place, then attend to the store; [B, num_heads, 1, D]."""
         flat = None if score is None else score[:, 0]
-        if in_one.usable(self, query, keys):
+        if in_one.usable(self, query, keys, values):
             out = in_one.step(self, query[:, :, 0], keys[:, :, 0], values[:, :, 0], scaling, flat, self.seen)
             count_step([self])
             return out.unsqueeze(2)
@@ -231,7 +231,7 @@ class LayerStore:
         both on the device: nothing is read by the host or counted here. For policies that do not observe. Without the
         dimension of tokens: `query` [B, num_heads, D], `keys` and `values` [B, num_kv_heads, D], `score` f32 [B,
         num_kv_heads]; as `query`."""
-        if in_one.usable(self, query, keys):
+        if in_one.usable(self, query, keys, values):
             return in_one.step(self, query, keys, values, scaling, score, seen, places)
         query, keys, values = self.transformed(query.unsqueeze(2), keys.unsqueeze(2), values.unsqueeze(2))
         append(self.keys, self.values, self.scores, self.layout, keys[:, :, 0], values[:, :, 0], score, seen, places)

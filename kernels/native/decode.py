@@ -84,7 +84,7 @@ def step(
     out = query.new_empty(batch, query_heads, head_dim)
     threads, group = torch.get_num_threads(), query_heads // heads
     room = _room(made, layout, group, head_dim)
-    scratch = torch.empty(threads * room)
+    scratch = torch.empty(threads * room, dtype=torch.float32, device=query.device)
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
     by_head, moved = None if score is None else score.float().contiguous(), matrices(transform, layout)
     call = _Step(
@@ -116,7 +116,7 @@ def one_token(
     out = torch.empty_like(asked)
     threads = torch.get_num_threads()
     room = _room(made, layout, group, head_dim)
-    scratch = torch.empty(threads * room)
+    scratch = torch.empty(threads * room, dtype=torch.float32, device=query.device)
     numbers, both = _numbers(batch, seen, places), sides(keys, values, layout)
     every = None if totals is None else asked.new_empty(batch, query_heads, 1, 2)
     made.kvc_decode(

@@ -62,7 +62,7 @@ def attention_effects(
         own = lanes.laid((one.own_keys, one.own_values), dtype)
         query, gradient = (lanes.rows(t[:, order], heads, dtype) for t in (one.query, one.gradient))
         last = one.places[order].repeat_interleave(group).to(torch.int32)
-        out = torch.empty(heads, len(order), group, sets + others + len(changes.values))
+        out = torch.empty(heads, len(order), group, sets + others + len(changes.values), dtype=torch.float32)
         steps = stored.shape[2], own.shape[2]
         call = _Call(
             query.data_ptr(), gradient.data_ptr(),
@@ -90,11 +90,11 @@ def _effects(out: Tensor, changes: Changes, coded: int, order: list[int]) -> Eff
     all_kept = changes.entry.amax(1)[..., None] <= torch.arange(changes.budgets)  # [H, P, budgets]
     evicted = torch.empty_like(moved[:, :, 0])
     evicted[:, order] = moved.sum(2).masked_fill(all_kept[:, None], 0.0)
-    by_values = torch.empty(*out.shape[:2], len(changes.values))
+    by_values = torch.empty(*out.shape[:2], len(changes.values), dtype=torch.float32)
     by_values[:, order] = (out[..., sets + others :] / whole[0][..., 0]).sum(2)
     some = slice(0, coded)
     masses, effects = out[:, some, :, sets : sets + others].unflatten(-1, (-1, 2)).unbind(-1)
     by_keys = effects / masses - total[:, some, :, 0]
-    in_order = torch.empty(out.shape[:2])
+    in_order = torch.empty(out.shape[:2], dtype=torch.float32)
     in_order[:, order] = total[..., 0, 0].sum(2)
     return Effects(evicted, by_keys.sum(2), by_values, in_order)

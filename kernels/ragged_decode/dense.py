@@ -57,7 +57,7 @@ def _several_tokens(
     group, total = num_heads // layout.num_kv_heads, new_keys.shape[2]
     grouped = query.unflatten(1, (layout.num_kv_heads, group))
     out = torch.empty_like(grouped)
-    logarithm = torch.empty(*grouped.shape[:4], device=query.device)
+    logarithm = torch.empty(*grouped.shape[:4], dtype=torch.float32, device=query.device)
     alike = new_mask is None and new_pad is None and min(seen) == max(seen)
     masked = seen[:1] if alike else seen  # sequences that have masks of their own
     for cls in layout.classes:

@@ -21,7 +21,7 @@ class H2O(Policy):
 
     def new_state(self, batch: int, cls: HeadClass, device: torch.device) -> list[torch.Tensor]:
         shape = (batch, cls.count, cls.capacity)
-        return [torch.zeros(shape, device=device), torch.zeros(shape, dtype=torch.int32, device=device)]
+        return [torch.zeros(shape, dtype=dtype, device=device) for dtype in (torch.float32, torch.int32)]
 
     def score(self, prompt: Prompt) -> torch.Tensor | None:
         return prompt.drawn

@@ -16,7 +16,7 @@ from tiny_models import CONFIGS, tiny_model
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from kvcompile.artifacts import CacheError, ModelError, planned_heads, write
-from kvcompile.runtime import attach
+from kvcompile.runtime import attach, reorder, tensor_parallel
 
 PROMPT = torch.arange(3, 3 + 40).remainder(97).view(1, -1)
 
@@ -145,3 +145,52 @@ def test_the_runtime_loads_neither_scipy_nor_click() -> None:
     assert "scipy" not in loaded[1]
     if int(importlib.metadata.version("huggingface_hub").split(".")[0]) >= 2:
         assert loaded[1].strip() == "[]"
+
+
+def test_a_detached_attachment_leaves_the_next_one_alone(llama, make_artifact) -> None:
+    before, artifact = copy.deepcopy(llama.state_dict()), make_artifact(llama, 9)
+    turned = dataclasses.replace(artifact.budgets, head_order=artifact.budgets.head_order[:, ::-1].copy())
+    first = attach(llama, artifact)
+    first.detach()
+    second = attach(llama, dataclasses.replace(artifact, budgets=turned))
+    first.detach()
+    llama(PROMPT, past_key_values=second.new_cache())
+    second.detach()
+    assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
+
+
+@pytest.mark.parametrize("failing", [1, 3, 9, 14])
+def test_an_attachment_that_fails_half_way_is_undone(llama, make_artifact, monkeypatch, failing: int) -> None:
+    before, artifact, calls = copy.deepcopy(llama.state_dict()), make_artifact(llama, 9), []
+
+    def permute(*args) -> None:
+        calls.append(args)
+        if len(calls) == failing:
+            raise torch.OutOfMemoryError("no memory for a copy")
+        tensor_parallel.permute(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reorder, "permute", permute)
+        with pytest.raises(torch.OutOfMemoryError):
+            attach(llama, artifact)
+    assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
+    assert llama.config._attn_implementation != "kvcompile"
+    with attach(llama, artifact) as kv:
+        llama(PROMPT, past_key_values=kv.new_cache())
+
+
+@pytest.mark.parametrize("policy", ["recent", "scored"])
+@torch.no_grad()
+def test_an_interrupted_pass_is_forgotten(llama, make_artifact, policy: str) -> None:
+    """torch calls no hook after a KeyboardInterrupt."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    with attach(llama, make_artifact(llama, 20, policy=policy, recent=3)) as kv:
+        expected = llama(PROMPT, use_cache=False).logits
+        hook = llama.model.layers[1].self_attn.o_proj.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            llama(PROMPT[:, :9], past_key_values=kv.new_cache())
+        hook.remove()
+        assert torch.equal(llama(PROMPT, use_cache=False).logits, expected)

@@ -108,6 +108,12 @@ def test_what_cannot_be_sampled_or_decoded_is_refused(llama, make_artifact) -> N
     generate(llama, cache, prompt(9, batch=2), max_new_tokens=1)
     with pytest.raises(CacheError, match="1 prompts for a cache of 2 sequences"):
         generate(llama, cache, prompt(4), max_new_tokens=1)
+    with pytest.raises(CacheError, match="0 new tokens were asked for, expected 1 or more"):
+        generate(llama, cache, prompt(4, batch=2), max_new_tokens=0)
+    with pytest.raises(CacheError, match="prompts of no tokens were given"):
+        generate(llama, cache, prompt(0, batch=2), max_new_tokens=1)
+    with pytest.raises(CacheError, match=r"a mask of shape \(2, 13\) .* of shape \(2, 4\): a follow-up's mask covers"):
+        generate(llama, cache, prompt(4, batch=2), attention_mask=torch.ones(2, 13), max_new_tokens=1)
 
 
 @pytest.mark.parametrize(("fixture", "tokens"), [("one_layer", 48), ("llama", 12)])

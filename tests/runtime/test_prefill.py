@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import CONFIGS, tiny_model
 from transformers import PreTrainedModel
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime import Decoder, RaggedCache, attach, generate, store
 from kvcompile.runtime.cut import kept_columns, kept_tokens
 from kvcompile.runtime.drawn import attention_drawn
+from kvcompile.runtime.prefill import read
 
 POLICIES = ["recent", "snapkv", "scored", "h2o"]
 ROWS = [[20, 9, 5], [5, 40, 9], [9, 5, 20]]
@@ -94,6 +96,18 @@ def test_chunks_of_every_length(llama, make_artifact, kept, policy: str, bits, c
     ids = prompt(41, 25, 3)  # no element lies so near to the edge of a code that rounding decides
     check(llama, (kv.new_cache(3), kv.new_cache(3)), kept, ids, None, chunk)
     check(llama, (kv.new_cache(3), kv.new_cache(3)), kept, ids, padded(ids, [36, 0, 12]), chunk)
+
+
+@pytest.mark.parametrize("family", ["mistral, sliding", "gemma3", "gpt-oss", "olmo3"])
+def test_chunks_know_the_models_window_beyond_the_context(make_artifact, family: str) -> None:
+    """No sequence within the context of 20 tokens sees the window of 24, so that no store has it; this one does."""
+    model, ids = tiny_model(CONFIGS[family]), prompt(60)
+    with attach(model, make_artifact(model, 16, policy="recent", recent=3, context=20)) as kv:
+        expected = model(ids, use_cache=False).logits[:, -1]
+        for chunk in (16, 60):
+            cache = kv.new_cache()
+            found = read(model, cache, ids, torch.ones_like(ids), torch.zeros(1, 1, dtype=torch.int64), chunk, None)
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_the_model_is_as_before_and_takes_whole_prompts(llama, make_artifact) -> None:
