@@ -68,6 +68,14 @@ class Checkpoint:
                 )
             self.tensors |= found if expected is None else {key: found[key] for key in expected}
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of a model whose configuration names none, as transformers finds it: that of the first
+        tensor of floats, by name, in the first file, else of the first tensor; float32 without tensors."""
+        first = min((stored.file for stored in self.tensors.values()), default=None)
+        found = [stored.dtype for _, stored in sorted(self.tensors.items()) if stored.file == first]
+        return next((dtype for dtype in found if dtype.is_floating_point), (found or [torch.float32])[0])
+
     def read(self, key: str) -> Tensor:
         """A tensor as it is stored. Raises ModelError where the file has changed or cannot be read."""
         stored = self.tensors[key]
@@ -125,11 +133,11 @@ def _bytes_of(data: Tensor) -> memoryview:
 
 def _files(folder: Path, name: str) -> dict[Path, set[str] | None]:
     """The files, and the tensors that the index says each of them has, None (all) where there is no index."""
+    if (folder / SINGLE).is_file():  # Where there is an index too, transformers does not look at it.
+        return {folder / SINGLE: None}
     index = folder / INDEX
     if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise ModelError(f"{name} has no safetensors weights: expected {SINGLE} or {INDEX} in {folder}")
-        return {folder / SINGLE: None}
+        raise ModelError(f"{name} has no safetensors weights: expected {SINGLE} or {INDEX} in {folder}")
     files: dict[Path, set[str] | None] = {}
     try:
         for key, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():

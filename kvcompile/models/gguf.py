@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
 
     with writing():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+        # Not by mkdtemp, whose folders are their owner's alone: who may read this one is up to the umask.
+        unfinished = folder.with_name(f".unfinished-{secrets.token_hex(8)}")
+        unfinished.mkdir()
     try:
         with _reading(file):
             write_weights(file, model, dtype, unfinished, writing)
@@ -66,6 +68,7 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
             model.config.save_pretrained(unfinished)
             model.generation_config.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
+            _open_up(unfinished)
             try:
                 unfinished.rename(folder)
             except OSError:
@@ -73,6 +76,15 @@ def _convert(file: Path, dtype: torch.dtype, folder: Path) -> None:
                     raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _open_up(folder: Path) -> None:
+    """Let everyone read a folder's files who may read the folder: safetensors makes files that are their owner's alone.
+    A file system without such rights stays as it is."""
+    allowed = folder.stat().st_mode & 0o666
+    with contextlib.suppress(OSError):
+        for file in folder.iterdir():
+            file.chmod(allowed)
 
 
 def _read(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -189,9 +189,9 @@ def _renamed(config: Any) -> dict[str, str] | None:
 def _fits(folder: Path, config: Any, name: str, wanted: _Wanted) -> bool:
     """Whether the model can be held whole. Raises ModelError for files that cannot be read."""
     assert wanted.memory is not None
-    stored = Checkpoint(folder, name).tensors.values()
-    dtype = wanted.dtype or config.dtype or next(one.dtype for one in stored)
-    weights = weight_bytes(sum(one.numel for one in stored), dtype, wanted.device)
+    checkpoint = Checkpoint(folder, name)
+    dtype = wanted.dtype or config.dtype or checkpoint.dtype
+    weights = weight_bytes(sum(one.numel for one in checkpoint.tensors.values()), dtype, wanted.device)
     itemsize = weight_bytes(1, dtype, wanted.device)
     return fits(weights, config.get_text_config(), itemsize, wanted.device, wanted.memory, wanted.tokens)
 

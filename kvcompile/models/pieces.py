@@ -52,8 +52,5 @@ def rows(loader: Loader, empty: nn.Parameter, ids: Tensor, own: slice) -> Tensor
 
 def _stored(loader: Loader, empty: nn.Parameter) -> str | None:
     """The tensor of the checkpoint that a parameter is, None where it is made of several or of parts."""
-    name = next((n for n in loader.names[id(empty)] if n in loader.sources and n not in loader.joined), None)
-    if name is None:
-        return None
-    (source,) = loader.sources[name]
-    return source
+    found = (loader.stored(name) for name in loader.names[id(empty)])
+    return next((source for source in found if source is not None), None)

@@ -32,6 +32,7 @@ from kvcompile.models.implementation import attention_of
 from kvcompile.models.pieces import register_sampler, rows, sample
 from kvcompile.models.progress import no_progress_bars
 from kvcompile.models.resident import register, resident
+from kvcompile.models.ties import untie
 from kvcompile.runtime.parts import decoder_of
 from kvcompile.runtime.token_inputs import ROWS, has_token_inputs
 
@@ -48,11 +49,10 @@ def stream(
     """
     give_back()
     checkpoint = Checkpoint(folder, name)
-    own = config.dtype or next((s.dtype for s in checkpoint.tensors.values() if s.dtype.is_floating_point), None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config,
-            dtype=dtype or own,
+            dtype=dtype or config.dtype or checkpoint.dtype,
             attn_implementation=attention_of(config.get_text_config()),
             trust_remote_code=False,
         )
@@ -101,14 +101,21 @@ class Loader:
     def __init__(self, model: Any, checkpoint: Checkpoint, device: torch.device, renamed: Renamed) -> None:
         self.model, self.checkpoint, self.device = model, checkpoint, device
         self.mapping = get_model_conversion_mapping(model, renamed)
+        self.sources, self.joined = self._assign()
+        untie(model, checkpoint, self.stored)
         # Parameters without numbers, by what they are: tied ones have several names.
         self.empty = dict(model.named_parameters(remove_duplicate=False))
         self.slots = {key: _Slot(*_place(model, key)) for key in self.empty}
         self.names: dict[int, list[str]] = {}
         for key, parameter in self.empty.items():
             self.names.setdefault(id(parameter), []).append(key)
-        self.sources, self.joined = self._assign()
         self._check()
+
+    def stored(self, name: str) -> str | None:
+        """The tensor of the checkpoint that a parameter is, by its name; None where there is none, or it is made of
+        several or of parts."""
+        several = self.sources.get(name, ())
+        return several[0] if len(several) == 1 and name not in self.joined else None
 
     def _assign(self) -> tuple[dict[str, list[str]], set[str]]:
         """Of every parameter's name the tensors of the checkpoint that it is made of; and the names of those that are

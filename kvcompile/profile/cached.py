@@ -52,6 +52,7 @@ def profile(
         store=store,
         rotary=at_window,
         room=room(model, device_of(model), memory, window),
+        waiting=report and (lambda: report("waiting for another build, which measures the same profile", 0, 0)),
     )
     return profiled.for_context(at_context)
 

@@ -25,6 +25,10 @@ from kvcompile.models.room import Room
 UNLIMITED = Room(1 << 62, 1 << 62)
 
 
+class LostError(ModelError):
+    """What an interrupted profile needs to go on is gone from the disk, or damaged."""
+
+
 @dataclass
 class _Entry:
     """Tensors, None where they are on disk alone; the room that they take, device, host or disk; their bytes; and
@@ -69,7 +73,7 @@ class Held:
         self._entries[name] = entry
 
     def get(self, name: str) -> dict[str, Tensor]:
-        """The tensors under a name, on the device; KeyError where there are none."""
+        """The tensors under a name, on the device; LostError where there are none, or none that can be read."""
         entry = self._entries.get(name)
         if entry is not None and entry.tensors is not None:
             return {key: t.to(self.device) for key, t in entry.tensors.items()}
@@ -77,7 +81,10 @@ class Held:
             # Copied out of the mapped file: at places of memory as torch itself chooses, and not counted twice.
             return {key: t.clone().to(self.device) for key, t in load_file(self._path(name)).items()}
         except (OSError, SafetensorError):
-            raise KeyError(name) from None
+            raise LostError(
+                f"what profiling kept in {self.folder} between its steps is gone or damaged, the first of it {name}: "
+                "start the build again, and it starts from the beginning"
+            ) from None
 
     def one(self, name: str) -> Tensor:
         """The only tensor under a name."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import ahead, resident
-from kvcompile.profile.held import Held, complaining
+from kvcompile.profile.held import Held, LostError, complaining
+from kvcompile.profile.lock import alone
 from kvcompile.profile.ranks import Ranks
 from kvcompile.profile.resume import FILE, Sums, load, save
 
@@ -56,17 +58,43 @@ def run(
     progress: Progress | None = None,
     store: Path | None = None,
     ranks: Ranks = ALONE,
+    waiting: Callable[[], None] | None = None,
 ) -> Sums:
     """The sums, from `fresh` on, over all items; those already in the folder `store` are not run again. `items` among
-    the sums counts the finished ones. What is held goes once all are.
+    the sums counts the finished ones. What is held goes once all are. Where some of it is lost that unfinished sums
+    need, they start from `fresh` again.
+
+    Of several calls with one store, the others wait for the first to end; `waiting` is called before that.
 
     Sums are float64 where they are small: an artifact holds float32 and float16 of them, and loses nothing more on the
     way, whatever the number of items.
     """
-    job = _Job(items, {"items": np.zeros((), np.int64), **fresh}, held, store, ranks)
-    job.go(progress)
-    held.clear()
+    with _alone(store, ranks, waiting):
+        start = partial(_Job, items, {"items": np.zeros((), np.int64), **fresh}, held, store, ranks)
+        job = start()
+        try:
+            job.go(progress)
+            lost = False
+        except LostError:
+            lost = job.forget()
+            if not lost:
+                raise
+        if lost:  # Not among what the error still holds.
+            job = start()
+            job.go(progress)
+        held.clear()
     return job.sums
+
+
+@contextmanager
+def _alone(store: Path | None, ranks: Ranks, waiting: Callable[[], None] | None) -> Iterator[None]:
+    """Have `store` for these processes alone within the block; the first of them sees to it for all."""
+    if store is None:
+        yield
+        return
+    with ExitStack() as stack:
+        ranks.first(lambda: stack.enter_context(alone(store, waiting)))
+        yield
 
 
 class _Job:
@@ -75,6 +103,7 @@ class _Job:
         # What each process holds is on disk apart, so that unfinished sums belong to a number of processes.
         self.file = FILE if ranks.count == 1 else f"sums-{ranks.count}.npz"
         self.sums = fresh if store is None else self._kept(store, fresh)
+        self.resumed = self.sums is not fresh
         self.pending: list[tuple[int, Additions]] = []
         self.clock, self.torn = _Clock(), False
 
@@ -106,6 +135,15 @@ class _Job:
                 raise
         if self.store is not None and finished < len(items):
             self._finish(self.store)
+
+    def forget(self) -> bool:
+        """Give up sums that cannot be gone on from, with what is held; whether they can be started from the beginning
+        here and now. Other processes are in the midst of them, and have to be started again."""
+        if self.store is None or not self.resumed:
+            return False
+        (self.store / self.file).unlink(missing_ok=True)
+        self.held.clear()
+        return self.ranks.count == 1
 
     def _kept(self, store: Path, fresh: Sums) -> Sums:
         kept = load(store, fresh)

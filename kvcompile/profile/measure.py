@@ -11,7 +11,7 @@ times where later layers attend to the keys and values of earlier ones).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,11 +85,13 @@ def measure(
     store: Path | None = None,
     rotary: Rotary | None = None,
     room: Room = UNLIMITED,
+    waiting: Callable[[], None] | None = None,
 ) -> Profiled:
     """Profile a transformers causal LM.
 
     With `store`, a folder for this profile alone (`profile_key` names it), finished items are kept there: a second call
-    skips them and ends with the same bits. What is held between the passes takes `room` at most, and is on disk beyond.
+    skips them and ends with the same bits; one at the same time, in another process, calls its `waiting` and waits for
+    the end of this one. What is held between the passes takes `room` at most, and is on disk beyond.
     `rotary` is the model's rotary embedding in contexts of the longest length, where it is known already.
 
     Raises:
@@ -112,7 +114,8 @@ def measure(
     own = STATES if setting.ranks.count == 1 else f"{STATES}-{setting.ranks.count}-{setting.ranks.rank}"
     held = Held(None if store is None else store / own, room, device_of(model))
     with frozen(model), attended(model):
-        sums = run(list(_items(setting, fit, probes, curves, check)), fresh, held, progress, store, setting.ranks)
+        items = list(_items(setting, fit, probes, curves, check))
+        sums = run(items, fresh, held, progress, store, setting.ranks, waiting)
     return _profiled(sums, setting, fit.result(sums))
 
 

@@ -51,6 +51,23 @@ def test_a_single_file_needs_no_index(tmp_path: Path) -> None:
     assert torch.equal(Checkpoint(tmp_path, "tiny").read("d.weight"), TENSORS["d.weight"])
 
 
+def test_a_single_file_comes_before_an_index(folder: Path) -> None:
+    save_file({"a.weight": torch.zeros(2)}, folder / "model.safetensors")
+    assert torch.equal(Checkpoint(folder, "tiny").read("a.weight"), torch.zeros(2))
+
+
+def test_the_element_type_is_that_of_the_first_floats_by_name_in_the_first_file(folder: Path) -> None:
+    """The file itself has its widest tensors first."""
+    assert Checkpoint(folder, "tiny").dtype == torch.float32
+    (folder / INDEX).unlink()
+    save_file({"b": torch.zeros(2), "a": TENSORS["b.weight"], "0": TENSORS["c"]}, folder / "model.safetensors")
+    assert Checkpoint(folder, "tiny").dtype == torch.bfloat16
+    save_file({"1": TENSORS["c"].int(), "0": TENSORS["c"]}, folder / "model.safetensors")
+    assert Checkpoint(folder, "tiny").dtype == torch.int64
+    save_file({}, folder / "model.safetensors")
+    assert Checkpoint(folder, "tiny").dtype == torch.float32
+
+
 def refused(folder: Path, sentence: str) -> None:
     with pytest.raises(ModelError, match=sentence) as caught:
         Checkpoint(folder, "tiny")

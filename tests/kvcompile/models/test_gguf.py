@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,19 @@ def test_a_file_is_converted_once_and_again_when_it_changes(
     file.write_bytes(file.read_bytes() + b"\0")
     assert subject.converted(file, torch.float32) != first
     assert not list(cache.glob(".unfinished-*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_the_copy_in_a_shared_cache_is_for_those_whom_the_umask_allows(tmp_path: Path, umask: int) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    before = os.umask(umask)
+    try:
+        folder = subject.converted(file, torch.float32)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~umask
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import saved, streamed, whole
+from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny_model
 
 from kvcompile.artifacts import identify
 from kvcompile.artifacts.errors import ModelError
-from kvcompile.models import arithmetic, fast_arithmetic, sampler
+from kvcompile.models import arithmetic, fast_arithmetic, sampler, ties
 from kvcompile.models.checkpoint import INDEX
 from kvcompile.models.resident import in_turn, is_streamed, resident
 
@@ -107,3 +109,36 @@ def test_weights_compute_the_same_wherever_they_lie(tmp_path: Path) -> None:
         assert all(tensor.data_ptr() % 64 == 0 for tensor in model.state_dict().values())
         assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == before
+
+
+def changed(folder: Path, tensors: dict[str, torch.Tensor], **settings: Any) -> Path:
+    """The folder of a model in one file, with other tensors and another configuration."""
+    file, config = folder / "model.safetensors", folder / "config.json"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return folder
+
+
+@pytest.mark.parametrize("at_once", [100, 1 << 24])
+@pytest.mark.parametrize("where", [None, 0, -1])
+def test_embeddings_that_are_tied_by_the_configuration_alone_are_parted(
+    where: int | None, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ties, "AT_ONCE", at_once)
+    folder = saved(tiny_model(CONFIGS["llama"]), tmp_path, "1GB")
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"].clone()
+    if where is not None:
+        head[where] += 1
+    changed(folder, {"lm_head.weight": head}, tie_word_embeddings=True)
+    there, model, ids = whole(folder), streamed(folder), torch.arange(3, 40)[None]
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) == (where is None)
+    assert identify(model, "tiny", sampler(model)).fingerprint == identify(there, "tiny").fingerprint
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, there(ids).logits)
+
+
+def test_without_a_dtype_in_the_configuration_it_is_that_of_a_whole_model(tmp_path: Path) -> None:
+    folder = saved(tiny_model(CONFIGS["llama"]), tmp_path, "1GB")
+    tensors = load_file(folder / "model.safetensors")
+    changed(folder, {key: value.bfloat16() for key, value in tensors.items() if "norm" not in key}, dtype=None)
+    assert streamed(folder).dtype == whole(folder).dtype == torch.bfloat16

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.resident import register
 from kvcompile.models.room import Room
 from kvcompile.profile import job
-from kvcompile.profile.held import Held
+from kvcompile.profile.held import Held, LostError
 from kvcompile.profile.job import Item, run
-from kvcompile.profile.resume import Sums
+from kvcompile.profile.lock import alone
+from kvcompile.profile.ranks import Ranks, dist
+from kvcompile.profile.resume import Sums, save
 
 FRESH = {"total": np.zeros(()), "last": np.zeros(())}
 Run = Callable[[Sums, Held], Any]
@@ -118,3 +122,84 @@ def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(ModelError, match=r"cannot be written to .*No space left.*: make room"):
         run(numbers(2), fresh(), Held(tmp_path / "states"), store=tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone", "all gone"])
+@pytest.mark.parametrize("memory", [0, 1 << 30])
+def test_unfinished_sums_without_what_they_need_start_again(tmp_path: Path, damage: str, memory: int) -> None:
+    states = tmp_path / "states"
+    with pytest.raises(RuntimeError, match="stopped"):
+        run([*numbers(3), Item(failing)], fresh(), Held(states, Room(0, memory)), store=tmp_path)
+    file = states / "state3.safetensors"
+    if damage == "all gone":
+        shutil.rmtree(states)
+    elif damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: 40 if damage == "cut" else 0])
+    sums = run(numbers(4), fresh(), Held(states, Room(0, memory)), store=tmp_path)
+    assert (float(sums["total"]), int(sums["items"])) == (10, 4)
+    assert float(run(numbers(4), fresh(), Held(states), store=tmp_path)["total"]) == 10
+
+
+def test_what_is_missing_though_nothing_was_resumed_is_one_sentence(tmp_path: Path) -> None:
+    item = Item(lambda _, held: held.drop("other") or held.one("other"))
+    with pytest.raises(LostError, match=r"other: start the build again"):
+        run([item], fresh(), Held(tmp_path / "states"), store=tmp_path)
+
+
+def test_a_second_job_waits_and_finds_the_sums_finished(tmp_path: Path) -> None:
+    """Two threads with a handle each of the lock's file are to the system what two processes are."""
+    begun, waits, later = Event(), Event(), []
+
+    def second() -> None:
+        begun.wait(60)
+        later.append(run([*numbers(3)], fresh(), Held(tmp_path / "s"), never, store=tmp_path, waiting=waits.set))
+
+    def never(*_: int) -> None:
+        raise AssertionError("measured again")
+
+    def slow(_: Sums, __: Held) -> None:
+        begun.set()
+        assert waits.wait(60), "the other did not wait"
+
+    thread = Thread(target=second)
+    thread.start()
+    first = run([*numbers(2), Item(slow)], fresh(), Held(tmp_path / "s"), store=tmp_path, waiting=never)
+    thread.join()
+    assert (float(first["total"]), float(later[0]["total"])) == (3, 3)
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """As if there were another process, which has nothing to do."""
+
+    def gather(found: list[Any], value: Any) -> None:
+        found[:] = [([], False), value]
+
+    monkeypatch.setattr(dist, "barrier", lambda: None)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    return Ranks(1, 2)
+
+
+def owned(item: Item) -> Item:
+    return Item(item.run, work=item.work, owner=1)
+
+
+def test_the_first_of_several_processes_alone_takes_the_lock(tmp_path: Path, second_of_two: Ranks) -> None:
+    items = [owned(item) for item in numbers(3)]
+    with alone(tmp_path):
+        sums = run(items, fresh(), Held(tmp_path / "s"), store=tmp_path, ranks=second_of_two)
+    assert float(sums["total"]) == 6
+
+
+def test_several_processes_that_lost_something_start_again_when_they_are_started(
+    tmp_path: Path, second_of_two: Ranks
+) -> None:
+    """The others, in the midst of it, cannot be told."""
+    items = [owned(item) for item in numbers(4)]
+    save(tmp_path, {"items": np.array(3), "total": np.array(6.0), "last": np.zeros(())}, "sums-2.npz")
+    with pytest.raises(LostError, match="start the build again"):
+        run(items, fresh(), Held(tmp_path / "s"), store=tmp_path, ranks=second_of_two)
+    sums = run(items, fresh(), Held(tmp_path / "s"), store=tmp_path, ranks=second_of_two)
+    assert float(sums["total"]) == 10
