@@ -47,7 +47,7 @@ from kvcompile.artifacts.schema import (
 )
 from kvcompile.artifacts.serialize import to_bytes, write
 from kvcompile.artifacts.shapes import heads_of, is_planned, planned_heads, source_of, sources_of
-from kvcompile.artifacts.validate import validate
+from kvcompile.artifacts.validate import check_model, validate
 
 __all__ = [
     "Artifact",
@@ -74,6 +74,7 @@ __all__ = [
     "TargetError",
     "anchor_bytes",
     "check_identity",
+    "check_model",
     "chunk_of",
     "feed_forward_elements",
     "fetch",

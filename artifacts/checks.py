@@ -20,6 +20,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Element types that a file may hold, by safetensors' name."""
 
 MAX_TOKENS = 2**31 - 1
+MAX_BATCH = 2**20
 MAX_BYTES = 2**63 - 1
 
 MAX_FILE_BYTES = 2**30

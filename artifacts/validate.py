@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts.checks import (
     DTYPES,
+    MAX_BATCH,
     MAX_BYTES,
     MAX_TOKENS,
     printable,
@@ -68,7 +69,7 @@ def validate(artifact: Artifact, source: str) -> None:
     Raises ArtifactError: one sentence that names the file, the field, what was found and what was expected.
     """
     source = printable(source)
-    _check_model(artifact.model, source)
+    check_model(artifact.model, source)
     _check_target(artifact.target, chunk_of(artifact.model), source)
     for name in ("resident", "scorer", "transient", "full"):
         require_integer(source, f"bytes.{name}", getattr(artifact.bytes, name), 0, MAX_BYTES)
@@ -82,7 +83,8 @@ def validate(artifact: Artifact, source: str) -> None:
     _check_bytes(artifact.bytes, artifact, source)
 
 
-def _check_model(model: ModelIdentity, source: str) -> None:
+def check_model(model: ModelIdentity, source: str) -> None:
+    """Check every value of a model's identity but its samples. Raises as `validate` does."""
     require_text(source, "model.name", model.name)
     require_text(source, "model.architecture", model.architecture)
     require_dtype(source, "model.dtype", model.dtype)
@@ -106,7 +108,7 @@ def _check_model(model: ModelIdentity, source: str) -> None:
 def _check_target(target: Target, chunk: int | None, source: str) -> None:
     require_integer(source, "target.bytes", target.bytes, 1, MAX_BYTES)
     require_integer(source, "target.context", target.context, 1, chunk or MAX_TOKENS)
-    require_integer(source, "target.batch", target.batch, 1, 2**20)
+    require_integer(source, "target.batch", target.batch, 1, MAX_BATCH)
     require_dtype(source, "target.dtype", target.dtype)
 
 
@@ -141,6 +143,9 @@ def _check_profile(name: str, values: NDArray[Any], source: str) -> None:
     require_text(source, "the name of a profile tensor", name)
     require_array(source, f"profile.{name}", values, tuple(DTYPES))
     require_finite(source, f"profile.{name}", values)
+    # The one tensor of a profile that is looked at without the others: of an older quantiser it gives the positions.
+    if name == "window" and values.shape != (1,):
+        refuse(source, "tensor profile.window", f"has the shape {list(values.shape)}, expected [1]")
 
 
 def _check_shapes(budgets: Budgets, model: ModelIdentity, source: str) -> None:

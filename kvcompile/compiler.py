@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompile.allocators import solve
-from kvcompile.artifacts import Artifact, ModelIdentity, Target, chunk_of, identify, validate, write
+from kvcompile.artifacts import Artifact, ModelIdentity, Target, check_model, chunk_of, identify, validate, write
 from kvcompile.assemble import assemble, at_context, stored_parts
 from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
 from kvcompile.stages import QUICK, THOROUGH, Effort, Parts, Report, Tools
@@ -93,6 +93,7 @@ def build_many(
     from kvcompile.profile import measuring, profile, ranks
 
     identity = identify(model, name or str(model.config.name_or_path or model.config.model_type), sampler(model))
+    check_model(identity, "the model")
     longest = int(model.config.get_text_config().max_position_embeddings)
     options = options.with_defaults(longest, 1)
     context = options.context or longest

@@ -50,7 +50,8 @@ def choices(problem: Problem) -> Choices:
         ]
     )
     anchors = np.array([[problem.anchor_bytes(k, v) for v in problem.value_bits] for k in problem.key_bits])
-    size = slots[:, None] * tokens[:, None, None] + anchors
+    # A single token is the newest one, so the head has no sink and with that no exact copy of it.
+    size = slots[:, None] * tokens[:, None, None] + anchors * (tokens > 1)[:, None, None]
     shape = (size.shape[0], size.shape[1], size.shape[2], size.shape[3])
     return Choices(heads, tokens, shape, size.ravel(), table.reshape(*table.shape[:2], -1))
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.allocators.predicted import evicted, predicted_loss
-from kvcompile.allocators.rows import floors, free_tokens, limits, rows
+from kvcompile.allocators.rows import floors, free_bytes, free_tokens, least_bytes, limits, rows
 from kvcompile.stages import Plan, Problem
 
 
@@ -35,10 +35,18 @@ class DuoAttention:
 
 def streaming_tokens(problem: Problem, sink: int, recent: int) -> int:
     """What a streaming head holds: fewer where the target is too small for streaming heads alone."""
+    problem, sink = with_sinks(problem, sink)
     active = ~problem.fixed
     limit = int(problem.limit[active].max(initial=1))
     fair = free_tokens(problem) // max(1, int(active.sum()) * problem.num_kv_heads)
     return min(int(np.clip(fair, floors(problem)[active].max(initial=1), sink + recent)), limit)
+
+
+def with_sinks(problem: Problem, sink: int) -> tuple[Problem, int]:
+    """The problem as streaming heads of `sink` sinks meet it, whose exact copies of token 0 take bytes even where the
+    problem has no sinks, and their sinks: none where the target is too small for these copies."""
+    streams = dataclasses.replace(problem, sink=max(problem.sink, min(sink, 1)))
+    return (streams, sink) if least_bytes(streams) <= problem.target else (problem, 0)
 
 
 def streaming_and_full(
@@ -49,19 +57,22 @@ def streaming_and_full(
     active = ~problem.fixed
     tokens = limits(problem)
     limit, streaming = int(problem.limit[active].max(initial=1)), streaming_tokens(problem, sink, recent)
-    heads = np.argwhere(eligible & active[:, None])
-    spare = free_tokens(problem) - streaming * int(active.sum()) * problem.num_kv_heads
-    count = min(len(heads), spare // (limit - streaming)) if limit > streaming else len(heads)
+    streams, sink = with_sinks(problem, sink)
+    heads, slot = np.argwhere(eligible & active[:, None]), problem.slot_bytes("recent")
+    spare = free_bytes(streams) - streaming * int(active.sum()) * problem.num_kv_heads * slot
+    # A full head has the problem's sinks in place of the streaming heads', and no copy of token 0 without any.
+    more = (limit - streaming) * slot + problem.anchor_bytes() - streams.anchor_bytes()
+    count = min(len(heads), max(0, spare) // more) if more > 0 else len(heads)
     tokens[active] = streaming
     for i, h in heads[np.argsort(-score[tuple(heads.T)], kind="stable")[:count]]:
         tokens[i, h] = limit
 
     plan = rows(problem, tokens, report={"full_heads": int(count), "streaming_tokens": streaming})
     first = min(sink, max(1, streaming * sink // (sink + recent)), streaming - 1)
-    streams = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
+    narrow = (tokens == streaming) & active[:, None] & (tokens < limits(problem))
     plan = dataclasses.replace(
         plan,
-        sink=np.where(streams, first, plan.sink).astype(np.int32),
-        recent=np.where(streams, streaming - first, plan.recent).astype(np.int32),
+        sink=np.where(narrow, first, plan.sink).astype(np.int32),
+        recent=np.where(narrow, streaming - first, plan.recent).astype(np.int32),
     )
     return dataclasses.replace(plan, loss=predicted_loss(problem, plan))

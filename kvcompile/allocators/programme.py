@@ -10,6 +10,7 @@ from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack
 
 from kvcompile.allocators.choices import Choices
+from kvcompile.artifacts import TargetError
 from kvcompile.stages import WORST
 
 PRICES = 24
@@ -36,6 +37,9 @@ def relax(table: Choices, budget: int) -> Relaxed:
 
     HiGHS solves it over a few columns a head; its dual prices value every other choice, and each head's best one
     enters, until none is better or the bound is met.
+
+    Raises:
+        TargetError: no choice of every head is within the budget.
     """
     num_families, num_heads, _ = table.loss.shape
     columns = _first_columns(table)
@@ -47,6 +51,8 @@ def relax(table: Choices, budget: int) -> Relaxed:
             programme.cost, A_ub=programme.below, b_ub=programme.limit, A_eq=programme.one_each,
             b_eq=np.ones(num_heads), method="highs",
         )  # fmt: skip
+        if solved.x is None:
+            raise TargetError(f"no plan was found within {budget} bytes a sequence: ask for more memory")
         # Marginals of rows "<=" are at most 0: [0] is that of bytes, the others are those of families. Losses were
         # divided by the scale and bytes by the budget; the families' rows have the scale on both sides.
         duals = -solved.ineqlin.marginals

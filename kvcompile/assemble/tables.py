@@ -87,6 +87,12 @@ def stored_profile(artifact: Artifact) -> Profile:
     tokens, window = arrays["tokens"], int(arrays["window"][0])
     if (np.diff(tokens) <= 0).any() or tokens[-1] != window or tokens[0] < 1 or not arrays["factor"][0] > 0:
         raise ArtifactError("the artifact carries no usable profile.tokens: expected budgets that rise to the window")
+    for name in ("loss", "key_loss", "value_loss", "kept_key_loss", "kept_value_loss"):
+        if (arrays.get(name, NONE) < 0).any():
+            raise ArtifactError(f"the artifact carries no usable profile.{name}: expected losses of 0 or more")
+    correlation = arrays.get("correlation", NONE)
+    if correlation.shape not in ((0,), (1,)):
+        raise ArtifactError("the artifact carries no usable profile.correlation: expected an array of shape (1,)")
     checks = arrays.get("checks", np.zeros((0, 2), np.float32))
     if checks.ndim != 2 or checks.shape[1] != 2:
         raise ArtifactError("the artifact carries no usable profile.checks: expected an array of shape (N, 2)")
@@ -94,7 +100,7 @@ def stored_profile(artifact: Artifact) -> Profile:
         families=tuple(names),
         window=window,
         factor=float(arrays["factor"][0]),
-        correlation=float(arrays["correlation"][0]) if arrays.get("correlation", NONE).size else math.nan,
+        correlation=float(correlation[0]) if correlation.size else math.nan,
         checks=checks,
         keys=stored_keys(arrays, (*heads, model.head_dim)) if "rotary_frequency" in arrays else None,
         kept=_stored_kept(arrays, (len(names), *heads), (keys, values), window) if "kept_tokens" in arrays else None,

@@ -60,7 +60,7 @@ def _texts(file: Path) -> Iterator[str]:
     # Not splitlines: it also splits at characters that JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield _record_text(line, f"{file}, line {number}")
+            yield _encodable(_record_text(line, f"{file}, line {number}"), f"{file}, line {number}")
 
 
 def _record_text(line: str, place: str) -> str:
@@ -73,6 +73,18 @@ def _record_text(line: str, place: str) -> str:
     if isinstance(record, dict) and isinstance(record.get("messages"), list):
         return "\n\n".join(text for message in record["messages"] for text in _message_texts(message))
     raise CalibrationError(f'{place} has no text: expected a string under "text", or a list under "messages"')
+
+
+def _encodable(text: str, place: str) -> str:
+    """The text, unless it has what JSON can write and UTF-8 cannot: half of a pair of surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise CalibrationError(
+            f"{place} has {half} alone: expected both surrogates of a character, or neither"
+        ) from None
+    return text
 
 
 def _message_texts(message: Any) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from contextlib import nullcontext
@@ -12,7 +13,8 @@ import click
 
 from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
-from kvcompile.artifacts import Artifact, TargetError, fetch
+from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch
+from kvcompile.artifacts.checks import show
 from kvcompile.cli import output, progress, tables
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
@@ -92,14 +94,14 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
     help="Bytes that profiling may take (8GB). A model that does not fit is read from its checkpoint layer by layer, "
     "a few times, and what profiling keeps between layers is on disk beyond.  [default: what is free]",
 )  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the calibration text.")
+@click.option("--seed", type=click.IntRange(0), help="Of the calibration text.  [default: 0]")
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
     model: str | None, old: str | None, mem: str, context: int | None, batch: int | None,
     sequences: int | None, allocator: str, policy: str | None, kv_dtype: str, classes_per_layer: int | None,
     tp: int | None, refine: int, calib: str | None, quick: bool, profile_tokens: int | None,
-    profile_memory: str | None, seed: int, out: str | None, as_json: bool,
+    profile_memory: str | None, seed: int | None, out: str | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Profile a model, solve for per-head budgets under a memory target, and write an artifact.
 
@@ -109,13 +111,18 @@ def command(
         raise click.UsageError("give either --model NAME or --from FILE")
     if old is not None and refine:
         raise click.UsageError("--refine measures with the model: give --model NAME instead of --from FILE")
-    profiling = {"--profile-tokens": profile_tokens, "--profile-memory": profile_memory, "--quick": quick or None}
+    profiling = {
+        "--profile-tokens": profile_tokens, "--profile-memory": profile_memory, "--quick": quick or None,
+        "--calib": calib, "--seed": seed,
+    }  # fmt: skip
     for option, value in profiling.items():
         if old is not None and value is not None:
             raise click.UsageError(f"{option} is about profiling the model: give --model NAME instead of --from FILE")
     memory = None if profile_memory is None else parse_bytes(profile_memory)
     if refine and allocator != "optimal":
         raise click.UsageError("--refine works with --allocator optimal only")
+    if model is not None:
+        check_name(model)
     source = Path(model or old or "")
     stem = source.name.removesuffix(".gguf").removesuffix(".kvb") or "artifact"
     # Without a name of its own, what is solved anew must not take its source's place.
@@ -131,7 +138,7 @@ def command(
         built = [compiler.resolve(artifact, mem=text, out=file, **vars(options)) for text, file in wanted.items()]
     else:
         effort = (QUICK if quick else THOROUGH).at(profile_tokens)
-        built = _from_model(str(model), wanted, options, calib, refine, seed, effort, memory)
+        built = _from_model(str(model), wanted, options, calib, refine, seed or 0, effort, memory)
     if not built:
         return  # one of several processes, of which the first writes and reports
     seconds = time.perf_counter() - start
@@ -149,17 +156,37 @@ def command(
     click.echo(f"  time      {seconds:.1f} s")
 
 
+def check_name(model: str) -> None:
+    """Refuse what cannot even be asked for as a path.
+
+    Raises:
+        ModelError: another user's home folder that is not there, or a name that is too long.
+    """
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            Path(model).expanduser().stat()
+    except RuntimeError:
+        raise ModelError(f"{model} is in the home folder of nobody here: expected another path, or a hub id") from None
+    except OSError as error:
+        raise ModelError(
+            f"{show(model)} is no name of a model ({error.strerror}): expected a path or a hub id"
+        ) from None
+
+
 def outputs(mem: str, path: Path) -> dict[str, Path]:
     """The file of every target in `mem`: `path` itself where there is one target.
 
     Raises:
         TargetError: an amount that is none, or one that comes twice.
+        ArtifactError: several targets, and a folder in place of a file.
     """
     texts = [part.strip() for part in mem.split(",")]
     for text in texts:
         parse_memory(text)
     if len(texts) == 1:
         return {texts[0]: path}
+    if not path.name:
+        check_out(path)  # a folder, which has no name to go by
     files = {text: path.with_name(f"{path.stem}-{text.replace('%', 'pct')}{path.suffix}") for text in texts}
     if len(files) < len(texts):
         raise TargetError(f"--mem {mem} names a target twice: expected different ones")

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from kvcompile.allocators import plan_bytes
 from kvcompile.allocators.foreign import following
-from kvcompile.artifacts import Artifact, ExchangeError
+from kvcompile.artifacts import Artifact, ExchangeError, TargetError
 from kvcompile.artifacts.serialize import replace_file
 from kvcompile.assemble import stored_parts
 from kvcompile.export.values import curves, gates, query_head_tokens, static_shares, windows
@@ -84,7 +85,7 @@ def export(artifact: Artifact, name: str) -> Export:
     """An artifact's plan for another system, and what is left of it when that system reads it.
 
     Raises:
-        ExchangeError: an unknown format.
+        ExchangeError: an unknown format, or one that has no words for so small a plan.
         ArtifactError: a format that needs curves, and an artifact without.
     """
     if name not in EXPORTS:
@@ -95,7 +96,17 @@ def export(artifact: Artifact, name: str) -> Export:
         for file, data in files.items():
             (Path(folder) / file).write_bytes(data)
         allocator = following(format.read(Path(folder) if format.folder else Path(folder) / next(iter(files))))
-    plan = allocator(_problem(artifact, exporter.runs))
+    problem = _problem(artifact, exporter.runs)
+    try:
+        plan = allocator(problem)
+        fits = plan_bytes(problem, plan) <= problem.target
+    except TargetError:  # its sentence is about a file that only we have seen
+        fits = False
+    if not fits:
+        raise ExchangeError(
+            f"as {name}, the plan of {artifact.model.name} takes more than its own {problem.target} bytes a sequence: "
+            "export an artifact of a larger target, or to another format"
+        )
     same = all(
         np.array_equal(getattr(plan, field), getattr(artifact.budgets, field))
         for field in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from kvcompile.allocators import check_policy, least_bytes
 from kvcompile.artifacts import (
@@ -18,7 +21,8 @@ from kvcompile.artifacts import (
     state_bytes,
     states_name,
 )
-from kvcompile.kernels.codecs import codec_of, names
+from kvcompile.artifacts.checks import MAX_BATCH, MAX_BYTES, MAX_TOKENS, show
+from kvcompile.kernels.codecs import codec_of, is_quantised, names
 from kvcompile.problem.memory import Memory, parse_memory
 from kvcompile.problem.options import KV_DTYPES, Options
 from kvcompile.problem.pages import page_target
@@ -27,12 +31,14 @@ from kvcompile.stages import Parts
 
 
 def check_positions(artifact: Artifact, parts: Parts, target: Target, options: Options) -> None:
-    """Refuse to quantise keys for positions that the artifact says nothing about."""
+    """Refuse to transform keys for positions that the artifact says nothing about."""
     context, keys = target.context, parts.profile.keys
-    if context == artifact.target.context or not may_quantise(artifact.model, options):
+    if not may_transform(artifact.model, options):
         return
     advice = "build anew with --model, or give --kv-dtype bf16 for a plan without quantised heads"
-    if keys is None and context > parts.profile.window and parts.quantiser is not None:
+    # A file's context alone says nothing: it may have been solved, without quantised keys, from one of another context.
+    made = context == artifact.target.context and has_transformed_keys(artifact)
+    if keys is None and context > parts.profile.window and parts.quantiser is not None and not made:
         raise TargetError(
             f"the artifact is of a revision that fitted its quantiser to the first {parts.profile.window} positions "
             f"alone, which {context} tokens outgrow: {advice}"
@@ -44,12 +50,29 @@ def check_positions(artifact: Artifact, parts: Parts, target: Target, options: O
         )
 
 
+def may_transform(identity: ModelIdentity, options: Options) -> bool:
+    """Whether a plan under the options may have keys in a codec that takes a transform."""
+    some = options.kv_dtype not in names() or codec_of(names()[options.kv_dtype]).needs_transform
+    return some and may_quantise(identity, options)
+
+
+def has_transformed_keys(artifact: Artifact) -> bool:
+    """Whether any head's keys are in a codec that takes a transform."""
+    used = np.unique(artifact.budgets.k_bits).tolist()
+    return any(is_quantised(bits) and codec_of(bits).needs_transform for bits in used)
+
+
 def resolve_target(
     identity: ModelIdentity, memory: Memory, context: int, batch: int, kv_dtype: str, own: str | None = None
 ) -> Target:
     """The target in bytes, and what it is for; `own` is the element type under `auto`, by default the model's."""
     if context < 1 or batch < 1:
         raise TargetError(f"a context of {context} tokens and a batch of {batch} were given: expected at least 1")
+    if context > MAX_TOKENS or batch > MAX_BATCH:
+        raise TargetError(
+            f"a context of {context} tokens and a batch of {batch} were given: expected at most {MAX_TOKENS} tokens "
+            f"and a batch of {MAX_BATCH}"
+        )
     dtype = own or identity.dtype
     if kv_dtype != "auto" and kv_dtype not in names():
         dtype = KV_DTYPES.get(kv_dtype, kv_dtype)
@@ -57,7 +80,13 @@ def resolve_target(
         known = ", ".join((*KV_DTYPES, *names()))
         raise TargetError(f"there is no cache type {kv_dtype!r}: expected one of auto, {known}")
     full = batch * full_bytes(identity, context, dtype)
-    return Target(bytes=memory.bytes(full), context=context, batch=batch, dtype=dtype)
+    target = Target(bytes=memory.bytes(full), context=context, batch=batch, dtype=dtype)
+    if max(target.bytes, full) > MAX_BYTES:
+        raise TargetError(
+            f"a target of {memory.text} ({target.bytes} bytes), and a full cache of {full} bytes, are more than an "
+            f"artifact counts: expected at most {MAX_BYTES} bytes each"
+        )
+    return target
 
 
 def check(
@@ -117,6 +146,11 @@ def check_out(out: str | os.PathLike[str] | None) -> None:
     if out is None:
         return
     path = Path(out)
+    try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()  # `is_dir` hides the reason, or not, by the version of Python
+    except OSError as error:
+        raise ArtifactError(f"{show(str(path))} cannot be written ({error.strerror}): name another file") from None
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder: expected the name of the file to write")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):

@@ -119,6 +119,13 @@ def test_profile_of_another_element_type(with_tensor, make):
     assert "expected F32 or F16 or I32 or U8" in message
 
 
+@pytest.mark.parametrize("shape", [(0,), (), (1, 2), (2,)])
+def test_profile_of_another_window(data, unpack, pack, refusal, shape):
+    tensors, metadata = unpack(data)
+    message = refusal(pack(tensors | {"profile.window": np.ones(shape, np.int32)}, metadata))
+    assert f": tensor profile.window has the shape {list(shape)}, expected [1]" in message
+
+
 def test_profile_without_a_printable_name(data, unpack, pack, refusal):
     tensors, metadata = unpack(data)
     for name in ("profile.", "profile.a\nb\x1b[31m"):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcompile.allocators import ALLOCATORS, allocate, default_policy, least_bytes, plan_bytes
+from kvcompile.allocators.rows import all_full
 from kvcompile.allocators.squeeze import most_similar
 from kvcompile.artifacts import POLICIES, TargetError
 
@@ -133,6 +134,29 @@ def test_duo_keeps_the_most_damaged_heads_full(make_problem) -> None:
     tight = allocate("duo", make_problem(layers=8, context=4096, window=4096, share=0.03))
     assert (tight.capacity == int(0.03 * 4096)).all()
     assert (tight.recent // tight.sink == 2).all()
+
+
+@pytest.mark.parametrize("context", [2, 40, 2048])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.05, 0.3, 0.9])
+def test_duo_counts_its_own_sinks_where_the_problem_has_none(make_problem, context, share) -> None:
+    """Sinks bring exact copies of token 0 with quantised keys and values; without room for them there are no sinks."""
+    problem = make_problem(layers=5, heads=3, context=context, window=2048, sink=0, bits=(8,))
+    least, full = least_bytes(problem), plan_bytes(problem, all_full(problem))
+    problem = dataclasses.replace(problem, target=least + int(share * (full - least)))
+    plan = allocate("duo", problem)
+    assert plan_bytes(problem, plan) <= problem.target
+    assert plan.sink.any() == (share * context > 4)
+
+
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS if "recent" in ALLOCATORS[name].policies])
+@pytest.mark.parametrize("bits", [(16,), (8,), (16, 8, 4)])
+def test_a_context_of_one_token_has_a_plan(make_problem, name, bits) -> None:
+    bits = bits if name == "optimal" else bits[:1]
+    problem = make_problem(context=1, bits=bits)
+    problem = dataclasses.replace(problem, target=least_bytes(problem))
+    plan = allocate(name, problem)
+    assert (plan.capacity == 1).all()
+    assert not plan.sink.any()
 
 
 def test_snapkv_and_h2o_protect_their_recent_tokens(make_problem) -> None:

@@ -47,6 +47,22 @@ def test_losses_of_kept_tokens_that_do_not_fit_are_refused(name: str, table) -> 
         stored_profile(artifact)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("correlation", lambda _: np.zeros((1, 2), np.float32)),
+        ("correlation", lambda _: np.array(0.5, np.float32)),
+        *((name, lambda table: table - 1) for name in ("loss", "key_loss", "value_loss")),
+        *((f"kept_{kind}_loss", lambda table: table - 1) for kind in ("key", "value")),
+    ],
+)
+def test_tables_that_no_profile_has_are_refused(name: str, change) -> None:
+    artifact = _holding(with_kept())
+    arrays = {**artifact.profile, name: change(artifact.profile.get(name))}
+    with pytest.raises(ArtifactError, match=rf"carries no usable profile\.{name}: expected"):
+        stored_profile(dataclasses.replace(artifact, profile=arrays))
+
+
 def _holding(profile: Profile) -> Artifact:
     artifact = make_artifact(tiny_model(CONFIGS["llama"]), 14)
     layers, heads = profile.baklava.shape

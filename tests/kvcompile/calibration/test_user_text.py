@@ -83,8 +83,10 @@ def test_another_encoding_is_refused(tmp_path: Path) -> None:
         ("[]", "line 2 has no text"),
         ('{"text": 7}', "line 2 has no text"),
         ('{"messages": {}}', "line 2 has no text"),
+        (r'{"text": "an emoji cut in two \ud83d"}', r"line 2 has \\ud83d alone"),
+        (r'{"messages": [{"content": "\ude00"}]}', r"line 2 has \\ude00 alone"),
     ],
-    ids=["cut", "deep", "list", "number", "no-list"],
+    ids=["cut", "deep", "list", "number", "no-list", "surrogate", "surrogate of a chat"],
 )
 def test_jsonl_that_is_none_is_refused(tmp_path: Path, line: str, message: str) -> None:
     (tmp_path / "data.jsonl").write_text('{"text": "fine"}\n' + line)

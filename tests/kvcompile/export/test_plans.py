@@ -146,6 +146,14 @@ def test_an_unknown_format_and_a_place_that_cannot_be_written_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_plan_too_small_for_a_format_is_refused(reference: Artifact) -> None:
+    """Four bits a head, of which the other system would need sixteen."""
+    tiny = resolve(reference, mem="80000")
+    for name in ("duoattention", "headkv", "tangram", "windows"):
+        with pytest.raises(ExchangeError, match=f"^as {name}, the plan of {reference.model.name} takes more than"):
+            export(tiny, name)
+
+
 def test_layers_with_a_window_are_left_out_of_clusters(reference: Artifact) -> None:
     windows = tuple(64 if layer in (0, 7) else 0 for layer in range(LAYERS))
     sliding = dataclasses.replace(reference, model=dataclasses.replace(reference.model, windows=windows))
