@@ -190,7 +190,8 @@ def push(file: str | os.PathLike[str], repo: str, *, name: str | None = None, pr
         raise ArtifactError(f"{printable(repo)} is not a valid hub id ({first_line(error)})") from None
     except (HfHubHTTPError, TransferError, OSError) as error:
         raise ArtifactError(
-            f"{repo} takes no upload ({first_line(error)}): run `hf auth login` with a token that may write there"
+            f"{repo} takes no upload ({first_line(error)}): expected a hub that can be reached, and a token that may "
+            "write there (`hf auth login`)"
         ) from None
     return str(commit.commit_url)
 

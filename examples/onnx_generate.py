@@ -66,7 +66,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_file(str(options.folder / model.description["tokenizer"]))
     text, chat = options.prompt.read_text(encoding="utf-8"), model.description["chat"]
     if chat and not options.raw:
-        text = chat["before"] + text + chat["after"]
+        text = chat["before"] + text.rstrip("\r\n") + chat["after"]
     ids = tokenizer.encode(text, add_special_tokens=options.raw or not chat).ids
 
     start = time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,10 @@ class Sampling:
     top_k: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise CacheError(
                 f"sampling with temperature {self.temperature}, top_p {self.top_p} and top_k {self.top_k}: expected a "
-                "temperature of at least 0, a top_p above 0 and at most 1, and a top_k of at least 0"
+                "finite temperature of at least 0, a top_p above 0 and at most 1, and a top_k of at least 0"
             )
 
     def choose(self, logits: torch.Tensor) -> torch.Tensor:

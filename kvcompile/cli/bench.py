@@ -30,9 +30,9 @@ PARTS = ("kernels", "decode", "prefill")
 @click.option("--parts", default=",".join(PARTS), show_default=True, metavar="NAMES", help="What to measure.")
 @click.option("--context", type=click.IntRange(256), help="Tokens in a sequence.  [default: the artifact's, or 8192]")
 @click.option("--batch", type=click.IntRange(1), help="Sequences at once.  [default: the artifact's, or 1]")
-@click.option("--mem", default="25%", show_default=True, help="Share of the full cache, for --random-weights.")
-@click.option("--widths", "bits", type=click.Choice(["16", "8", "4", "mixed"]), default="16", show_default=True,
-              help="Bits of keys and values, for --random-weights.")  # fmt: skip
+@click.option("--mem", help="Share of the full cache, for --random-weights.  [default: 25%]")
+@click.option("--widths", "bits", type=click.Choice(["16", "8", "4", "mixed"]),
+              help="Bits of keys and values, for --random-weights.  [default: 16]")  # fmt: skip
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -45,13 +45,17 @@ PARTS = ("kernels", "decode", "prefill")
 @click.option("--json", "json_out", metavar="FILE", help="Write everything measured as JSON.")
 def command(
     artifact: str | None, random_weights: str | None, model: str | None, parts: str, context: int | None,
-    batch: int | None, mem: str, bits: str, dtype: str | None, tokens: int, rounds: int, json_out: str | None,
+    batch: int | None, mem: str | None, bits: str | None, dtype: str | None, tokens: int, rounds: int,
+    json_out: str | None,
 ) -> None:  # fmt: skip
     """Measure an artifact's model, or a known shape with random weights: attention of one layer against the bytes it
     reads, decoding end to end beside transformers' full cache, and what the compiled scorer costs at prefill. All
     figures in a table come from one run in which the methods take turns."""
     if (artifact is None) == (random_weights is None):
         raise click.UsageError("expected either an ARTIFACT.kvb or --random-weights NAME")
+    if artifact is not None and (mem or bits):
+        raise click.UsageError("--mem and --widths are for --random-weights: an artifact has its own budgets and bits")
+    mem, bits = mem or "25%", bits or "16"
     chosen = [part.strip() for part in parts.split(",")]
     if unknown := [part for part in chosen if part not in PARTS]:
         raise click.UsageError(f"there is no part {unknown[0]!r}: expected some of {', '.join(PARTS)}")

@@ -9,6 +9,7 @@ import click
 
 from kvcompile.artifacts import Artifact, ExchangeError, fetch
 from kvcompile.cli import output, progress
+from kvcompile.problem import check_out
 
 
 @click.command("export", short_help="write an artifact's plan for another system")
@@ -32,9 +33,12 @@ def command(artifact: str, target: str, out: str, model: str | None, as_json: bo
     if model is not None:
         raise ExchangeError(f"--model is for onnx alone: {target} is written from the artifact")
     from kvcompile.export import EXPORTS, export, write
+    from kvcompile.formats import FORMATS
 
     if target not in EXPORTS:
         raise ExchangeError(f"there is no format {target!r}: expected one of onnx, {', '.join(EXPORTS)}")
+    if not FORMATS[target].folder:
+        check_out(out)
     with progress.waiting(f"writing {out}"):
         made = export(plan, target)
         write(made, Path(out))

@@ -48,7 +48,7 @@ def approximate(size: int) -> str:
     """Bytes to three digits: `1.23 GB`."""
     value, unit = float(size), "bytes"
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if value < 1000 or unit == "TB":
+        if value < 999.5 or unit == "TB":  # what is not rounded up to four digits
             break
         value /= 1000
     return f"{value:.3g} {unit}"

@@ -80,7 +80,7 @@ def command(
     if count > 1 and (compare or prompt == "-"):
         option = "--compare" if compare else "--prompt -"
         raise CacheError(f"{option} is for one process, and there are {count}: leave torchrun out, or the option")
-    text = read_prompt(prompt)
+    text = read_prompt(prompt, raw)
 
     import torch
 
@@ -122,8 +122,8 @@ def command(
         show(output.stdout, Comparison(plan.target.context, ids.shape[1], budget, full, parting))
 
 
-def read_prompt(path: str) -> str:
-    """The prompt's text.
+def read_prompt(path: str, raw: bool) -> str:
+    """The prompt's text; without `raw` it is a chat's message, which the line breaks that end a file are no part of.
 
     Raises:
         CacheError: a file that cannot be read as text, or holds none.
@@ -136,7 +136,7 @@ def read_prompt(path: str) -> str:
         raise CacheError(f"the prompt {path} is not UTF-8 text: expected a text file") from None
     if not text.strip():
         raise CacheError(f"the prompt {path} is empty: expected some text to answer")
-    return text
+    return text if raw else text.rstrip("\r\n")
 
 
 def figures(plan: Artifact, model: Any, asked: Any, answer: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import click
 from kvcompile.artifacts import CacheError, ModelError, fetch
 from kvcompile.cli import output
 from kvcompile.integrations.vllm import LOAD_FORMAT, line
-from kvcompile.integrations.vllm.version import check_version, installed
+from kvcompile.integrations.vllm.version import DISTRIBUTIONS, check_version, installed
 
 
 class ServeCommand(click.Command):
@@ -45,8 +45,14 @@ def command(
 ) -> None:  # fmt: skip
     """Start vLLM's OpenAI-compatible server with an artifact, a file or a repository on the hub: every sequence has one
     page of constant size for its cache. What stands after -- goes to vLLM (`--port`, `--tensor-parallel-size` ...)."""
-    distribution, version = installed()
-    check_version(version)
+    starts = not (only_print or as_json)
+    try:
+        distribution, version = installed()
+        check_version(version)
+    except CacheError:
+        if starts:
+            raise
+        distribution, version = DISTRIBUTIONS[0], None  # which is enough to show the command
     check_plugins(os.environ.get("VLLM_PLUGINS"))
     if context is not None and any(one.name == line.LENGTH for one in line.parse(arguments)):
         raise CacheError("--context and --max-model-len both say how long sequences get: give one of them")
@@ -65,7 +71,7 @@ def command(
         })  # fmt: skip
         return
     click.echo(shlex.join(shown), err=not only_print)
-    if not only_print:
+    if starts:
         sys.stdout.flush()
         sys.stderr.flush()
         os.execv(sys.executable, [sys.executable, *words])

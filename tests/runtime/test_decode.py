@@ -101,8 +101,9 @@ def test_draws_follow_the_weights() -> None:
 
 
 def test_what_cannot_be_sampled_or_decoded_is_refused(llama, make_artifact) -> None:
-    with pytest.raises(CacheError, match="expected a temperature of at least 0"):
-        Sampling(-1.0)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(CacheError, match="expected a finite temperature of at least 0"):
+            Sampling(temperature)
     kv = attach(llama, make_artifact(llama, ROWS))
     cache = kv.new_cache(2)
     generate(llama, cache, prompt(9, batch=2), max_new_tokens=1)

@@ -93,6 +93,9 @@ def test_other_versions_and_none(kvcompile, installed) -> None:
     status, _, err = kvcompile("serve", REFERENCE)
     assert status == 2
     assert "vLLM is not installed" in err
+    status, out, _ = kvcompile("serve", REFERENCE, "--print")
+    assert status == 0
+    assert out.startswith("vllm serve ")
 
 
 def test_files_that_cannot_be_served(kvcompile, tmp_path) -> None:
