@@ -85,13 +85,18 @@ def fusable(model: Any, cache: RaggedCache) -> bool:
         config.model_type in FAMILIES
         and config.hidden_act == "silu"
         and not getattr(config, "mlp_bias", False)
-        and getattr(config, "partial_rotary_factor", None) in (None, 1.0)
+        and _rotates_whole_heads(config)
         and type(model.get_output_embeddings()) is nn.Linear
     )
     policies = {cls.policy for layer in cache.ragged for cls in layer.store.layout.classes}
     if not plain or _watched(model) or any(POLICIES[name].observes for name in policies):
         return False
     return all(joinable(group) for layer in model.get_decoder().layers for group in _groups(layer))
+
+
+def _rotates_whole_heads(config: Any) -> bool:
+    named = getattr(config, "partial_rotary_factor", None), (config.rope_parameters or {}).get("partial_rotary_factor")
+    return all(part in (None, 1.0) for part in named)
 
 
 def _watched(model: Any) -> bool:

@@ -18,6 +18,9 @@ MOST_ROWS = 1024
 """Queries of a group times new tokens that the GPU kernel takes, eight rows a program; for more of them, products of
 larger tiles are faster, and they go through torch."""
 
+LARGEST = 256
+"""Elements of a head that the GPU kernel has launch options for (`tuning`); larger ones (Gemma-4) go through torch."""
+
 
 def ragged_decode(
     query: torch.Tensor,
@@ -82,6 +85,7 @@ def ragged_decode(
     fits = new == length and (not layout.window or (new_mask is None and new_pad is None))
     if (
         totals is None
+        and head_dim <= LARGEST
         and takes_kernels(query, layout)
         and fits
         and rows <= MOST_ROWS

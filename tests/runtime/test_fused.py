@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,21 @@ def test_logits_are_the_models(
 def test_other_families_go_through_the_model(family: str, make_artifact: Callable[..., Any]) -> None:
     model = tiny_model(CONFIGS[family])
     with attach(model, make_artifact(model, capacity=18, recent=3)) as kv:
+        assert not fusable(model, kv.new_cache())
+
+
+@pytest.mark.parametrize("named", ["attribute", "rope"])
+def test_partly_rotated_heads_go_through_the_model(named: str, make_artifact: Callable[..., Any]) -> None:
+    """However the configuration says so: as of old, or among the parameters of the rotary embedding."""
+    config = copy.deepcopy(CONFIGS["phi3"])
+    if named == "rope":
+        config.rope_parameters = {**config.rope_parameters, "partial_rotary_factor": 0.5}
+    else:
+        config.partial_rotary_factor = 0.5
+    model = tiny_model(CONFIGS["phi3"])
+    with attach(model, make_artifact(model, capacity=18, recent=3)) as kv:
+        assert fusable(model, kv.new_cache())
+        model.config = config
         assert not fusable(model, kv.new_cache())
 
 

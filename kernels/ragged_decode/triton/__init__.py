@@ -118,12 +118,14 @@ def _items(
 def _done(layout: LayerLayout, batch: int, blocks: int, groups: int, device: torch.device) -> torch.Tensor:
     """Counters int32 [batch, H, blocks of rows, 1 + groups] of groups of items that are joined, and of items of each
     group that are done, which every launch leaves at 0."""
-    key = ("ragged_decode counters", device, batch, blocks, groups)
+    # One tensor for many batches: an engine has all of them.
+    most = 1 << (batch - 1).bit_length()
+    key = ("ragged_decode counters", device, most, blocks, groups)
     if key not in layout.memo:
-        shape = (batch, layout.num_kv_heads, blocks, 1 + groups)
+        shape = (most, layout.num_kv_heads, blocks, 1 + groups)
         layout.memo[key] = torch.zeros(shape, dtype=torch.int32, device=device)
     counters: torch.Tensor = layout.memo[key]
-    return counters
+    return counters[:batch]
 
 
 ALL_REGISTERS = {"maxnreg": 255}

@@ -101,6 +101,9 @@ class Serving:
         # With a window of R-SWA, vLLM tells every attention backend how long the prompts are. It means nothing else to
         # a model whose layers are ours.
         config.model_config.model_arch_config.rswa_window = config.model_config.max_model_len
+        if isinstance(config.additional_config, dict):
+            # vLLM keeps compiled models by a hash of its settings, this one among them; scoring is a part of the model.
+            config.additional_config["kvcompile"] = [layout.scored_slots > 0 for layout in pages[rank].layers]
         if rank:
             return
         log.info(

@@ -74,6 +74,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             return Metadata(lambda: (Steps(places, seen), []))
         lengths = (m.seq_lens if m.seq_lens_cpu_upper_bound is None else m.seq_lens_cpu_upper_bound)[:count].tolist()
         prompts = [0] * count if m.rswa_prefix_lens is None else m.rswa_prefix_lens[:count].tolist()
+        prompts += [0] * (count - len(prompts))  # a batch that is padded for a graph
         starts = m.query_start_loc_cpu[: count + 1].tolist()
         blocks = m.block_table_tensor[:count, 0].tolist()
         if m.max_query_len == 1 and self._graphs:

@@ -77,6 +77,13 @@ class Waiting:
         self.drop(block)
         return held if held is not None and held.origin + held.filled == tokens else None
 
+    def check(self, block: int, before: int) -> None:
+        """A block's sequence has `before` tokens now: what waits there is another one's, which had the block before,
+        where it is not so many."""
+        held = self.at(block)
+        if held is not None and (before == 0 or before != held.origin + held.filled):
+            self.drop(block)
+
     def drop(self, block: int) -> None:
         """The sequence that had this block is gone, or its prompt has ended."""
         if (held := self.at(block)) is not None:
@@ -101,9 +108,6 @@ class Waiting:
         """The piece that these rows are, of a prompt (or a part of one) that ends after `end` tokens."""
         (start, stop), held = rows, self.at(block)
         here = min(end - before, stop - start)
-        if held is not None and (before == 0 or before != held.origin + held.filled):
-            self.drop(block)
-            held = None
         last, first = before + here == end, held is None
         if held is None:
             kept = self.kept.pop(block, None)
@@ -128,6 +132,8 @@ def split(
     """
     steps: list[int] = []
     pieces: list[Piece] = []
+    for i, block in enumerate(blocks):
+        waiting.check(block, lengths[i] - (starts[i + 1] - starts[i]))
     for i, block in enumerate(blocks):
         row, stop = starts[i], starts[i + 1]
         before = lengths[i] - (stop - row)

@@ -83,7 +83,7 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
         """Tokens of the longest kept prefix."""
         self._requests[request.request_id] = request
-        found = self._states.longest(list(request.prompt_token_ids or []))
+        found = None if _embedded(request) else self._states.longest(list(request.prompt_token_ids or []))
         self._found.pop(request.request_id, None)
         if found is None or num_computed_tokens:
             return 0, False
@@ -102,6 +102,7 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
         """What the workers have to load, and which prefixes end in this step."""
         meta = Loads(self._loads)
         self._loads = []
+        ending: dict[int, int] = {}  # by place, the block whose state is to be kept there
         for name, count in scheduler_output.num_scheduled_tokens.items():
             request = self._requests.get(name)
             if request is None or name not in self._blocks or not (shared := shared_tokens(request)):
@@ -112,8 +113,13 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
             ends = before + count >= shared and count > 1
             # What was answered before a preemption, read again in this step, would be in the page as well.
             ends = ends and (shared < request.num_prompt_tokens or before + count == shared)
-            keep = self._states.place(request.prompt_token_ids[:shared]) if ends else -1
-            meta.marks[self._blocks[name]] = Mark(shared, keep)
+            block, keep = self._blocks[name], self._states.place(request.prompt_token_ids[:shared]) if ends else -1
+            if keep in ending:
+                # Of more prefixes that end in a step than there are places, the last keep theirs.
+                meta.marks[ending[keep]] = meta.marks[ending[keep]]._replace(keep=-1)
+            if ends:
+                ending[keep] = block
+            meta.marks[block] = Mark(shared, keep)
         return meta
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -165,12 +171,19 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
 
 def shared_tokens(request: Any) -> int:
     """How many tokens of a request's prompt others share, as it says; 0: none."""
+    if _embedded(request):
+        return 0
     asked = ((request.sampling_params and request.sampling_params.extra_args) or {}).get(KEEP, 0)
     try:
         count = int(asked)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # JSON has 1e999
         return 0
     return int(request.num_prompt_tokens if count < 0 else min(count, request.num_prompt_tokens))
+
+
+def _embedded(request: Any) -> bool:
+    """Whether a prompt has embeddings, which its tokens do not tell apart."""
+    return request.prompt_token_ids is None or getattr(request, "prompt_embeds", None) is not None
 
 
 def _computed(scheduler_output: Any, name: str) -> int | None:

@@ -66,6 +66,16 @@ class CompiledAttention(Attention):
         block_size = vllm_config.cache_config.block_size
         return CompiledSpec.of(self.served.page.nbytes, block_size, self.served.whole_prompts)
 
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        return self._kv_cache
+
+    @kv_cache.setter
+    def kv_cache(self, given: torch.Tensor) -> None:
+        # vLLM frees pages by putting nothing in their place, as after a dry run: no view of them may stay.
+        self._kv_cache = given
+        self.store = None
+
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """`kv_cache` int8 [pages, 1, 1, page bytes]."""
         self.kv_cache = kv_cache

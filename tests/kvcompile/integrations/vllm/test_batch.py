@@ -124,3 +124,12 @@ def test_dry_runs_are_whole_prompts() -> None:
     assert split([0, 3, 6], [3, 3], [0, 0], [0, 0], Waiting(1))[1] == [
         Piece(0, 3, 0, 0, 3, -1, True, True, 3), Piece(3, 6, 0, 0, 3, -1, True, True, 3)
     ]  # fmt: skip
+
+
+def test_a_block_of_a_prompt_that_is_gone_belongs_to_the_next() -> None:
+    """Whichever of the two new prompts comes first, the one in pieces finds the place of the one that is gone."""
+    waiting = Waiting(1)
+    split([0, 5], [5], [9], [5], waiting)
+    _, pieces = split([0, 6, 16], [6, 10], [30, 10], [7, 5], waiting)
+    assert [(piece.block, piece.slot, piece.last) for piece in pieces] == [(7, 0, False), (5, -1, True)]
+    assert waiting.at(5) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -11,7 +13,7 @@ pytest.importorskip("vllm")
 from vllm import SamplingParams
 from vllm_engines import EXACT, engine
 
-from kvcompile.integrations.vllm.connector import KEEP, States
+from kvcompile.integrations.vllm.connector import KEEP, KVCompileConnector, States, shared_tokens
 from kvcompile.integrations.vllm.line import arguments
 
 COUNT = 16
@@ -57,3 +59,31 @@ def test_the_state_that_was_not_used_for_longest_makes_room() -> None:
     assert states.longest([1, 2, 7]) == (0, 1)
     states.clear()
     assert states.longest([1, 7]) is None
+
+
+def request(name: str, tokens: list[int] | None, shared: Any, **others: Any) -> SimpleNamespace:
+    asked = SimpleNamespace(extra_args={KEEP: shared})
+    return SimpleNamespace(
+        request_id=name, prompt_token_ids=tokens, num_prompt_tokens=len(tokens or []), sampling_params=asked, **others
+    )
+
+
+def test_more_prefixes_than_places_end_in_a_step() -> None:
+    """The place is that of the last one, and no other state is put there."""
+    connector: Any = KVCompileConnector.__new__(KVCompileConnector)
+    connector._states, connector._loads, connector._blocks = States(1), [], {"a": 4, "b": 9}
+    connector._requests = {"a": request("a", [*range(200)], 150), "b": request("b", [*range(300, 400)], 50)}
+    new = [SimpleNamespace(req_id=name, num_computed_tokens=0) for name in ("a", "b")]
+    scheduled = {"a": 200, "b": 100}
+    meta = connector.build_connector_meta(SimpleNamespace(num_scheduled_tokens=scheduled, scheduled_new_reqs=new))
+    assert {block: mark.keep for block, mark in meta.marks.items()} == {4: -1, 9: 0}
+    assert connector._states.longest([*range(300, 400)]) == (0, 50)
+    assert connector._states.longest([*range(200)]) is None
+
+
+def test_what_a_request_says_never_stops_the_engine() -> None:
+    tokens = [*range(9)]
+    asked = [4, -1, 99, "5", None, "many", float("inf"), float("nan"), [], {}]
+    assert [shared_tokens(request("a", tokens, one)) for one in asked] == [4, 9, 9, 5, 0, 0, 0, 0, 0, 0]
+    assert shared_tokens(request("a", None, 4)) == 0
+    assert shared_tokens(request("a", tokens, 4, prompt_embeds=object())) == 0
