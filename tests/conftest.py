@@ -33,11 +33,15 @@ hypothesis.settings.load_profile("any machine")
 
 pytest_plugins = ("hub_stand_in",)
 
+LONGEST = ("test_prefill_bytes", "test_real_model", "test_machine_code")
+"""Modules that take half of the time of all."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest module first: modules go to the processes in order, and it would keep one busy at the end. Tests for
-    which a GPU's kernels are compiled alike stay in one process (`--dist loadgroup`), which compiles them once."""
-    items.sort(key=lambda item: "test_real_model" not in item.nodeid)
+    """The longest modules first: modules go to the processes in order, and one would be busy alone at the end. Tests
+    for which a GPU's kernels are compiled alike stay in one process (`--dist loadgroup`), which compiles them once."""
+    first = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
     for item in items:
         case = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
         if {"layout", "shape", "dtype"} <= case.keys():
