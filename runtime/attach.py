@@ -79,12 +79,12 @@ class Attachment:
         self._previous = model.config._attn_implementation
         self._moved: list[tuple[nn.Module, list[int]]] = []
         try:
-            self._bind(model)
+            self._bind()
         except BaseException:
             self._give_back()
             raise
 
-    def _bind(self, model: PreTrainedModel) -> None:
+    def _bind(self) -> None:
         self._permute()
         bound = [*zip(self._attention, self.scorers, strict=True), *((module, None) for module in self._windowed)]
         for module, scorer in bound:
@@ -93,7 +93,7 @@ class Attachment:
             source = self._sources[module.layer_idx]
             last = source not in self._sources[module.layer_idx + 1 :]
             setattr(module, BINDING, Binding(self._id, module, source=source, last=last))
-        model.set_attn_implementation(IMPLEMENTATION)
+        self.model.set_attn_implementation(IMPLEMENTATION)
 
     def new_cache(self, batch_size: int = 1) -> RaggedCache:
         """An empty cache for `batch_size` sequences, all of its memory allocated where the model is now: after a move

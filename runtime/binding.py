@@ -48,10 +48,7 @@ class Binding:
         )
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.layer is not None:
-            # A pass that was interrupted (KeyboardInterrupt), after which torch calls no hook.
-            self.layer.expected, self.layer.score = False, None
-            self.layer = None
+        self._forget()  # a pass that was interrupted (KeyboardInterrupt), after which torch calls no hook
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, RaggedCache):
             return
@@ -72,14 +69,14 @@ class Binding:
             layer.score = self.scorer(hidden)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.layer is not None and self.source is not None:
-            if self.last:
-                self.layer.end_reuse()
-            self.layer = None
-        elif self.layer is not None:
-            self.layer.expected = False
-            self.layer.score = None
-            self.layer = None
+        if self.layer is not None and self.source is not None and self.last:
+            self.layer.end_reuse()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self.layer is not None and self.source is None:
+            self.layer.expected, self.layer.score = False, None
+        self.layer = None
 
 
 def attention_forward(

@@ -24,8 +24,8 @@ from kvcompile.runtime.store import LayerStore
 
 class RaggedLayer(CacheLayerMixin):
     """One layer's store. `update` hands the new keys and values on unchanged; `attend`, called by the model's attention
-    function right after, is where they meet the stored ones. `window`: tokens that the model itself sees there, where
-    that is no part of the layout as no sequence within the artifact's context is longer (0: all)."""
+    function right after, is where they meet the stored ones. `window`: tokens that the model's own attention
+    sees (0: all), also where the layout has none because the artifact's context is not longer."""
 
     supports_early_init = False
 
