@@ -175,10 +175,11 @@ def _stored(
     decoded = 2 * batch * (2 * most - heads * tokens) * model.head_dim * size
     codes = [is_quantised(int(bits)) for bits in (*budgets.k_bits.ravel(), *budgets.v_bits.ravel())]
     transformed = 12 * batch * min(chunk, tokens) * model.num_attention_heads * model.head_dim if any(codes) else 0
-    if "h2o" in policies:  # keys of one sequence, and the weights that its new tokens give them, in float32
-        return transformed + max(decoded, 12 * heads * columns * (group * tokens + model.head_dim))
     elements = min(max(MASK_ELEMENTS, own * group * columns), own * group * min(chunk, tokens) * columns)
-    return decoded + transformed + elements * (1 + size) + 3 * elements // group
+    met = decoded + elements * (1 + size) + 3 * elements // group
+    if "h2o" in policies:  # then keys of one sequence, and the weights that its new tokens give them, in float32
+        met = max(met, 12 * heads * columns * (group * tokens + model.head_dim))
+    return transformed + met
 
 
 def _classes(plan: Artifact) -> Iterable[tuple[tuple[int, ...], int]]:

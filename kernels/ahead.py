@@ -22,9 +22,8 @@ from triton.compiler import ASTSource
 from kvcompile.kernels import machine_code
 from kvcompile.kernels.add_norm import triton as add_norm
 from kvcompile.kernels.append import triton as append
-from kvcompile.kernels.arguments import unit_sizes
+from kvcompile.kernels.arguments import ORDER
 from kvcompile.kernels.codecs import names
-from kvcompile.kernels.codecs.integers.triton.sets import codec_sets
 from kvcompile.kernels.compact import triton as compact
 from kvcompile.kernels.layout import EXACT
 from kvcompile.kernels.new_token import triton as new_token
@@ -43,7 +42,7 @@ STORED = {"": ((8, 4), (8, 4)), ", few bits": ((8, 4, 67, 66, 65), (4, 3, 2))}
 """Codecs of keys and of values in kernels that store, by a name."""
 VECTORS = {
     "query", "out", "new_keys", "new_values", "keys", "values", "qkv", "cos", "sin", "hidden", "output", "residual",
-    "delta", "weight", "total", "gate_up", "partial",
+    "delta", "weight", "total", "gate_up", "partial", "vectors",
 }  # fmt: skip
 """Arguments in the cache dtype."""
 SLOTS = 64
@@ -88,11 +87,9 @@ def compile_all(arch: str, head_dims: Sequence[int] = HEAD_DIMS, pairs: Sequence
             yield _compile(append._append, shape, arch, storing, {"num_warps": append.WARPS})
             step = {**storing, **rows, "NORMS": True, "TRANSFORMED": True}
             yield _compile(new_token._new_token, shape, arch, step, new_token.OPTIONS)
-            cut = {**sizes, **unit_sizes(codecs, head_dim), **codec_sets(codecs)}
-            yield _compile(
-                compact._compact, shape, arch, {**cut, "N": compact.BLOCK, "TRANSFORMED": True},
-                compact.OPTIONS,
-            )  # fmt: skip
+        for codec in (EXACT, *(one.id for one in ORDER if one.fits(head_dim))):
+            cut = {"CODEC": codec, **compact.constants(head_dim, transformed=True)}
+            yield _compile(compact._compact, f"{head_dim}, codec {codec}", arch, cut, compact.OPTIONS)
         yield _compile(restore._restore, str(head_dim), arch, {**rows, **sizes}, four)
         if head_dim != 128 or arch != "sm_90":
             continue
@@ -134,9 +131,9 @@ def _type(name: str, exact: torch.dtype) -> str:
         return "*fp32"
     if name in ("items", "heads", "seen_by", "places", "done", "tokens"):
         return "*i32"
-    if name in ("k_codes", "v_codes", "new_mask"):
+    if name in ("codes", "k_codes", "v_codes", "new_mask"):
         return "*u8"
-    if name in ("k_scales", "v_scales", "scores"):
+    if name in ("scales", "k_scales", "v_scales", "scores"):
         return "*fp16"
     if name in VECTORS or name.endswith(("exact", "anchors", "_norm")):
         return "*bf16" if exact == torch.bfloat16 else "*fp32"

@@ -45,18 +45,23 @@ def steps(side: Buffers) -> tuple[int, ...]:
     )  # fmt: skip
 
 
+def head_rows(layout: LayerLayout, head_dim: int) -> list[list[int]]:
+    """The layout's rows (`HeadRow`), and where heads begin in the flat buffers of codes and scales, in `units`: those
+    of `COLUMNS` for every head."""
+    rows = [list(row) for row in layout.rows]
+    for name, codecs in zip(("k_bits", "v_bits"), layout.side_codecs, strict=True):
+        unit = units(codecs, head_dim)
+        found = starts(layout, [getattr(c, name) for c in layout.classes], head_dim)
+        for row, start in zip(rows, found, strict=True):
+            row += [start.codes // unit.codes, start.scales // unit.scales]
+    return rows
+
+
 def head_table(layout: LayerLayout, head_dim: int, device: torch.device) -> torch.Tensor:
-    """The layout's rows (`HeadRow`), and where heads begin in the flat buffers of codes and scales, in `units`: int32
-    [H, columns], on the device, made once."""
+    """`head_rows` as int32 [H, columns], on the device, made once."""
     key = ("heads", head_dim, device)
     if key not in layout.memo:
-        rows = [list(row) for row in layout.rows]
-        for name, codecs in zip(("k_bits", "v_bits"), layout.side_codecs, strict=True):
-            unit = units(codecs, head_dim)
-            found = starts(layout, [getattr(c, name) for c in layout.classes], head_dim)
-            for row, start in zip(rows, found, strict=True):
-                row += [start.codes // unit.codes, start.scales // unit.scales]
-        layout.memo[key] = torch.tensor(rows, dtype=torch.int32, device=device)
+        layout.memo[key] = torch.tensor(head_rows(layout, head_dim), dtype=torch.int32, device=device)
     table: torch.Tensor = layout.memo[key]
     return table
 

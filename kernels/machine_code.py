@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -80,6 +81,7 @@ def main_loops(cubin: bytes) -> list[list[str]]:
     return [body for body in loops(cubin) if any(map(is_product, body))]
 
 
+@lru_cache(maxsize=4)  # it takes a second, and a kernel is asked several things
 def _printed(option: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)

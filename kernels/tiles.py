@@ -42,7 +42,7 @@ def transformed(prompt, token, valid, matrix, mean, e, needed, D: tl.constexpr, 
 
 @triton.jit
 def of_head(b, exact, codes, scales, anchors, rows, codes_step, scales_step, anchored, row, first_code, first_scale,
-            anchor, D: tl.constexpr, U: tl.constexpr, S: tl.constexpr):  # fmt: skip
+            anchor, D: tl.constexpr, U, S):  # fmt: skip
     """Where the vectors of a head, its codes and scales, and its copy of token 0 begin for sequence b of the store, by
     what `head_table` says of it; U and S are the `units` of codes and scales on this side."""
     return (

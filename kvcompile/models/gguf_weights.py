@@ -34,6 +34,9 @@ ROWS = 1 << 21
 VOCABULARY = ("token_embd.weight", "output.weight")
 """The largest tensors. No family mixes or moves their rows, so that some can be dequantised without the others."""
 
+DEPTH = 2
+"""How far into a model its names are looked up: some are written as their parts without the head have them."""
+
 BLOCK = re.compile(r"blk\.(\d+)\.")
 
 
@@ -65,7 +68,7 @@ def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, 
     joined: dict[str, Tensor] = {}
     parsed = {"config": config, "tensors": joined}
     processor = kind(config=config)
-    names = get_gguf_hf_weights_map(model, processor)
+    names = get_gguf_hf_weights_map(_Named(model, DEPTH), processor)
     layer = None
     for tensor in reader.tensors:
         found = BLOCK.match(tensor.name)
@@ -88,6 +91,20 @@ def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, 
                 yield names[name], torch.from_numpy(np.copy(weights)).to(dtype)
         _forget(reader)
     yield from _taken(joined, dtype)
+
+
+class _Named:
+    """A module as the table of names wants it, with no parts further down than `depth`: the table is made anew for
+    every part, and a model has hundreds."""
+
+    def __init__(self, module: Any, depth: int) -> None:
+        self.module, self.depth = module, depth
+        self.config = getattr(module, "config", None)
+        self.state_dict = module.state_dict
+
+    def named_children(self) -> list[tuple[str, _Named]]:
+        parts = self.module.named_children() if self.depth else ()
+        return [(name, _Named(part, self.depth - 1)) for name, part in parts]
 
 
 def _taken(joined: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

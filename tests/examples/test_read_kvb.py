@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("node") is None, reason="node is no
 
 
 def read_with_node(file: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["node", READER, file], capture_output=True, text=True, timeout=60)
+    return subprocess.run(["node", READER, file], capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("file", REFERENCES, ids=lambda file: file.name)

@@ -24,12 +24,12 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-SOME = ("16/16", "8/8", "4/4", "16/16 8/4 4/4", "mix2/2")
+SOME = ("16/16 8/4 4/4", "mix2/2")
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def kernels(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
-    """All of heads of 128 elements on Hopper, and of others and for sm_80 those of some pairs of codecs;
+    """All of heads of 128 elements on Hopper, and of 64 and for sm_80 those of some pairs of codecs;
     `python -m kvcompile.kernels.ahead` has the rest."""
     if request.param == "sm_80":
         return compiled("sm_80", "128", *SOME)

@@ -117,7 +117,7 @@ def test_what_cannot_be_sampled_or_decoded_is_refused(llama, make_artifact) -> N
         generate(llama, cache, prompt(4, batch=2), attention_mask=torch.ones(2, 13), max_new_tokens=1)
 
 
-@pytest.mark.parametrize(("fixture", "tokens"), [("one_layer", 48), ("llama", 12)])
+@pytest.mark.parametrize(("fixture", "tokens"), [("one_layer", 20), ("llama", 8)])
 @pytest.mark.parametrize("kernels", ["", "triton"], ids=["C", "triton"])
 def test_the_kernels_give_the_text_of_torch(
     request: pytest.FixtureRequest,
@@ -139,5 +139,5 @@ def test_the_kernels_give_the_text_of_torch(
     for implementation in ("torch", kernels):
         monkeypatch.setenv("KVCOMPILE_KERNELS", implementation)
         texts.append(generate(model, kv.new_cache(), prompt(30), max_new_tokens=tokens))
-    assert len(set(texts[0][0].tolist())) > 8, "a text that repeats itself shows nothing"
+    assert len(set(texts[0][0].tolist())) > 5, "a text that repeats itself shows nothing"
     assert torch.equal(*texts)

@@ -99,7 +99,7 @@ def test_lines_come_while_the_work_stands_still(
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.01)
     with progress.stages() as report:
         report("measuring", 1, 5)
-        text, deadline = "", time.monotonic() + 60
+        text, deadline = "", time.monotonic() + 600
         while "so far" not in text and time.monotonic() < deadline:
             time.sleep(0.05)
             text += capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_two_processes_answer_what_one_does(kvcompile: Run, artifact: Path, prom
     program = tmp_path / "program.py"  # the installed package: this folder has others of its name
     program.write_text("from kvcompile import cli\ncli.main()\n")
     done = subprocess.run(
-        [*command, str(program), *arguments], capture_output=True, text=True, timeout=300,
+        [*command, str(program), *arguments], capture_output=True, text=True, timeout=1200,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

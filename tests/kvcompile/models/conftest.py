@@ -50,7 +50,8 @@ def hub(hub_server: Any, tiny_model: Path) -> Any:
 
 
 @pytest.fixture
-def silent_port() -> Iterator[int]:
-    """A port on loopback that takes connections and never says a word."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener.getsockname()[1]
+def silent() -> Iterator[socket.socket]:
+    """A server on loopback that takes connections, which wait in its queue, and never says a word."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        listener.setblocking(False)
+        yield listener

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvcompile.artifacts.hub import PATIENCE
+
 SCRIPT = """
-import json, sys, time
+import json, sys
 import torch
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models import aliases, load
 
 aliases.ALIASES["tiny"] = "tiny/llama"
 for name in sys.argv[1:]:
-    start = time.monotonic()
     try:
         loaded = load(name, device="cpu")
         ids = loaded.tokenizer("hello world").input_ids
         answer = {"name": loaded.name, "ids": ids, "dtype": str(loaded.model.dtype)}
     except ModelError as error:
         answer = {"error": str(error)}
-    print(json.dumps(answer | {"seconds": time.monotonic() - start}))
+    print(json.dumps(answer))
 """
 
 
@@ -68,10 +71,17 @@ def test_download_refusals_and_the_cache(hub: Any, tmp_path: Path) -> None:
     assert offline["ids"] == [3, 4]
 
 
-def test_a_silent_hub_fails_within_seconds(tmp_path: Path, silent_port: int) -> None:
-    (answer,) = load_all(["tiny/llama"], tmp_path, f"http://127.0.0.1:{silent_port}")
+def test_a_silent_hub_is_asked_once(tmp_path: Path, silent: socket.socket) -> None:
+    """And again by the hub's library for a question of its own; each has seconds for its answer."""
+    (answer,) = load_all(["tiny/llama"], tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}")
     assert "out of reach" in answer["error"]
-    assert answer["seconds"] < 12  # 3 of ours, and as many of the hub's library for its own question
+    asked = 0
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            silent.accept()[0].close()
+            asked += 1
+    assert 1 <= asked <= 2
+    assert PATIENCE < 10
 
 
 def test_smollm2_falls_back_to_the_installed_package(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def open_page(browser: str, text: str, folder: Path, *options: str, place: str =
         "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={folder / 'profile'}",
         "--virtual-time-budget=3000", *options, f"file://{folder / 'page.html'}{place}",
     ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=True).stdout
 
 
 @pytest.mark.parametrize("which", ["tiny", "real"])

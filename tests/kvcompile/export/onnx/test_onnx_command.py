@@ -41,7 +41,7 @@ def artifact(kvcompile: Command, model_folder: Path, tmp_path: Path) -> Path:
 
 def run_example(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", WITHOUT_TORCH, EXAMPLE, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def test_the_example_says_what_the_runtime_says(
