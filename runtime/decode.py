@@ -10,6 +10,7 @@ import torch
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime.cache import RaggedCache
+from kvcompile.runtime.compiled import compile_cuts
 from kvcompile.runtime.prefill import chunk_length, cut_length, read
 from kvcompile.runtime.recording import Recording, on, recordable
 from kvcompile.runtime.sampling import Sampling
@@ -104,6 +105,7 @@ class Decoder:
             raise CacheError("prompts of unequal length have to be padded on the left")
         start = torch.tensor(before, device=ids.device)[:, None]
         with on(self.device):
+            compile_cuts(self.cache, self.model.dtype)
             logits = read(self.model, self.cache, ids, real, start, chunk, every)
             self.start(self._choose(logits), start + real.sum(1, keepdim=True))
             return self.token[:, 0].clone()

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.functional import linear
 
 from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_mul
+from kvcompile.kernels.compiling import compiling
+from kvcompile.kernels.new_token.api import in_triton
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
 from kvcompile.runtime.binding import BINDING
 from kvcompile.runtime.cache import RaggedCache
@@ -22,6 +24,7 @@ from kvcompile.runtime.counting import Lengths, count_step, one_more
 from kvcompile.runtime.joined import Linear, joinable, joined
 from kvcompile.runtime.layer import RaggedLayer
 from kvcompile.runtime.policies import POLICIES
+from kvcompile.runtime.store import LayerStore
 
 FAMILIES = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3"})
 """Whose layers are norm, attention, norm and a gated MLP with `silu`, and nothing else."""
@@ -55,6 +58,20 @@ class FusedStep:
     def fits(self, model: Any) -> bool:
         """Whether the model's weights still lie where they did."""
         return self._places == _places(model)
+
+    def compile(self, cache: RaggedCache) -> None:
+        """Compile the kernels of a step on this cache side by side, once for all caches like it; none changes."""
+        norm, first = self._layers[0].input_norm, cache.ragged[0].store
+        x, part = norm.new_empty(first.batch, len(norm)), norm.new_empty(first.batch, first.keys.head_dim)
+        with compiling(first.layout, "step", first.batch) as needed:
+            for parts, layer in zip(self._layers, cache.ragged, strict=True) if needed else ():
+                if not in_triton(x, layer.store.layout, first.keys.head_dim):  # torch would write
+                    continue
+                for delta in (None, x):
+                    add_norm(x, delta, parts.input_norm, self._epsilon)
+                qkv = x.new_empty(first.batch, len(parts.qkv[0]))
+                _met(parts, layer.store, qkv, x, part, part, layer.store.lengths())
+                silu_mul(x.new_empty(first.batch, len(parts.gate_up[0])))
 
     def __call__(self, token: torch.Tensor, position: torch.Tensor, cache: RaggedCache) -> torch.Tensor:
         """Logits [B, vocabulary] after `token` int64 [B, 1], which has the number `position` int64 [B, 1] in its
@@ -146,14 +163,20 @@ def _attended(
 ) -> torch.Tensor:
     """Attention [B, Hq D] of the token whose normed hidden state is `x` [B, d], stored on the way. Sequences have
     `after` tokens then."""
-    store = layer.store
+    out = _met(parts, layer.store, linear(x, *parts.qkv), x, cos, sin, after)
+    layer.columns += 1
+    return out.flatten(1)
+
+
+def _met(
+    parts: LayerParts, store: LayerStore, qkv: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+    after: Lengths,
+) -> torch.Tensor:  # fmt: skip
+    """Its attention [B, Hq, 1, D] from its projections [B, (Hq + 2 H) D] on."""
     stored = (store.keys, store.values)
     query = new_token(
-        linear(x, *parts.qkv), cos, sin, *stored, store.scores, store.layout, store.lengths(),
+        qkv, cos, sin, *stored, store.scores, store.layout, store.lengths(),
         transform=store.transform, norms=parts.head_norms, hidden=x, scorer=parts.scorer,
     )  # fmt: skip
-    layer.columns += 1
     out = ragged_decode(query, *stored, store.layout, after, scaling=parts.scaling)
-    if store.transform is not None:
-        out = restore(out, store.transform, store.layout)
-    return out.flatten(1)
+    return out if store.transform is None else restore(out, store.transform, store.layout)

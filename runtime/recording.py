@@ -63,6 +63,8 @@ class Recording:
         """Whether recording was tried in vain."""
         self.fused = FusedStep(model) if device.type == "cuda" and fusable(model, cache) else None
         """The step in few launches, on a GPU and for the models that it knows."""
+        if self.fused is not None:
+            self.fused.compile(cache)
 
     def fits(self, model: Any, cache: RaggedCache, sampling: Sampling, batch: int) -> bool:
         """Whether it can go on for this loop."""

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
 
@@ -41,7 +42,8 @@ def add_norm(
     total = residual if delta is None else torch.empty_like(residual)
     block = triton.next_power_of_2(size)
     with on_device(residual.device):
-        _add_norm[(count,)](
+        launch(
+            _add_norm, (count,),
             residual, residual if delta is None else delta, weight, total, out, epsilon, size, ADDED=delta is not None,
             BLOCK=block, **overlap(residual.device), num_warps=4 if block <= 4096 else 8,
         )  # fmt: skip

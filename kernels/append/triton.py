@@ -12,6 +12,7 @@ from kvcompile.kernels.arguments import COLUMNS, SIZES, head_table, in_order, st
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.integers.triton.sets import codec_at, codec_count, codec_sets
 from kvcompile.kernels.codecs.integers.triton.storing import copy, move, put
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import OTHER as OTHER_KIND
 from kvcompile.kernels.layout import SCORED as SCORED_KIND
@@ -174,7 +175,8 @@ def append(
         seen = torch.tensor(seen, dtype=torch.int32, device=device)
     places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
-        _append[(heads, batch)](
+        launch(
+            _append, (heads, batch),
             head_table(layout, head_dim, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *steps(keys),
             *steps(values), scores.stride(0), **constants(head_dim, layout.side_codecs),

@@ -14,6 +14,7 @@ import triton.language as tl
 from kvcompile.kernels.arguments import COLUMNS, head_rows, steps, tensors
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.integers.triton.storing import fill
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.regions import units
@@ -100,7 +101,8 @@ def compact(
         for part in _parts(layout, side, head_dim, device):
             blocks = triton.cdiv(min(part.most, count), BLOCK)
             with on_device(device):
-                _compact[(blocks, len(part.heads), batch)](
+                launch(
+                    _compact, (blocks, len(part.heads), batch),
                     part.heads, places, seen, new, matrix, mean, *tensors(store), *steps(store), unit.codes,
                     unit.scales, layout.slots, count, *(step // head_dim for step in new.stride()[:3]),
                     CODEC=part.codec, **constants(head_dim, transform is not None), **OPTIONS,

@@ -55,8 +55,13 @@ def new_token(
     if layout.scored_slots and (hidden is None or scorer is None):
         raise ValueError("the layer has heads that keep scores: expected `hidden` and `scorer`")
     arguments = (qkv, cos, sin, keys, values, scores, layout, seen, transform, norms, hidden, scorer)
-    if takes_kernels(qkv, layout) and head_dim % 2 == 0:
+    if in_triton(qkv, layout, head_dim):
         from kvcompile.kernels.new_token import triton
 
         return triton.new_token(*arguments, places)
     return dense.new_token(*arguments, places)
+
+
+def in_triton(tensor: torch.Tensor, layout: LayerLayout, head_dim: int) -> bool:
+    """Whether Triton does it for a layer, for tensors where this one is."""
+    return takes_kernels(tensor, layout) and head_dim % 2 == 0

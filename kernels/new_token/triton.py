@@ -11,6 +11,7 @@ import triton.language as tl
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
 from kvcompile.kernels.arguments import SIZES, head_table, in_order, steps, tensors
 from kvcompile.kernels.buffers import Buffers
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
@@ -189,7 +190,8 @@ def new_token(
     scored = (unused,) * 3 if scorer is None or hidden is None else (hidden.contiguous(), *scorer)
     places = in_order(layout, batch, device) if places is None else places
     with on_device(device):
-        _new_token[(heads, batch, 2)](
+        launch(
+            _new_token, (heads, batch, 2),
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
             head_table(layout, head_dim, device), seen, places, scores, *tensors(keys), *tensors(values), *steps(keys),

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.arguments import COLUMNS, head_table
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.layout import LayerLayout
 from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
@@ -54,7 +55,8 @@ def restore(output: torch.Tensor, transform: Transform, layout: LayerLayout) -> 
     group = query_heads // heads
     out = torch.empty_like(output, memory_format=torch.contiguous_format)
     with on_device(device):
-        _restore[(heads, batch)](
+        launch(
+            _restore, (heads, batch),
             output.contiguous(), out, transform.value_inverse.contiguous(), transform.value_mean,
             head_table(layout, head_dim, device), GROUP=group, R=max(16, triton.next_power_of_2(group)), D=head_dim,
             DP=max(32, triton.next_power_of_2(head_dim)),

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
 from kvcompile.kernels.overlap import let_next_begin, overlap, wait_for_previous
 
@@ -33,7 +34,14 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     count, size = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty(count, size)
     with on_device(gate_up.device):
-        _silu_mul[(triton.cdiv(size, BLOCK), count)](
-            gate_up.contiguous(), out, size, BLOCK=BLOCK, **overlap(gate_up.device), num_warps=4
+        launch(
+            _silu_mul,
+            (triton.cdiv(size, BLOCK), count),
+            gate_up.contiguous(),
+            out,
+            size,
+            BLOCK=BLOCK,
+            **overlap(gate_up.device),
+            num_warps=4,
         )
     return out
