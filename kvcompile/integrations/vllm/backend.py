@@ -18,7 +18,7 @@ from vllm.v1.attention.backend import (
 )
 
 from kvcompile.integrations.vllm import BACKEND
-from kvcompile.integrations.vllm.batch import Piece, split
+from kvcompile.integrations.vllm.batch import Piece, only_steps, split
 from kvcompile.integrations.vllm.layer import CompiledAttention, layers_of
 from kvcompile.integrations.vllm.spec import CompiledSpec
 from kvcompile.kernels import prompt_attention
@@ -66,6 +66,7 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Metadata:
         m, count = common_attn_metadata, common_attn_metadata.num_reqs
+        self._waiting.ahead = {}
         torch.sub(m.seq_lens[:count], 1, out=self._seen[:count]).clamp_(min=0)
         self._places[:count].copy_(m.block_table_tensor[:count, 0])
         places, seen = self._places[:count], self._seen[:count]
@@ -78,7 +79,9 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         starts = m.query_start_loc_cpu[: count + 1].tolist()
         blocks = m.block_table_tensor[:count, 0].tolist()
         if m.max_query_len == 1 and self._graphs:
-            self._only_steps(lengths, prompts, blocks)
+            for held in only_steps(lengths, prompts, blocks, self._waiting):
+                for layer in self._layers:
+                    layer.flush(held.slot, held.block, held.origin)
             return Metadata(lambda: (Steps(places, seen), []))
 
         def find() -> tuple[Steps, list[Piece]]:
@@ -88,17 +91,6 @@ class Builder(AttentionMetadataBuilder[Metadata]):
             return Steps(places[chosen], seen[chosen], rows), pieces
 
         return Metadata(find)
-
-    def _only_steps(self, lengths: list[int], prompts: list[int], blocks: list[int]) -> None:
-        """vLLM replays a recorded step for any batch of single tokens, and one of them may be a prompt's, where a chunk
-        was one token long. What waits of that prompt is stored first, and its token is a step like the others."""
-        for length, prompt, block in zip(lengths, prompts, blocks, strict=True):
-            found = self._waiting.end(block, length - 1)
-            if found is not None:
-                for layer in self._layers:
-                    layer.flush(found.slot, block, found.origin)
-            if length < prompt:
-                self._waiting.begin(block, length)
 
 
 class Impl(AttentionImpl[Metadata]):

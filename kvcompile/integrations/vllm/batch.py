@@ -55,17 +55,24 @@ class Held:
 @dataclass
 class Waiting:
     """Which prompts wait, in `slots` places. `kept` are the blocks that begin with a kept state, and its tokens;
-    `marks` the blocks of the batch under way whose prompts have a shared prefix."""
+    `marks` the blocks of the batch under way whose prompts have a shared prefix; `ahead` those of `only_steps` whose
+    prompts go on, and their tokens after it."""
 
     slots: int
     kept: dict[int, int] = field(default_factory=dict)
     marks: Mapping[int, Mark] = field(default_factory=dict)
+    ahead: Mapping[int, int] = field(default_factory=dict)
     _held: dict[int, Held] = field(default_factory=dict)
 
     def begin(self, block: int, tokens: int) -> None:
         """A kept state of this many tokens has been put into a block."""
         self.drop(block)
         self.kept[block] = tokens
+
+    def load(self, block: int, tokens: int) -> None:
+        """The same for a batch that is under way, in which the block may have taken a step beyond it."""
+        if self.ahead.get(block) != tokens + 1:
+            self.begin(block, tokens)
 
     def at(self, block: int) -> Held | None:
         """The prompt that this block's sequence is reading, if it waits."""
@@ -120,6 +127,21 @@ class Waiting:
         if last:
             self.drop(block)
         return Piece(start, stop, block, before, here, held.slot, first, last, end - held.origin, keep)
+
+
+def only_steps(lengths: list[int], prompts: list[int], blocks: list[int], waiting: Waiting) -> list[Held]:
+    """What has to be stored before a batch of single tokens, as in `split`. vLLM replays a recorded step for any such
+    batch, and a token may be a prompt's, where a chunk is one token long: what waits of that prompt is stored first,
+    and the token is a step like the others. States are loaded after this and before the step."""
+    found, ahead = [], {}
+    for length, prompt, block in zip(lengths, prompts, blocks, strict=True):
+        if (held := waiting.end(block, length - 1)) is not None:
+            found.append(held)
+        if length < prompt:
+            waiting.begin(block, length)
+            ahead[block] = length
+    waiting.ahead = ahead
+    return found
 
 
 def split(

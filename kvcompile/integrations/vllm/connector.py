@@ -157,7 +157,7 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(meta, Loads)
         for place, block, tokens in meta.loads:
             self._pool[block].copy_(self._kept[place])
-            self._waiting.begin(block, tokens)
+            self._waiting.load(block, tokens)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
         """Nothing is under way: states are put into their pages before the first layer."""

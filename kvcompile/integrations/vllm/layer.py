@@ -53,6 +53,10 @@ class CompiledAttention(Attention):
         """`index` is the layer's place in the page; `scores` is given where it has heads that keep scores."""
         self.served, self.index, self.transform, self.rotation = served, index, transform, rotation
         self.scores = scores
+        # Buffers are what vLLM brings back when it wakes from a sleep in which it has let go of all weights.
+        for what, part in (("transform", transform), ("rotation", rotation)):
+            for name, tensor in vars(part).items() if part is not None else ():
+                self.register_buffer(f"{what}_{name}", tensor, persistent=False)
         self.store: LayerStore | None = None
         self.prompts: dict[int, LayerPrompt] = {}
         if first is not self:

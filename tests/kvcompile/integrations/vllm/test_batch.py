@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompile.integrations.vllm.batch import Mark, Piece, Waiting, split
+from kvcompile.integrations.vllm.batch import Mark, Piece, Waiting, only_steps, split
 
 
 @dataclass
@@ -133,3 +133,30 @@ def test_a_block_of_a_prompt_that_is_gone_belongs_to_the_next() -> None:
     _, pieces = split([0, 6, 16], [6, 10], [30, 10], [7, 5], waiting)
     assert [(piece.block, piece.slot, piece.last) for piece in pieces] == [(7, 0, False), (5, -1, True)]
     assert waiting.at(5) is None
+
+
+@pytest.mark.parametrize("rest", [1, 2, 5])
+def test_a_kept_state_may_be_loaded_into_a_batch_of_single_tokens(rest: int) -> None:
+    """Of `rest` tokens after it the first comes alone; metadata are made before states are loaded."""
+    waiting = Waiting(2)
+    assert only_steps([41], [40 + rest], [3], waiting) == []
+    waiting.load(3, 40)
+    waiting.ahead = {}
+    if rest > 1:
+        steps, pieces = split([0, rest - 1], [40 + rest], [40 + rest], [3], waiting)
+        whole = [(piece.before, piece.prompt, piece.first, piece.last) for piece in pieces]
+        assert (steps, whole) == (([0], []) if rest == 2 else ([], [(41, rest - 1, True, True)]))
+    # The block's next sequence begins with the same state, and brings more than a token at once.
+    waiting.load(3, 40)
+    (piece,) = split([0, 4], [44], [50], [3], waiting)[1]
+    assert (piece.before, piece.first) == (40, True)
+
+
+def test_what_waits_is_stored_before_a_batch_of_single_tokens() -> None:
+    waiting = Waiting(2)
+    split([0, 6], [6], [9], [3], waiting)
+    (held,) = only_steps([7], [9], [3], waiting)
+    assert (held.block, held.origin, held.filled) == (3, 0, 6)
+    assert waiting.kept == {3: 7}
+    assert only_steps([8], [9], [3], waiting) == []
+    assert waiting.kept == {3: 8}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 from vllm import SamplingParams
@@ -106,6 +107,26 @@ def test_a_full_budget_is_plain_vllm(smollm2: Path, text_ids: list[int], tmp_pat
         plain = greedy(llm, prompts, COUNT)
     with engine(smollm2, full, max_num_batched_tokens=700) as llm:
         assert greedy(llm, prompts, COUNT) == plain
+
+
+def test_what_a_plan_brings_comes_back_after_the_deepest_sleep(smollm2: Path, text_ids: list[int]) -> None:
+    """In which vLLM lets go of all that was loaded, to bring back buffers alone."""
+
+    @torch.inference_mode()
+    def sleep(model: torch.nn.Module) -> None:
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for layer in model.modules():
+            for part in (getattr(layer, "transform", None), getattr(layer, "rotation", None)):
+                for tensor in vars(part).values() if part is not None else ():
+                    tensor.zero_()
+        for name, buffer in model.named_buffers():
+            buffer.copy_(saved[name])
+
+    prompts = prompts_of(text_ids)[:4]
+    with engine(smollm2, ROUNDED) as llm:
+        before = greedy(llm, prompts, COUNT)
+        llm.apply_model(sleep)
+        assert greedy(llm, prompts, COUNT) == before
 
 
 def test_bytes_are_the_account(smollm2: Path) -> None:
