@@ -25,6 +25,10 @@ SIZES = [f"{side}_{name}" for side in "kv" for name in ("rows", "codes_step", "s
 """Names of `steps` with the prefix of a side. They differ from layer to layer, and Triton would compile a kernel anew
 for those that are a multiple of 16, and those that are 1."""
 
+UNITS = [f"{side}_{name}_unit" for side in "kv" for name in ("codes", "scales")]
+"""Names of `units` with the prefix of a side, where they are no constants: of kernels that store, which gain nothing by
+knowing them."""
+
 COLUMNS = (*HeadRow._fields, "k_codes", "k_scales", "v_codes", "v_scales")
 """Columns of `head_table`."""
 

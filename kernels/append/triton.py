@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kvcompile.kernels.arguments import COLUMNS, SIZES, head_table, in_order, steps, tensors, unit_sizes
+from kvcompile.kernels.arguments import COLUMNS, SIZES, UNITS, head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.codecs.integers.triton.sets import codec_at, codec_count, codec_sets
 from kvcompile.kernels.codecs.integers.triton.storing import copy, move, put
@@ -92,8 +92,9 @@ def store_token(
     b, h, heads, seen_by, places, new_key, new_value, score, scores,
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-    D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
-    K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr,
+    k_codes_unit, k_scales_unit, v_codes_unit, v_scales_unit,
+    D: tl.constexpr, DP: tl.constexpr, K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's new token of sequence b: the vectors at `new_key` and `new_value`, and `score`, a number."""
     row = heads + h * ROW
@@ -106,11 +107,13 @@ def store_token(
     k_anchor, v_anchor = tl.load(row + K_ANCHOR), tl.load(row + V_ANCHOR)
     k_exact, k_codes, k_scales, k_anchors = of_head(
         b, k_exact, k_codes, k_scales, k_anchors, k_rows, k_codes_step, k_scales_step, k_anchored,
-        tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), k_anchor, D, KU, KS,
+        tl.load(row + K_ROW), tl.load(row + K_CODES), tl.load(row + K_SCALES), k_anchor, D,
+        k_codes_unit, k_scales_unit,
     )  # fmt: skip
     v_exact, v_codes, v_scales, v_anchors = of_head(
         b, v_exact, v_codes, v_scales, v_anchors, v_rows, v_codes_step, v_scales_step, v_anchored,
-        tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), v_anchor, D, VU, VS,
+        tl.load(row + V_ROW), tl.load(row + V_CODES), tl.load(row + V_SCALES), v_anchor, D,
+        v_codes_unit, v_scales_unit,
     )  # fmt: skip
     at = slot.to(tl.int64)
     if SCORES:
@@ -134,13 +137,14 @@ def store_token(
     _put(new_value, v_exact, v_codes, v_scales, v_anchors, v_codec, at, first & (v_anchor >= 0), V_CODECS, D, DP)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
+@triton.jit(do_not_specialize=[*SIZES, *UNITS, "scored_stride"])
 def _append(
     heads, seen_by, places, new_keys, new_values, score, scores,
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-    D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr, VU: tl.constexpr, VS: tl.constexpr,
-    K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr,
+    k_codes_unit, k_scales_unit, v_codes_unit, v_scales_unit,
+    D: tl.constexpr, DP: tl.constexpr, K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence). `SCORES`: the layer has heads that keep them."""
     h = tl.program_id(0)
@@ -153,7 +157,7 @@ def _append(
         tl.load(score + which).to(tl.float32), scores,
         k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
         k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-        D, DP, KU, KS, VU, VS, K_CODECS, V_CODECS, SCORES, BLOCK,
+        k_codes_unit, k_scales_unit, v_codes_unit, v_scales_unit, D, DP, K_CODECS, V_CODECS, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -179,12 +183,13 @@ def append(
             _append, (heads, batch),
             head_table(layout, head_dim, device), seen, places, new_keys.contiguous(), new_values.contiguous(),
             new_keys if score is None else score.contiguous(), scores, *tensors(keys), *tensors(values), *steps(keys),
-            *steps(values), scores.stride(0), **constants(head_dim, layout.side_codecs),
+            *steps(values), scores.stride(0), *unit_sizes(layout.side_codecs, head_dim).values(),
+            **constants(head_dim, layout.side_codecs),
             SCORES=layout.scored_slots > 0, num_warps=WARPS,
         )  # fmt: skip
 
 
-def constants(head_dim: int, codecs: Sequence[Iterable[int]]) -> dict[str, int]:
+def constants(head_dim: int, codecs: tuple[Iterable[int], ...]) -> dict[str, int]:
     """Sizes that the kernel is compiled with, for keys and values in these codecs."""
     found = {"D": head_dim, "DP": triton.next_power_of_2(head_dim), "BLOCK": BLOCK}
-    return found | unit_sizes(codecs, head_dim) | codec_sets(codecs)
+    return found | codec_sets(codecs, head_dim)

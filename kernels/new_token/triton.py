@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from kvcompile.kernels.append.triton import K_CODEC, KIND, ROW, SCORED, V_CODEC, WARPS, constants, store_token
-from kvcompile.kernels.arguments import SIZES, head_table, in_order, steps, tensors
+from kvcompile.kernels.arguments import SIZES, UNITS, head_table, in_order, steps, tensors, unit_sizes
 from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.compiling import launch
 from kvcompile.kernels.dispatch import on_device
@@ -105,15 +105,16 @@ def _put_vector(
         tl.store(out + e, tl.load(x + e, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "scored_stride"])
+@triton.jit(do_not_specialize=[*SIZES, *UNITS, "scored_stride"])
 def _new_token(
     qkv, cos, sin, q_norm, k_norm, hidden, scorer, bias, k_inverse, k_matrix, k_mean, v_matrix, v_mean,
     query, new_keys, new_values, epsilon, size, heads, seen_by, places, scores,
     k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
     k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-    GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, KU: tl.constexpr, KS: tl.constexpr,
-    VU: tl.constexpr, VS: tl.constexpr, K_CODECS: tl.constexpr, V_CODECS: tl.constexpr, SCORES: tl.constexpr,
-    BLOCK: tl.constexpr, NORMS: tl.constexpr, TRANSFORMED: tl.constexpr, OVERLAP: tl.constexpr,
+    k_codes_unit, k_scales_unit, v_codes_unit, v_scales_unit,
+    GROUP: tl.constexpr, R: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K_CODECS: tl.constexpr,
+    V_CODECS: tl.constexpr, SCORES: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr,
+    TRANSFORMED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (head, sequence, 0 for the queries or 1 for the rest); `size` elements of `hidden` a sequence."""
     h = tl.program_id(0)
@@ -156,7 +157,7 @@ def _new_token(
         b, h, heads, seen_by, places, new_keys + which * D, new_values + which * D, score, scores,
         k_exact, k_codes, k_scales, k_anchors, v_exact, v_codes, v_scales, v_anchors,
         k_rows, k_codes_step, k_scales_step, k_anchored, v_rows, v_codes_step, v_scales_step, v_anchored, scored_stride,
-        D, DP, KU, KS, VU, VS, K_CODECS, V_CODECS, SCORES, BLOCK,
+        k_codes_unit, k_scales_unit, v_codes_unit, v_scales_unit, D, DP, K_CODECS, V_CODECS, SCORES, BLOCK,
     )  # fmt: skip
 
 
@@ -195,7 +196,8 @@ def new_token(
             qkv.contiguous(), cos.contiguous(), sin.contiguous(), *((unused,) * 2 if norms is None else norms[:2]),
             *scored, *matrices, query, *new, 0.0 if norms is None else norms.epsilon, scored[0].shape[1],
             head_table(layout, head_dim, device), seen, places, scores, *tensors(keys), *tensors(values), *steps(keys),
-            *steps(values), scores.stride(0), GROUP=group, R=max(16, triton.next_power_of_2(group)),
+            *steps(values), scores.stride(0), *unit_sizes(layout.side_codecs, head_dim).values(),
+            GROUP=group, R=max(16, triton.next_power_of_2(group)),
             **constants(head_dim, layout.side_codecs), SCORES=layout.scored_slots > 0, NORMS=norms is not None,
             TRANSFORMED=transform is not None, **OPTIONS, **overlap(device),
         )  # fmt: skip
