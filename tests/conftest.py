@@ -34,7 +34,7 @@ hypothesis.settings.load_profile("any machine")
 pytest_plugins = ("hub_stand_in",)
 
 LONGEST = ("test_prefill_bytes", "test_real_model", "test_machine_code")
-"""Modules that take half of the time of all."""
+"""The modules that take longest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

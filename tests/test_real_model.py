@@ -59,15 +59,8 @@ def quarter(in_bfloat16: Loaded, tmp_path_factory: pytest.TempPathFactory) -> It
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVCOMPILE_CACHE", str(out.parent / "cache"))
         patch.setattr("kvcompile.calibration.authored_families", lambda: authored_families()[:1])
-        options = {
-            "mem": "25%",
-            "context": 512,
-            "quick": True,
-            "profile_tokens": 128,
-            "kv_dtype": "fp32",
-            "name": in_bfloat16.name,
-        }
-        build(in_bfloat16.model, in_bfloat16.tokenizer, out=out, **options)
+        options = {"mem": "25%", "context": 512, "kv_dtype": "fp32", "quick": True, "profile_tokens": 128}
+        build(in_bfloat16.model, in_bfloat16.tokenizer, out=out, name=in_bfloat16.name, **options)
         yield out
 
 

@@ -35,13 +35,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = gate_up.new_empty(count, size)
     with on_device(gate_up.device):
         launch(
-            _silu_mul,
-            (triton.cdiv(size, BLOCK), count),
-            gate_up.contiguous(),
-            out,
-            size,
-            BLOCK=BLOCK,
-            **overlap(gate_up.device),
-            num_warps=4,
-        )
+            _silu_mul, (triton.cdiv(size, BLOCK), count),
+            gate_up.contiguous(), out, size, BLOCK=BLOCK, **overlap(gate_up.device), num_warps=4,
+        )  # fmt: skip
     return out

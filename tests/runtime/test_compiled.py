@@ -78,12 +78,10 @@ def test_all_that_is_launched_was_compiled(
         assert {name for name, *_ in launched} == names
         assert launched <= compiled
 
-        done = len(compiled)
         again = kv.new_cache(2)
         compiled.clear()
         step.compile(again)
         compile_cuts(again, model.dtype)
-        assert done
         assert not compiled, "caches alike share what was compiled"
 
 
