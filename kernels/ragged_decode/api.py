@@ -83,14 +83,7 @@ def ragged_decode(
     rows = length * num_heads // layout.num_kv_heads
     # The kernel counts columns, in which padding would shift a sliding window.
     fits = new == length and (not layout.window or (new_mask is None and new_pad is None))
-    if (
-        totals is None
-        and head_dim <= LARGEST
-        and takes_kernels(query, layout)
-        and fits
-        and rows <= MOST_ROWS
-        and _whole_words(head_dim, layout)
-    ):
+    if totals is None and fits and rows <= MOST_ROWS and takes_steps(query, head_dim, layout):
         from kvcompile.kernels.ragged_decode import triton
 
         new_mask = new_mask if new_pad is None else _mask(new_pad, length)
@@ -101,6 +94,11 @@ def ragged_decode(
         keys, values = keys.at(places), values.at(places)
     others = (new_keys, new_values, new_mask, new_pad)
     return dense.ragged_decode(query, keys, values, layout, seen, scaling, *others, totals)
+
+
+def takes_steps(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
+    """Whether steps of a layer on this tensor's device are the GPU kernel's: nothing in them waits for the device."""
+    return head_dim <= LARGEST and takes_kernels(tensor, layout) and _whole_words(head_dim, layout)
 
 
 def _mask(pad: torch.Tensor, length: int) -> torch.Tensor:

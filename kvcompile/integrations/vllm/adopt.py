@@ -22,7 +22,7 @@ from kvcompile.integrations.vllm.folder import checkpoint_folder
 from kvcompile.integrations.vllm.layer import CompiledAttention, Served, replace
 from kvcompile.integrations.vllm.options import IGNORE, LoaderOptions
 from kvcompile.integrations.vllm.placement import head_orders, placed
-from kvcompile.integrations.vllm.refusals import refuse_artifact, refuse_settings
+from kvcompile.integrations.vllm.refusals import refuse_artifact, refuse_settings, refuse_trial
 from kvcompile.integrations.vllm.score import Scores
 from kvcompile.integrations.vllm.spec import check_spec
 from kvcompile.kernels import LayerLayout
@@ -51,7 +51,7 @@ class Serving:
         """Check everything before weights are read, and have `loader` bring heads to the ranks of the artifact's
         placement where it has one. Raises KvcompileError."""
         check_spec()
-        refuse_settings(vllm_config)
+        refuse_settings(vllm_config, options.staged)
         artifact = fetch(options.artifact)
         refuse_artifact(artifact, model_config.max_model_len)
         if options.fingerprint == IGNORE:
@@ -95,6 +95,7 @@ class Serving:
             config.model_config.max_model_len,
             config.model_config.dtype,
         )
+        self._check_trial(served.page.nbytes, old[0][1]._k_scale.device)
         first: CompiledAttention | None = None
         for name, layer in old:
             first = self._replace(model, name, layer, served, first)
@@ -112,6 +113,13 @@ class Serving:
             used, artifact.target.context, served.page.nbytes, artifact.bytes.resident // artifact.target.batch,
             100 * artifact.bytes.resident / artifact.bytes.full,
         )  # fmt: skip
+
+    def _check_trial(self, page: int, device: torch.device) -> None:
+        """Refuse what would run out of memory where vLLM tries CUDA graphs out."""
+        graphs, cache = self.vllm_config.compilation_config, self.vllm_config.cache_config
+        if device.type == "cuda" and graphs.cudagraph_mode and cache.kv_cache_memory_bytes is None:
+            sequences = min(self.vllm_config.scheduler_config.max_num_seqs, graphs.max_cudagraph_capture_size or 1)
+            refuse_trial(sequences, page, torch.cuda.mem_get_info(device)[0])
 
     def _pages(self, here: int) -> list[PageLayout]:
         """The page of every rank, each with `here` heads of a layer."""

@@ -22,6 +22,7 @@ from kvcompile.integrations.vllm.batch import Piece, only_steps, split
 from kvcompile.integrations.vllm.layer import CompiledAttention, layers_of
 from kvcompile.integrations.vllm.spec import CompiledSpec
 from kvcompile.kernels import prompt_attention
+from kvcompile.kernels.ragged_decode.api import takes_steps
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,15 @@ class Builder(AttentionMetadataBuilder[Metadata]):
         # Recorded graphs read these, so they stay where they are.
         self._places, self._seen = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2))
         self._graphs = device.type != "cpu" and vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """None of steps that torch takes on a GPU, which waits for it: of a codec without kernels, of large heads."""
+        for one in layers_of(vllm_config.compilation_config.static_forward_context):
+            layout = one.served.page.layers[one.index]
+            if one._k_scale.is_cuda and not takes_steps(one._k_scale, one.head_size, layout):
+                return AttentionCGSupport.NEVER
+        return cls._cudagraph_support
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

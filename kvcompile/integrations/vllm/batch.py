@@ -156,8 +156,9 @@ def split(
     pieces: list[Piece] = []
     for i, block in enumerate(blocks):
         waiting.check(block, lengths[i] - (starts[i + 1] - starts[i]))
-    for i, block in enumerate(blocks):
-        row, stop = starts[i], starts[i + 1]
+    # A batch may have a prompt that begins before one that ends: what waits is read first, and makes room.
+    for i in sorted(range(len(blocks)), key=lambda i: waiting.at(blocks[i]) is None):
+        block, row, stop = blocks[i], starts[i], starts[i + 1]
         before = lengths[i] - (stop - row)
         prompt = prompts[i] or lengths[i]
         mark = waiting.marks.get(block, Mark(0, -1))

@@ -3,7 +3,8 @@
 A request says with `extra_args` (`vllm_xargs` over HTTP) how much of its prompt others share: with
 `{"kvcompile_keep": 1200}` it is the first 1,200 tokens, with -1 all of them. These are read and cut to the budget, the
 state is kept, and the rest of the prompt is read on top of it: the same whether the state has been kept before or not.
-Any later request whose prompt begins with exactly these tokens starts from the state and reads the rest alone.
+Any later request whose prompt begins with exactly these tokens starts from the state and reads the rest alone, but one
+that names another number of tokens.
 
 In vLLM this is a KV connector: `--kv-transfer-config` as `kvcompile serve --prefixes N` writes it.
 """
@@ -43,9 +44,11 @@ class States:
         self.count = count
         self._kept: OrderedDict[tuple[int, ...], int] = OrderedDict()
 
-    def longest(self, tokens: list[int]) -> tuple[int, int] | None:
-        """The longest kept prefix of a prompt that leaves a token to be read: its place, and its tokens."""
-        for length in sorted({len(prefix) for prefix in self._kept if len(prefix) < len(tokens)}, reverse=True):
+    def longest(self, tokens: list[int], shared: int = 0) -> tuple[int, int] | None:
+        """The longest kept prefix of a prompt that leaves a token to be read: its place, and its tokens. Of `shared`
+        tokens alone, where it says that it shares so many: what is kept of it is then always the same."""
+        lengths = {shared} if 0 < shared < len(tokens) else {len(p) for p in self._kept if len(p) < len(tokens)}
+        for length in sorted(lengths, reverse=True):
             prefix = tuple(tokens[:length])
             if prefix in self._kept:
                 self._kept.move_to_end(prefix)
@@ -81,9 +84,10 @@ class KVCompileConnector(KVConnectorBase_V1, SupportsHMA):
     # The scheduler's end.
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int, bool]:
-        """Tokens of the longest kept prefix."""
+        """Tokens of the longest kept prefix that the request may start from."""
         self._requests[request.request_id] = request
-        found = None if _embedded(request) else self._states.longest(list(request.prompt_token_ids or []))
+        tokens = list(request.prompt_token_ids or [])
+        found = None if _embedded(request) else self._states.longest(tokens, shared_tokens(request))
         self._found.pop(request.request_id, None)
         if found is None or num_computed_tokens:
             return 0, False

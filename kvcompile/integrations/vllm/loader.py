@@ -32,6 +32,17 @@ class Loader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self.inner.load_weights(model, model_config)
 
+    def get_all_weights(self, model_config: ModelConfig, model: nn.Module) -> Any:
+        """For vLLM's `reload_weights`: as the loader of `load_format` has them, heads placed as the artifact says."""
+        from vllm.distributed import get_tensor_model_parallel_world_size
+
+        from kvcompile.artifacts import fetch
+        from kvcompile.integrations.vllm.placement import head_orders, placed
+
+        weights = self.inner.get_all_weights(model_config, model)
+        orders = head_orders(fetch(self.options.artifact), get_tensor_model_parallel_world_size())
+        return weights if orders is None else placed(weights, orders, model_config.hf_config)
+
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         """Raises KvcompileError: what cannot be served, or does not belong together, before weights are read."""
         from kvcompile.integrations.vllm.version import check_version

@@ -26,8 +26,9 @@ UNTRIED = frozenset(
 """Families of ours that the plugin has not been run with."""
 
 
-def refuse_settings(vllm_config: Any) -> None:
-    """Raises CacheError: settings of vLLM that a compiled cache cannot work with."""
+def refuse_settings(vllm_config: Any, staged: int) -> None:
+    """Raises CacheError: settings of vLLM that a compiled cache cannot work with, where `staged` prompts may be read in
+    chunks at once."""
     parallel, scheduler = vllm_config.parallel_config, vllm_config.scheduler_config
     if vllm_config.speculative_config is not None:
         raise CacheError(
@@ -49,12 +50,20 @@ def refuse_settings(vllm_config: Any) -> None:
             "LoRA changes keys and values that the artifact was compiled for: merge the adapter into the model, and "
             "build an artifact for that"
         )
-    if vllm_config.cache_config.cache_dtype != "auto":
+    own, stored = str(vllm_config.model_config.dtype).removeprefix("torch."), vllm_config.cache_config.cache_dtype
+    if stored not in ("auto", own):
         raise CacheError(
-            f"the artifact says how keys and values are stored: leave --kv-cache-dtype "
-            f"{vllm_config.cache_config.cache_dtype} out, or build an artifact with --kv-dtype"
+            f"the artifact says how keys and values are stored: give --kv-cache-dtype {own} in place of {stored}, or "
+            "build an artifact with --kv-dtype"
         )
     most, budget = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
+    if (part := scheduler.long_prefill_token_threshold) > 0 and scheduler.enable_chunked_prefill:
+        at_once = min(-(-budget // part), scheduler.max_num_seqs)
+        if at_once > staged:
+            raise CacheError(
+                f"with --long-prefill-token-threshold {part} up to {at_once} prompts are read in chunks at once: leave "
+                f'it out, or give "staged": {at_once} in --model-loader-extra-config, a full cache of room each'
+            )
     if not scheduler.enable_chunked_prefill and budget < most:
         raise CacheError(
             f"without chunked prefill a prompt is read in one step, and a step has {budget} tokens: give "
@@ -82,4 +91,15 @@ def refuse_artifact(artifact: Artifact, most_tokens: int) -> None:
         raise CacheError(
             f"the artifact is for sequences of {artifact.target.context} tokens: give --max-model-len "
             f"{artifact.target.context} or less, not {most_tokens}"
+        )
+
+
+def refuse_trial(sequences: int, page: int, free: int) -> None:
+    """Raises CacheError: pages of `page` bytes for so many sequences, with which vLLM tries CUDA graphs out before it
+    has settled how much memory its cache may take, are more than the `free` bytes."""
+    if sequences * page > free:
+        raise CacheError(
+            f"to find out what CUDA graphs take, vLLM sets up {sequences} sequences, whose pages are "
+            f"{sequences * page} bytes where {free} are free: give --kv-cache-memory-bytes, or --max-num-seqs "
+            f"{max(free // page, 1)} or less"
         )

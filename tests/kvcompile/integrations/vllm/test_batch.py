@@ -71,6 +71,7 @@ def test_every_token_is_read_once_and_prompts_are_cut_at_their_ends(data: st.Dat
             if chunk:
                 batch.append((s, chunk))
                 budget -= chunk
+        batch = data.draw(st.permutations(batch))  # engines sort the requests of a batch as they like
         run([s for s, _ in batch], [chunk for _, chunk in batch], waiting)
         for s, _ in batch:
             if s.done == s.tokens:
@@ -110,6 +111,13 @@ def test_a_kept_state_is_read_on_from() -> None:
 def test_more_prompts_than_places() -> None:
     with pytest.raises(RuntimeError, match='"staged"'):
         split([0, 5, 10], [5, 5], [9, 9], [1, 2], Waiting(1))
+
+
+def test_a_prompt_that_ends_makes_room_for_one_that_is_before_it_in_the_batch() -> None:
+    waiting = Waiting(1)
+    split([0, 2048], [2048], [3548], [1], waiting)
+    _, pieces = split([0, 548, 2048], [548, 3548], [3000, 3548], [2, 1], waiting)
+    assert [(piece.block, piece.slot, piece.last) for piece in pieces] == [(1, 0, True), (2, 0, False)]
 
 
 def test_a_prompt_that_is_gone_makes_room() -> None:

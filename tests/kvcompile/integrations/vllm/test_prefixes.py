@@ -57,6 +57,11 @@ def test_the_state_that_was_not_used_for_longest_makes_room() -> None:
     states.place([1])
     assert states.longest([1, 7]) == (0, 1)
     assert states.longest([1, 2, 7]) == (0, 1)
+    assert states.longest([4, 5, 6], 2) == (1, 2)
+    states.place([4])
+    assert states.longest([4, 7, 8]) == (0, 1)
+    assert states.longest([4, 7, 8], 2) is None  # so that what is kept of two tokens does not depend on it
+    assert states.longest([4, 7, 8], 3) == (0, 1)
     states.clear()
     assert states.longest([1, 7]) is None
 

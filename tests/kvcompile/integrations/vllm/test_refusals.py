@@ -6,9 +6,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import CONFIGS, make_artifact, tiny_model
 
 from kvcompile.artifacts import write
@@ -93,3 +95,67 @@ def test_a_damaged_file(smollm2: Path, tmp_path: Path) -> None:
 )  # fmt: skip
 def test_settings(smollm2: Path, settings: dict[str, Any], word: str) -> None:
     assert word in sentence(smollm2, EXACT, **settings)
+
+
+def settings(**changed: Any) -> Any:
+    """A stand-in for vLLM's settings, as they are by default."""
+    known = {
+        "pipeline_parallel_size": 1, "data_parallel_size": 1, "decode_context_parallel_size": 1,
+        "prefill_context_parallel_size": 1, "cache_dtype": "auto", "dtype": torch.bfloat16, "max_model_len": 8192,
+        "max_num_batched_tokens": 2048, "max_num_seqs": 256, "enable_chunked_prefill": True,
+        "long_prefill_token_threshold": 0,
+    }  # fmt: skip
+    every = SimpleNamespace(**(known | changed))
+    parts = ("parallel_config", "scheduler_config", "cache_config", "model_config")
+    return SimpleNamespace(speculative_config=None, lora_config=None, **dict.fromkeys(parts, every))
+
+
+def test_several_prompts_in_chunks_at_once() -> None:
+    from kvcompile.artifacts import CacheError
+    from kvcompile.integrations.vllm.refusals import refuse_settings
+
+    several = settings(long_prefill_token_threshold=512)
+    with pytest.raises(CacheError, match="up to 4 prompts are read in chunks at once"):
+        refuse_settings(several, 3)
+    refuse_settings(several, 4)
+    refuse_settings(settings(), 1)
+
+
+def test_the_dtype_of_the_cache() -> None:
+    from kvcompile.artifacts import CacheError
+    from kvcompile.integrations.vllm.refusals import refuse_settings
+
+    refuse_settings(settings(cache_dtype="bfloat16"), 1)
+    with pytest.raises(CacheError, match="give --kv-cache-dtype bfloat16 in place of fp8_e4m3"):
+        refuse_settings(settings(cache_dtype="fp8_e4m3"), 1)
+
+
+def test_pages_for_trying_graphs_out() -> None:
+    from kvcompile.artifacts import CacheError
+    from kvcompile.integrations.vllm.refusals import refuse_trial
+
+    refuse_trial(256, 1000, 256_000)
+    with pytest.raises(CacheError, match="give --kv-cache-memory-bytes, or --max-num-seqs 255 or less"):
+        refuse_trial(256, 1000, 255_999)
+
+
+@pytest.mark.parametrize(("head_size", "codec", "recorded"), [(64, 32, True), (512, 32, False), (64, "fp8", False)])
+def test_steps_that_wait_for_a_gpu_are_not_recorded(
+    head_size: int, codec: Any, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from kvcompile.integrations.vllm import backend
+    from kvcompile.kernels import HeadSpec, LayerLayout
+    from kvcompile.kernels.codecs import names
+
+    bits = names().get(codec, codec)
+    layout = LayerLayout.from_heads([HeadSpec("recent", 8, 4, 4, bits, bits)])
+    layer = SimpleNamespace(
+        _k_scale=SimpleNamespace(is_cuda=True), head_size=head_size, index=0,
+        served=SimpleNamespace(page=SimpleNamespace(layers=[layout])),
+    )  # fmt: skip
+    monkeypatch.setattr(backend, "layers_of", lambda context: [layer])
+    config: Any = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context={}))
+    found = backend.Builder.get_cudagraph_support(config, None)
+    assert (found != AttentionCGSupport.NEVER) == recorded

@@ -126,6 +126,7 @@ def test_what_a_plan_brings_comes_back_after_the_deepest_sleep(smollm2: Path, te
     with engine(smollm2, ROUNDED) as llm:
         before = greedy(llm, prompts, COUNT)
         llm.apply_model(sleep)
+        llm.collective_rpc("reload_weights")
         assert greedy(llm, prompts, COUNT) == before
 
 
