@@ -41,9 +41,9 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
     "--from", "old", metavar="FILE", help="Solve another target from this artifact's loss curves, without the model."
 )
 @click.option(
-    "--mem", required=True, metavar="SIZE",
-    help="Bytes of the cache: 8GB, 512MiB, or a share of the full cache such as 25%. Several, separated by commas, "
-    "write one file each.",
+    "--mem", required=True, multiple=True, metavar="SIZE",
+    help="Bytes of the cache: 8GB, 512MiB, or a share of the full cache such as 25%. Several, separated by commas or "
+    "by --mem anew, write one file each.",
 )  # fmt: skip
 @click.option("--context", type=click.IntRange(1), help="Tokens in a sequence.  [default: the model's]")
 @click.option("--batch", type=click.IntRange(1), help="Sequences at once.  [default: 1]")
@@ -98,7 +98,7 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 @click.option("--out", "-o", metavar="FILE", help="[default: MODEL.kvb in this folder, OLD-new.kvb with --from]")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON on stdout.")
 def command(
-    model: str | None, old: str | None, mem: str, context: int | None, batch: int | None,
+    model: str | None, old: str | None, mem: tuple[str, ...], context: int | None, batch: int | None,
     sequences: int | None, allocator: str, policy: str | None, kv_dtype: str, classes_per_layer: int | None,
     tp: int | None, refine: int, calib: str | None, quick: bool, profile_tokens: int | None,
     profile_memory: str | None, seed: int | None, out: str | None, as_json: bool,
@@ -127,7 +127,7 @@ def command(
     stem = source.name.removesuffix(".gguf").removesuffix(".kvb") or "artifact"
     # Without a name of its own, what is solved anew must not take its source's place.
     path = Path(out or (f"{stem}.kvb" if old is None else f"{stem}-new.kvb"))
-    wanted = outputs(mem, path)
+    wanted = outputs(",".join(mem), path)
     for file in wanted.values():
         check_out(file)
     options = Options(context, batch, allocator, policy, kv_dtype, classes_per_layer, tp, sequences)

@@ -104,8 +104,9 @@ def test_squeeze_with_a_plain_sliding_window(kvcompile, artifact, tmp_path) -> N
     assert (budgets.recent == budgets.capacity).all()
 
 
-def test_several_targets_write_a_file_each(kvcompile, artifact, tmp_path) -> None:
-    status, out, _ = kvcompile("build", "--from", artifact, "--mem", "20%,4kB", "-o", tmp_path / "x.kvb", "--json")
+@pytest.mark.parametrize("targets", [("--mem", "20%,4kB"), ("--mem", "20%", "--mem", "4kB")])
+def test_several_targets_write_a_file_each(kvcompile, artifact, tmp_path, targets) -> None:
+    status, out, _ = kvcompile("build", "--from", artifact, *targets, "-o", tmp_path / "x.kvb", "--json")
     assert status == 0
     assert sorted(os.listdir(tmp_path)) == ["x-20pct.kvb", "x-4kB.kvb"]
     reports = json.loads(out)
