@@ -19,12 +19,13 @@ from kvcompile.kernels.layout import LayerLayout
 THREADS = 16
 """Most compilers at a time: each takes some hundred megabytes."""
 
-_COMPILES: ContextVar[bool] = ContextVar("kvcompile compiles kernels", default=False)
+_COMPILES: ContextVar[dict[int, Any] | None] = ContextVar("kvcompile compiles kernels", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """Launch a kernel of Triton, or within `compiling` compile it for these arguments."""
-    if compiles():
+    if (kernels := _COMPILES.get()) is not None:
+        kernels[id(kernel)] = kernel
         kernel.warmup(*arguments, grid=grid, **options)
     else:
         kernel[grid](*arguments, **options)
@@ -32,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 def compiles() -> bool:
     """Whether launches are within `compiling`."""
-    return _COMPILES.get()
+    return _COMPILES.get() is not None
 
 
 @contextmanager
@@ -45,14 +46,25 @@ def compiling(layout: LayerLayout, *what: Hashable) -> Iterator[bool]:
         yield False
         return
     import triton
+    from triton.runtime import _async_compile
 
-    before = _COMPILES.set(True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads, kernels = ThreadPoolExecutor(min(THREADS, cores)), dict[int, Any]()
+    before = _COMPILES.set(kernels)
     try:
-        with (
-            ThreadPoolExecutor(min(THREADS, len(os.sched_getaffinity(0)))) as threads,
-            triton.AsyncCompileMode(threads, ignore_errors=True),
-        ):
+        with triton.AsyncCompileMode(threads, ignore_errors=True):
             yield True
     finally:
         _COMPILES.reset(before)
+        threads.shutdown(wait=False, cancel_futures=True)
+        _async_compile.active_mode.set(None)  # Triton leaves it where it is interrupted while it waits
+        for kernel in kernels.values():
+            _forget_failed(kernel, _async_compile.FutureKernel)
     layout.memo[key] = True
+
+
+def _forget_failed(kernel: Any, future: type) -> None:
+    """Have Triton 3.7 compile a kernel anew that could not be compiled, in place of raising what was raised then."""
+    for known, *_ in getattr(kernel, "device_caches", {}).values():  # the interpreter has none
+        for key in [key for key, found in known.items() if isinstance(found, future) and found.kernel is None]:
+            del known[key]

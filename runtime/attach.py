@@ -137,16 +137,20 @@ class Attachment:
         self._give_back()
 
     def _give_back(self) -> None:
-        for module in (*self._attention, *self._windowed, *self._reusing):
-            if hasattr(module, BINDING):
-                for hook in getattr(module, BINDING).hooks:
-                    hook.remove()
-                delattr(module, BINDING)
+        bound = [one for one in (*self._attention, *self._windowed, *self._reusing) if hasattr(one, BINDING)]
+        for module in bound:
+            for hook in getattr(module, BINDING).hooks:
+                hook.remove()
+            for step in getattr(module, BINDING).steps:
+                step.let_go()  # or its weights would be there twice from here on
         separate(one for one in self.model.modules() if isinstance(one, nn.Linear))
         while self._moved:
-            module, order = self._moved.pop()
+            module, order = self._moved[-1]
             self._reorder(module, inverse(order))
+            self._moved.pop()
         self.model.set_attn_implementation(self._previous)
+        for module in bound:  # last, so that what was short of memory can be tried again
+            delattr(module, BINDING)
 
     def __enter__(self) -> Attachment:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ class Binding:
         self.chunk = chunk
         self.source, self.last = source, last
         self.layer: RaggedLayer | None = None
+        self.steps: WeakSet[Any] = WeakSet()
+        """Of the first layer: the fused steps, which hold weights of the model while it is attached."""
         self.hooks = (
             module.register_forward_pre_hook(self._enter, with_kwargs=True),
             module.register_forward_hook(self._leave, always_call=True),

@@ -117,7 +117,7 @@ class Decoder:
         if step is None or not step.fits(*setting):
             step = Recording(*setting)
         step.token.copy_(token)
-        step.position.copy_(torch.as_tensor(position))
+        step.position.copy_(torch.as_tensor(position, device=step.position.device))
         self._recording = self.cache.recording = step
 
     @torch.inference_mode()
@@ -126,6 +126,8 @@ class Decoder:
         step = self._started()
         if self.cache.recording is not step or not step.attached(self.model):
             step.graph, self.cache.recording = None, step
+            if not step.attached(self.model):
+                step.fused = None  # the model's own step says what is wrong
         with on(self.device):
             # Kernels on a GPU know the plain softmax alone.
             if step.graph is None and self._records and step.steps and not step.failed and self.cache.plain:
@@ -190,7 +192,7 @@ def generate(
     if max_new_tokens < 1:
         raise CacheError(f"{max_new_tokens} new tokens were asked for, expected 1 or more")
     decoder = Decoder(model, cache, sampling, prefill_chunk, prefill_cut_every)
-    ended = torch.zeros(len(ids), dtype=torch.bool)
+    ended = torch.zeros(len(ids), dtype=torch.bool, device="cpu")
     found: list[torch.Tensor] = []
     tokens = decoder.prefill(ids, attention_mask)
     while True:
@@ -203,7 +205,7 @@ def generate(
         if on_token is not None:
             on_token(now)
         if eos:
-            ended |= torch.isin(now, torch.tensor(list(eos)))
+            ended |= torch.isin(now, torch.tensor(list(eos), device="cpu"))
         if last or bool(ended.all()):
             return torch.stack(found, dim=1)
         if not decoder.runs_ahead:
@@ -214,7 +216,7 @@ class _Fetched:
     """A copy of a few numbers on the host, which is waited for only when it is asked for."""
 
     def __init__(self, tokens: torch.Tensor) -> None:
-        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=tokens.is_cuda)
+        self._host = torch.empty(tokens.shape, dtype=tokens.dtype, device="cpu", pin_memory=tokens.is_cuda)
         self._host.copy_(tokens, non_blocking=True)
         self._done = torch.cuda.Event() if tokens.is_cuda else None
         if self._done is not None:

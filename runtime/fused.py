@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from kvcompile.kernels import add_norm, new_token, ragged_decode, restore, silu_mul
 from kvcompile.kernels.compiling import compiling
+from kvcompile.kernels.dispatch import prefers_kernels
 from kvcompile.kernels.new_token.api import in_triton
 from kvcompile.kernels.new_token.parts import HeadNorms, LinearScorer
 from kvcompile.runtime.binding import BINDING
@@ -23,6 +24,7 @@ from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.counting import Lengths, count_step, one_more
 from kvcompile.runtime.joined import Linear, joinable, joined
 from kvcompile.runtime.layer import RaggedLayer
+from kvcompile.runtime.parts import attention_modules
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.store import LayerStore
 
@@ -54,6 +56,11 @@ class FusedStep:
         self._epsilon = float(self._decoder.norm.variance_epsilon)
         self._layers = [_parts(layer) for layer in self._decoder.layers]
         self._places = _places(model)
+        getattr(attention_modules(model)[0], BINDING).steps.add(self)
+
+    def let_go(self) -> None:
+        """Hold none of the model's weights any more; for an attachment that ends."""
+        self._layers = []
 
     def fits(self, model: Any) -> bool:
         """Whether the model's weights still lie where they did."""
@@ -62,6 +69,8 @@ class FusedStep:
     def compile(self, cache: RaggedCache) -> None:
         """Compile the kernels of a step on this cache side by side, once for all caches like it; none changes."""
         norm, first = self._layers[0].input_norm, cache.ragged[0].store
+        if not prefers_kernels(norm):
+            return
         x, part = norm.new_empty(first.batch, len(norm)), norm.new_empty(first.batch, first.keys.head_dim)
         with compiling(first.layout, "step", first.batch) as needed:
             for parts, layer in zip(self._layers, cache.ragged, strict=True) if needed else ():
@@ -96,7 +105,14 @@ class FusedStep:
 
 def fusable(model: Any, cache: RaggedCache) -> bool:
     """Whether `FusedStep` knows this model, nobody watches its modules, and every head of the cache has a policy that
-    `append` places."""
+    `append` places. Not with a cache of another attachment or on another device: the model's own step refuses it."""
+    binding = getattr(attention_modules(model)[0], BINDING, None)
+    if (
+        binding is None
+        or binding.attachment != cache.attachment
+        or cache.ragged[0].store.keys.exact.device != model.device
+    ):
+        return False
     config = model.config.get_text_config()
     plain = (
         config.model_type in FAMILIES

@@ -195,10 +195,10 @@ class RaggedLayer(CacheLayerMixin):
         self.store.take(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.store.take(torch.arange(self.store.batch).repeat_interleave(repeats))
+        self.store.take(torch.arange(self.store.batch, device="cpu").repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.store.take(torch.arange(self.store.batch)[indices.cpu()])
+        self.store.take(torch.arange(self.store.batch, device="cpu")[indices.cpu()])
 
     def crop(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise CacheError("a ragged cache cannot be cropped, as evicted tokens are gone: fork it with copy.deepcopy")

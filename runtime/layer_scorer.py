@@ -21,4 +21,5 @@ class LayerScorer:
         if self.weight.device != hidden.device:
             with torch.inference_mode(False):  # autograd refuses tensors made in inference mode ever after
                 self.weight, self.bias = self.weight.to(hidden.device), self.bias.to(hidden.device)
-        return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)

@@ -100,9 +100,9 @@ def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int],
     Raises:
         ModelError: an architecture without an entry in `ARCHITECTURES`, or weights that are packed or not loaded.
     """
-    heads = torch.tensor(order)
+    heads = torch.tensor(order, device="cpu")
     group = num_heads // len(heads)
-    query_heads = (heads[:, None] * group + torch.arange(group)).flatten()
+    query_heads = (heads[:, None] * group + torch.arange(group, device="cpu")).flatten()
     q, kv = _elements(query_heads, head_dim), _elements(heads, head_dim)
     cuts = list(ARCHITECTURES[architecture](attention, q, kv))
     for weight, dim, index in cuts:
@@ -125,8 +125,8 @@ def permute_heads(architecture: str, attention: nn.Module, order: Sequence[int],
 
 def inverse(order: Sequence[int]) -> list[int]:
     """The order that undoes `order`."""
-    return torch.tensor(order).argsort().tolist()
+    return torch.tensor(order, device="cpu").argsort().tolist()
 
 
 def _elements(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device="cpu")).flatten()

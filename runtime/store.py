@@ -103,11 +103,12 @@ class LayerStore:
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
         """Keep of prompts that have been read what the policies choose."""
-        referred = list(referred_heads(prompt, self.rotation))
-        kept = kept_of(prompt, self.layout, self.state, referred)
         lengths = prompt.lengths
-        values = fit_values(prompt, kept, referred)
-        compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
+        with torch.autocast(prompt.keys.device.type, enabled=False):  # systems of equations are solved in float32
+            referred = list(referred_heads(prompt, self.rotation))
+            kept = kept_of(prompt, self.layout, self.state, referred)
+            values = fit_values(prompt, kept, referred)
+            compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
         # Without padding the host need not wait for the device.
         self.seen = [prompt.columns] * self.batch if prompt.pad is None else lengths.tolist()
         self._stale = True
@@ -190,7 +191,7 @@ class LayerStore:
         if self.counts is None or len(self.counts) != self.batch:
             with torch.inference_mode(False):  # so that it can be written in any mode
                 self.counts = torch.zeros(self.batch, dtype=torch.int32, device=self.keys.exact.device)
-        self.counts.copy_(torch.tensor(self.seen, dtype=torch.int32))
+        self.counts.copy_(torch.tensor(self.seen, dtype=torch.int32, device="cpu"))
         self._stale = False
 
     def lengths(self) -> Lengths:

@@ -18,8 +18,8 @@ def layer_transform(
         return None
     parts = []
     for kind, side in (("key", 0), ("value", 1)):
-        matrix = torch.tensor(getattr(quantiser, f"{kind}_transform")[layer].astype("float64"))[order]
-        mean = torch.tensor(getattr(quantiser, f"{kind}_mean")[layer].astype("float32"))[order]
+        matrix = torch.tensor(getattr(quantiser, f"{kind}_transform")[layer].astype("float64"), device="cpu")[order]
+        mean = torch.tensor(getattr(quantiser, f"{kind}_mean")[layer].astype("float32"), device="cpu")[order]
         for head, pair in enumerate(pairs):
             if not _transformed(pair[side]):
                 matrix[head], mean[head] = torch.eye(matrix.shape[-1]), 0

@@ -37,8 +37,8 @@ class _Step(ctypes.Structure):
 def _numbers(batch: int, seen: Sequence[int] | torch.Tensor, places: torch.Tensor | None) -> list[torch.Tensor]:
     """`seen` and `places` int32 [batch]."""
     return [
-        torch.as_tensor(seen, dtype=torch.int32).contiguous(),
-        torch.arange(batch, dtype=torch.int32) if places is None else places.to(torch.int32).contiguous(),
+        torch.as_tensor(seen, dtype=torch.int32, device="cpu").contiguous(),
+        torch.arange(batch, dtype=torch.int32, device="cpu") if places is None else places.to(torch.int32).contiguous(),
     ]
 
 

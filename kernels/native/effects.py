@@ -52,7 +52,7 @@ def attention_effects(
     stored = lanes.laid((keys, values), dtype)
     key_changes, value_changes = lanes.laid(changes.keys, dtype), lanes.laid(changes.values, dtype)
     shares, bins = changes.entry.shape[2], changes.budgets + 1
-    bin_of = torch.zeros(heads, shares, stored.shape[2], dtype=torch.int32)
+    bin_of = torch.zeros(heads, shares, stored.shape[2], dtype=torch.int32, device="cpu")
     bin_of[..., :length] = changes.entry.mT
     sets, others = 2 * shares * bins, 2 * len(changes.keys)
     found = []
@@ -62,7 +62,9 @@ def attention_effects(
         own = lanes.laid((one.own_keys, one.own_values), dtype)
         query, gradient = (lanes.rows(t[:, order], heads, dtype) for t in (one.query, one.gradient))
         last = one.places[order].repeat_interleave(group).to(torch.int32)
-        out = torch.empty(heads, len(order), group, sets + others + len(changes.values), dtype=torch.float32)
+        out = torch.empty(
+            heads, len(order), group, sets + others + len(changes.values), dtype=torch.float32, device="cpu"
+        )
         steps = stored.shape[2], own.shape[2]
         call = _Call(
             query.data_ptr(), gradient.data_ptr(),
@@ -87,14 +89,14 @@ def _effects(out: Tensor, changes: Changes, coded: int, order: list[int]) -> Eff
     total = whole[1] / whole[0]  # [H, T, G, 1, 1]
     moved = effect[..., :-1] / mass[..., :-1].clamp_min(torch.finfo(torch.float32).tiny) - total
     # Nothing is lost where all is kept, whatever the order of summation says.
-    all_kept = changes.entry.amax(1)[..., None] <= torch.arange(changes.budgets)  # [H, P, budgets]
+    all_kept = changes.entry.amax(1)[..., None] <= torch.arange(changes.budgets, device="cpu")  # [H, P, budgets]
     evicted = torch.empty_like(moved[:, :, 0])
     evicted[:, order] = moved.sum(2).masked_fill(all_kept[:, None], 0.0)
-    by_values = torch.empty(*out.shape[:2], len(changes.values), dtype=torch.float32)
+    by_values = torch.empty(*out.shape[:2], len(changes.values), dtype=torch.float32, device="cpu")
     by_values[:, order] = (out[..., sets + others :] / whole[0][..., 0]).sum(2)
     some = slice(0, coded)
     masses, effects = out[:, some, :, sets : sets + others].unflatten(-1, (-1, 2)).unbind(-1)
     by_keys = effects / masses - total[:, some, :, 0]
-    in_order = torch.empty(out.shape[:2], dtype=torch.float32)
+    in_order = torch.empty(out.shape[:2], dtype=torch.float32, device="cpu")
     in_order[:, order] = total[..., 0, 0].sum(2)
     return Effects(evicted, by_keys.sum(2), by_values, in_order)

@@ -52,8 +52,10 @@ def error_weights(
     v = values.float().repeat_interleave(group, 0)
     energy = ((v @ metric.mT) * v).sum(-1)  # v'Mv, [num_heads, n]
     last = places.to(torch.int32)
-    by_token = torch.empty(-(-count // library.kvc_errors_rows()), num_heads, 2, length, dtype=torch.float32)
-    by_row = torch.empty(num_heads, 2, count, dtype=torch.float32)
+    by_token = torch.empty(
+        -(-count // library.kvc_errors_rows()), num_heads, 2, length, dtype=torch.float32, device="cpu"
+    )
+    by_row = torch.empty(num_heads, 2, count, dtype=torch.float32, device="cpu")
     call = _Call(
         query.data_ptr(), (ctypes.c_void_p * 2)(stored[0].data_ptr(), own.data_ptr()), stored[1].data_ptr(),
         *(t.data_ptr() for t in (turned, last, metric, energy, by_token, by_row)), num_heads, group, count,

@@ -47,9 +47,9 @@ def attention_gradient(
     turned = [lanes.turned(k, pairs) for k, _ in stored]
     rows, u = lanes.rows(query, heads, dtype), lanes.rows(upstream, heads, dtype)
     group = rows.shape[2]
-    last = torch.arange(own, dtype=torch.int32).repeat_interleave(group)
-    by_query = torch.empty(heads, own, group, head_dim, dtype=torch.float32)
-    weights, slopes = torch.empty(2, heads, own, group, own, dtype=torch.float32)
+    last = torch.arange(own, dtype=torch.int32, device="cpu").repeat_interleave(group)
+    by_query = torch.empty(heads, own, group, head_dim, dtype=torch.float32, device="cpu")
+    weights, slopes = torch.empty(2, heads, own, group, own, dtype=torch.float32, device="cpu")
 
     def both(tensors: list[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
         return (ctypes.c_void_p * 2)(*(t.data_ptr() for t in tensors))

@@ -48,9 +48,9 @@ def dtype_of(stored: Tensor, pairs: bool) -> torch.dtype:
 def laid(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
     """Tensors [H, n, D] one after another, n a multiple of `STEP`: [number of tensors, H, n, D]."""
     if not tensors:
-        return torch.zeros(0, dtype=dtype)
+        return torch.zeros(0, dtype=dtype, device="cpu")
     heads, count, head_dim = tensors[0].shape
-    out = torch.zeros(len(tensors), heads, -(-count // STEP) * STEP, head_dim, dtype=dtype)
+    out = torch.zeros(len(tensors), heads, -(-count // STEP) * STEP, head_dim, dtype=dtype, device="cpu")
     for i, tensor in enumerate(tensors):
         out[i, :, :count] = tensor
     return out
@@ -71,5 +71,5 @@ def run(library: ctypes.CDLL, name: str, call: ctypes.Structure) -> None:
     at = ctypes.byref(call)
     room = getattr(library, f"kvc_{name}_room")(at)
     call.room = room
-    scratch = torch.empty(torch.get_num_threads() * room + ALIGNED, dtype=torch.uint8)
+    scratch = torch.empty(torch.get_num_threads() * room + ALIGNED, dtype=torch.uint8, device="cpu")
     getattr(library, f"kvc_{name}")(at, ctypes.c_void_p(-(-scratch.data_ptr() // ALIGNED) * ALIGNED))

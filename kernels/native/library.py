@@ -103,7 +103,7 @@ def sides(keys: Buffers, values: Buffers, layout: LayerLayout) -> Sides:
     found: Sides | None = layout.memo.get("native sides")
     if found is None or found.made_for != wanted:
         bits = [[getattr(c, name) for c in layout.classes] for name in ("k_bits", "v_bits")]
-        first = [torch.tensor(starts(layout, side, keys.head_dim)) for side in bits]
+        first = [torch.tensor(starts(layout, side, keys.head_dim), device="cpu") for side in bits]
         found = Sides(_side(keys, first[0]), _side(values, first[1]), first, wanted)
         layout.memo["native sides"] = found
     return found
@@ -138,7 +138,7 @@ def matrices(transform: Transform | None, layout: LayerLayout) -> Matrices:
 
 def row_table(layout: LayerLayout) -> torch.Tensor:
     if "native" not in layout.memo:
-        layout.memo["native"] = torch.tensor(layout.rows, dtype=torch.int32)
+        layout.memo["native"] = torch.tensor(layout.rows, dtype=torch.int32, device="cpu")
     rows: torch.Tensor = layout.memo["native"]
     return rows
 

@@ -44,7 +44,7 @@ def attention_peaks(query: Tensor, keys: Tensor, own_keys: Tensor, places: Tenso
     query = lanes.rows(query, heads, dtype)
     count, group = query.shape[1:3]
     last = places.repeat_interleave(group).to(torch.int32)
-    out = torch.empty(-(-count * group // library.kvc_peaks_rows()), heads, length, dtype=torch.float32)
+    out = torch.empty(-(-count * group // library.kvc_peaks_rows()), heads, length, dtype=torch.float32, device="cpu")
     call = _Call(
         query.data_ptr(), (ctypes.c_void_p * 2)(stored.data_ptr(), own.data_ptr()), last.data_ptr(), out.data_ptr(),
         heads, count * group, (ctypes.c_int64 * 2)(length, own_keys.shape[1]),

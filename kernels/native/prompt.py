@@ -106,6 +106,6 @@ def prompt_attention(
     call.rows = library.kvc_prompt_rows(at)
     call.room = library.kvc_prompt_room(at)
     call.threads = min(call.threads, batch * heads * -(-length * call.group // call.rows))
-    scratch = torch.empty(call.threads * call.room + ALIGNED, dtype=torch.uint8)
+    scratch = torch.empty(call.threads * call.room + ALIGNED, dtype=torch.uint8, device="cpu")
     library.kvc_prompt(at, ctypes.c_void_p(-(-scratch.data_ptr() // ALIGNED) * ALIGNED))
     return out

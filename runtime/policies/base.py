@@ -117,7 +117,7 @@ class Policy:
         self, state: list[torch.Tensor], cls: HeadClass, new_tokens: NewTokens, seen: Sequence[int]
     ) -> Placement:
         """Where several new tokens go."""
-        slot = torch.full((len(seen), cls.count, new_tokens.new.shape[2]), -1)
+        slot = torch.full((len(seen), cls.count, new_tokens.new.shape[2]), -1, device="cpu")
         for b, n in enumerate(seen):
             slot[b, :, new_tokens.real[b].cpu()] = ring_slots(cls, n, int(new_tokens.real[b].sum()))
         return Placement.at(slot)
@@ -132,7 +132,7 @@ def slots_of(cls: HeadClass, token: torch.Tensor) -> torch.Tensor:
 def ring_slots(cls: HeadClass, seen: int, length: int) -> torch.Tensor:
     """Slots of the next `length` tokens after `seen`, int64 [length]; -1 where a later one of them takes the same slot,
     as of more tokens than the ring holds only the last stay."""
-    token = torch.arange(seen, seen + length)
+    token = torch.arange(seen, seen + length, device="cpu")
     slots = slots_of(cls, token)
     rewritten = (token >= cls.capacity - cls.recent) & (token + cls.recent < seen + length)
     return slots.masked_fill(rewritten, -1)

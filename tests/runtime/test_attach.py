@@ -159,6 +159,25 @@ def test_a_detached_attachment_leaves_the_next_one_alone(llama, make_artifact) -
     assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
 
 
+@pytest.mark.parametrize("failing", ["separate", "inverse"])
+def test_a_detach_that_fails_can_be_repeated(llama, make_artifact, monkeypatch, failing: str) -> None:
+    """For want of memory, say."""
+    before, artifact = copy.deepcopy(llama.state_dict()), make_artifact(llama, 9)
+    kv = attach(llama, artifact)
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["kvcompile.runtime.attach"], failing, fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            kv.detach()
+    kv.detach()
+    assert all(torch.equal(weight, before[name]) for name, weight in llama.state_dict().items())
+    with attach(llama, artifact):
+        pass
+
+
 @pytest.mark.parametrize("failing", [1, 3, 9, 14])
 def test_an_attachment_that_fails_half_way_is_undone(llama, make_artifact, monkeypatch, failing: int) -> None:
     before, artifact, calls = copy.deepcopy(llama.state_dict()), make_artifact(llama, 9), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,30 @@ def test_logits_are_the_models(
             theirs = model(token, position_ids=position + i, past_key_values=caches[1]).logits[:, -1]
             torch.testing.assert_close(ours, theirs, atol=2e-3 if bits else 1e-4, rtol=1e-3)
         assert caches[0].counts() == caches[1].counts()
+
+
+def test_caches_of_other_attachments_go_through_the_model(make_artifact: Callable[..., Any]) -> None:
+    """Which refuses them."""
+    model = tiny_model(CONFIGS["llama"])
+    with attach(model, make_artifact(model, capacity=18)) as kv:
+        cache = kv.new_cache()
+        assert fusable(model, cache)
+    assert not fusable(model, cache)
+    with attach(model, make_artifact(model, capacity=20)) as kv:
+        assert not fusable(model, cache)
+        assert fusable(model, kv.new_cache())
+
+
+def test_an_attachment_that_ends_leaves_no_weights_behind(make_artifact: Callable[..., Any]) -> None:
+    """What a step has joined is gone, whoever still has the step."""
+    model = tiny_model(CONFIGS["llama"])
+    with attach(model, make_artifact(model, capacity=18)):
+        step = FusedStep(model)
+        held = weakref.ref(step._layers[0].qkv[0])
+        assert held() is not None
+    assert held() is None
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert weight.untyped_storage().nbytes() == weight.nbytes
 
 
 @pytest.mark.parametrize("family", OTHERS)

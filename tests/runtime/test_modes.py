@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from profiles import with_rotary
 
-from kvcompile.runtime import attach, generate
+from kvcompile.runtime import attach, fitted, generate
 
 ROWS = [[10, 30, 7], [12, 3, 64], [128, 20, 9]]
 BITS = [(32, 32), (8, 4), (4, 8), (4, 4)]
@@ -45,6 +46,30 @@ def test_steps_under_autocast(llama, make_artifact) -> None:
         found = llama(prompt(1, 5), past_key_values=cache).logits
         expected = llama(torch.cat([prompt(19), prompt(1, 5)], 1)).logits[:, -1:]
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_a_prompt_is_cut_in_float32_under_autocast(llama, make_artifact, monkeypatch) -> None:
+    """A GPU solves no systems of equations in 16 bits."""
+    seen = []
+
+    def noting(gram: torch.Tensor, right: torch.Tensor, ridge: float) -> torch.Tensor:
+        seen.append((gram.dtype, right.dtype))
+        return torch.zeros_like(right)
+
+    monkeypatch.setattr(fitted, "_solved", noting)
+    artifact = with_rotary(make_artifact(llama, 20, policy="scored", recent=3), llama)
+    with attach(llama, artifact) as kv, torch.autocast("cpu", torch.bfloat16):
+        generate(llama, kv.new_cache(), prompt(40), max_new_tokens=2)
+    assert set(seen) == {(torch.float32, torch.float32)}
+
+
+def test_a_default_device_changes_nothing(llama, make_artifact) -> None:
+    with attach(llama, make_artifact(llama, 20, policy="scored", recent=3)) as kv:
+        expected = generate(llama, kv.new_cache(), prompt(40), max_new_tokens=5, eos=[1])
+        cache, ids = kv.new_cache(), prompt(40)
+        with torch.device("meta"):
+            found = generate(llama, cache, ids, max_new_tokens=5, eos=[1])
+    assert torch.equal(found, expected)
 
 
 def test_a_cache_that_follows_its_batch_can_be_written_in_any_mode(llama, make_artifact) -> None:

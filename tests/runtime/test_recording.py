@@ -13,6 +13,7 @@ import torch
 
 from kvcompile.artifacts import CacheError
 from kvcompile.runtime import Decoder, Sampling, attach, decode, generate, recording
+from kvcompile.runtime.fused import FusedStep
 from kvcompile.runtime.recording import Graph
 
 ROWS = [[10, 30, 7], [12, 3, 64], [128, 20, 9]]
@@ -132,6 +133,7 @@ def test_a_detached_model_is_not_replayed(llama, make_artifact, graphs) -> None:
     decoder.prefill(prompt(20))
     for _ in range(3):
         decoder.step()
+    decoder.cache.recording.fused = FusedStep(llama)  # as on a GPU
     kv.detach()
     with pytest.raises(CacheError, match="attached"):
         decoder.step()
