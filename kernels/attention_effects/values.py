@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class Asked:
     own_values: Tensor
     places: Tensor
     step: int = 1
+    memo: dict[torch.dtype, Any] = field(default_factory=dict, repr=False)
+    """What an implementation makes of it once, by the dtype that it multiplies in."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ def library(source: Path, flags: Sequence[str], what: str, *included: Path) -> c
     if found is None:
         return None
     # The folder of `kvcompile.models.cache_dir`, which kernels do not import.
-    root = os.environ.get("KVCOMPILE_CACHE") or os.path.join(os.path.expanduser("~"), ".cache", "kvcompile")
+    root = Path(os.environ.get("KVCOMPILE_CACHE") or "~/.cache/kvcompile").expanduser().absolute()
     for threads in (["-fopenmp"], []):
         texts = [file.read_bytes() for file in (source, *included)]
         key = repr((texts, *flags, threads, found, os.stat(found).st_mtime_ns, processor()))
-        file = Path(root) / "native" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+        file = root / "native" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         try:
             if not file.is_file():
                 _compile([found, *flags, *threads], source, file)

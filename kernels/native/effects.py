@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -55,33 +56,56 @@ def attention_effects(
     bin_of = torch.zeros(heads, shares, stored.shape[2], dtype=torch.int32, device="cpu")
     bin_of[..., :length] = changes.entry.mT
     sets, others = 2 * shares * bins, 2 * len(changes.keys)
-    found = []
-    for one in asked:
-        group, some = len(one.query) // heads, range(0, len(one.places), one.step)
-        order = [*some, *(i for i in range(len(one.places)) if i % one.step)]  # those with other keys first
-        own = lanes.laid((one.own_keys, one.own_values), dtype)
-        query, gradient = (lanes.rows(t[:, order], heads, dtype) for t in (one.query, one.gradient))
-        last = one.places[order].repeat_interleave(group).to(torch.int32)
-        out = torch.empty(
-            heads, len(order), group, sets + others + len(changes.values), dtype=torch.float32, device="cpu"
-        )
-        steps = stored.shape[2], own.shape[2]
+    outs, rows = [], [_rows(one, heads, dtype) for one in asked]
+    for one in rows:
+        out = torch.empty(heads, len(one.order), one.group, sets + others + len(changes.values), device="cpu")
         call = _Call(
-            query.data_ptr(), gradient.data_ptr(),
-            *((ctypes.c_void_p * 2)(stored[i].data_ptr(), own[i].data_ptr()) for i in range(2)),
-            *(t.data_ptr() for t in (key_changes, value_changes, bin_of, last, out)),
-            heads, len(order) * group, len(some) * group,
-            (ctypes.c_int64 * 2)(length, one.own_keys.shape[1]), (ctypes.c_int64 * 2)(*steps),
+            one.query.data_ptr(), one.gradient.data_ptr(),
+            *((ctypes.c_void_p * 2)(stored[i].data_ptr(), one.own[i].data_ptr()) for i in range(2)),
+            *(t.data_ptr() for t in (key_changes, value_changes, bin_of, one.last, out)),
+            heads, len(one.order) * one.group, one.coded * one.group,
+            (ctypes.c_int64 * 2)(length, one.count), (ctypes.c_int64 * 2)(stored.shape[2], one.own.shape[2]),
             head_dim, dtype == torch.bfloat16, len(changes.keys), len(changes.values), shares, bins, 0,
             torch.get_num_threads(), scaling / math.log(2),
         )  # fmt: skip
         lanes.run(library, "effects", call)
-        found.append(_effects(out, changes, len(some), order))
+        outs.append(out)
+    if changes.budgets == 1:  # so few numbers that operations cost more than what they do
+        return _effects(torch.cat(outs, 1), changes, rows)
+    return [effect for out, one in zip(outs, rows, strict=True) for effect in _effects(out, changes, [one])]
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """A follow-up as C takes it: its rows in an `order` in which the first `coded` are those with other keys, and its
+    `count` own tokens."""
+
+    order: Tensor
+    coded: int
+    group: int
+    query: Tensor
+    gradient: Tensor
+    own: Tensor
+    count: int
+    last: Tensor
+
+
+def _rows(one: Asked, heads: int, dtype: torch.dtype) -> _Rows:
+    """Made once for all changes that are asked about."""
+    if dtype not in one.memo:
+        place, group = torch.arange(len(one.places), device="cpu"), len(one.query) // heads
+        order, coded = (place % one.step > 0).sort(stable=True).indices, -(-len(place) // one.step)
+        query, gradient = (lanes.rows(t[:, order], heads, dtype) for t in (one.query, one.gradient))
+        own = lanes.laid((one.own_keys, one.own_values), dtype)
+        last = one.places[order].repeat_interleave(group).to(torch.int32)
+        one.memo[dtype] = _Rows(order, coded, group, query, gradient, own, one.own_keys.shape[1], last)
+    found: _Rows = one.memo[dtype]
     return found
 
 
-def _effects(out: Tensor, changes: Changes, coded: int, order: list[int]) -> Effects:
-    """From sums of weights and of effects [H, T, G, numbers], rows in `order`."""
+def _effects(out: Tensor, changes: Changes, rows: Sequence[_Rows]) -> list[Effects]:
+    """From sums of weights and of effects [H, T, G, numbers] of all follow-ups, one after the other, each in its
+    order."""
     shares, bins = changes.entry.shape[2], changes.budgets + 1
     sets, others = 2 * shares * bins, 2 * len(changes.keys)
     mass, effect = out[..., :sets].unflatten(-1, (shares, bins, 2)).cumsum(-2).unbind(-1)  # [H, T, G, P, bins]
@@ -90,13 +114,15 @@ def _effects(out: Tensor, changes: Changes, coded: int, order: list[int]) -> Eff
     moved = effect[..., :-1] / mass[..., :-1].clamp_min(torch.finfo(torch.float32).tiny) - total
     # Nothing is lost where all is kept, whatever the order of summation says.
     all_kept = changes.entry.amax(1)[..., None] <= torch.arange(changes.budgets, device="cpu")  # [H, P, budgets]
-    evicted = torch.empty_like(moved[:, :, 0])
-    evicted[:, order] = moved.sum(2).masked_fill(all_kept[:, None], 0.0)
-    by_values = torch.empty(*out.shape[:2], len(changes.values), dtype=torch.float32, device="cpu")
-    by_values[:, order] = (out[..., sets + others :] / whole[0][..., 0]).sum(2)
-    some = slice(0, coded)
-    masses, effects = out[:, some, :, sets : sets + others].unflatten(-1, (-1, 2)).unbind(-1)
-    by_keys = effects / masses - total[:, some, :, 0]
-    in_order = torch.empty(out.shape[:2], dtype=torch.float32, device="cpu")
-    in_order[:, order] = total[..., 0, 0].sum(2)
-    return Effects(evicted, by_keys.sum(2), by_values, in_order)
+    evicted = moved.sum(2).masked_fill(all_kept[:, None], 0.0)
+    by_values = (out[..., sets + others :] / whole[0][..., 0]).sum(2)
+    found, first = [], 0
+    for one in rows:
+        own, some = slice(first, first + len(one.order)), slice(first, first + one.coded)
+        masses, effects = out[:, some, :, sets : sets + others].unflatten(-1, (-1, 2)).unbind(-1)
+        by_keys = (effects / masses - total[:, some, :, 0]).sum(2)
+        back = one.order.argsort()
+        in_order = (part[:, own][:, back] for part in (evicted, by_values, total[..., 0, 0].sum(2)))
+        found.append(Effects(next(in_order), by_keys, *in_order))
+        first = own.stop
+    return found

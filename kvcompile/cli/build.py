@@ -15,6 +15,7 @@ from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
 from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch
 from kvcompile.artifacts.checks import show
+from kvcompile.assemble import stored_parts
 from kvcompile.cli import output, progress, tables
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
@@ -135,7 +136,8 @@ def command(
     start = time.perf_counter()
     if old is not None:
         artifact = fetch(old)
-        built = [compiler.resolve(artifact, mem=text, out=file, **vars(options)) for text, file in wanted.items()]
+        given = vars(options) | {"parts": stored_parts(artifact)}  # what targets have in common
+        built = [compiler.resolve(artifact, mem=text, out=file, **given) for text, file in wanted.items()]
     else:
         effort = (QUICK if quick else THOROUGH).at(profile_tokens)
         built = _from_model(str(model), wanted, options, calib, refine, seed or 0, effort, memory)

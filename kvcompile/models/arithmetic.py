@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -42,15 +43,23 @@ def align(model: Any) -> None:
 @contextmanager
 def fast_arithmetic(model: Any) -> Iterator[None]:
     """Let a model compute in `fast_dtype` of its weights' type within the block, with the same bits wherever they lie;
-    afterwards it is bit for bit as it was."""
-    moved = {}
-    for tensor in (*model.parameters(), *model.buffers()):
+    afterwards it is bit for bit as it was. Weights that are widened are not kept beside: rounding gives them back."""
+    every = [*model.parameters(), *model.buffers()]
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in every)
+    widened, moved = {}, {}
+    for tensor in every:
         fast = fast_dtype(tensor.dtype, tensor.device)
-        if fast != tensor.dtype or not aligned(tensor):
-            moved[tensor] = tensor.data
-            tensor.data = tensor.data.to(fast, copy=True)
+        if fast != tensor.dtype and owners[tensor.untyped_storage().data_ptr()] == 1:
+            widened[tensor] = tensor.dtype
+        elif fast != tensor.dtype or not aligned(tensor):
+            moved[tensor] = tensor.data  # one of several views of a storage, or in a file's mapped pages
+        else:
+            continue
+        tensor.data = tensor.data.to(fast, copy=True)
     try:
         yield
     finally:
         for tensor, before in moved.items():
             tensor.data = before
+        for tensor, dtype in widened.items():
+            tensor.data = tensor.data.to(dtype)

@@ -62,7 +62,7 @@ def pose(
 ) -> Problem:
     """One sequence's share of a target, as a problem for an allocator; `bits` of keys and of values default to those of
     the cache dtype alone."""
-    limit = np.array(token_limits(model.windows, target.context), np.int32)
+    limit, windows = np.array(token_limits(model.windows, target.context), np.int32), np.array(model.windows, np.int32)
     own = DTYPE_BITS[target.dtype]
     growth: NDArray[np.float64] | float = 1.0
     k_bits, v_bits = bits or ((own,), (own,))
@@ -72,7 +72,8 @@ def pose(
     return Problem(
         profile=profile,
         limit=limit,
-        fixed=limit < target.context,
+        # Of layers that kept a sliding window in the profile, nobody knows what fewer tokens or bits would lose.
+        fixed=(limit < target.context) | (windows > 0) & (windows < profile.window),
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
         dtype_bits=own,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,11 +10,12 @@ import numpy as np
 import scipy.stats
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kvcompile.artifacts import POLICIES
 from kvcompile.kernels.codecs import codec_of
 from kvcompile.profile.attention import Handler, causal
-from kvcompile.profile.context import Context, over_context
+from kvcompile.profile.context import Context, Packed, over_context
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.eviction import ring
@@ -105,7 +106,8 @@ class Check:
             rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, source))
             _, quantiser = self.fit.of_layer(sums, source)
             rotary = of_layer(setting.rotary, place_of(setting.model, source))
-            attend = over_cut(Left(**cache), reading.packed, rows, quantiser, setting.window, rotary)
+            cut = over_cut(Left(**cache), reading.packed, rows, quantiser, setting.window, rotary)
+            attend = _but_for_windows(cut, cache, reading.packed)
         elif attends(part):
             attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
         with after(setting.model, part, reading.packed, cache):
@@ -127,6 +129,14 @@ class Check:
             predicted = self._sample(sums, plan).losses[list(self.setting.rows(reading.episode))].mean()
             additions.append(("checks", plan, np.array([predicted, (text + found["question"]) / 2])))
         return additions
+
+
+def _but_for_windows(cut: Handler, cache: Mapping[str, Tensor], packed: Packed) -> Handler:
+    """What a plan leaves of a layer, but all of it where its sliding window is shorter than the context: such a layer
+    keeps its own, and `Curves` has no losses of it."""
+    whole = over_context(Context([], [cache["key"]], [cache["value"]]), packed)
+    length = cache["key"].shape[1]
+    return lambda call: whole(call) if call.window is not None and call.window < length else cut(call)
 
 
 def _lent(number: int, layer: int) -> str:

@@ -34,11 +34,17 @@ def survivors(score: Tensor, budget: int, recent: int, sink: int) -> Tensor:
 def entries(score: Tensor, budgets: NDArray[np.int32], sink: int) -> Tensor:
     """With which of ascending budgets a token comes to be kept, for every share: int32 [H, n, P]; `len(budgets)` where
     it never does. What is kept with one budget is kept with the next."""
-    order = _best_first(score, sink)
-    kept = torch.zeros(*score.shape, len(SHARES), dtype=torch.int32, device=score.device)
+    order, length = _best_first(score, sink), score.shape[1]
+    kept = torch.full((*score.shape, len(SHARES)), len(budgets), dtype=torch.int32, device=score.device)
     for p, share in enumerate(SHARES):
-        for budget in budgets.tolist():
-            kept[..., p] += _survivors(order, budget, ring(budget, share, sink), sink)
+        recent = np.array([ring(budget, share, sink) for budget in budgets.tolist()])
+        start, most = (
+            torch.tensor(t, device=order.device)[:, None] for t in (length - recent, budgets - sink - recent)
+        )
+        older = order[:, None] < start
+        # All budgets at once, [H, C, n - sink]: recent ones, and of the older ones the first that there is room for.
+        stays = ~older | (older.cumsum(-1, dtype=torch.int32) <= most)
+        kept[..., p].scatter_(1, order, stays.sum(1, dtype=torch.int32))
     return len(budgets) - kept
 
 

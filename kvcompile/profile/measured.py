@@ -33,6 +33,7 @@ def measuring(model: Any, text: Calibration, profiled: Profiled, report: Report 
             # Budgets are shares of the context: the windows are shorter.
             scaled = np.rint(capacity * (len(windows[0]) / problem.context))
             budgets = np.maximum(scaled, problem.sink + 1).astype(np.int32)
+            budgets[problem.fixed] = len(windows[0])  # whatever the share, these see what their window lets them see
             return perplexity(model, windows, budgets, problem.sink)
 
         return perplexity_of

@@ -11,25 +11,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvcompile.kernels import codecs
-from kvcompile.runtime import fitted, references
+from kvcompile.kernels import codecs, softmax
+from kvcompile.runtime import fitted, references, rotation
 
 Sums = dict[str, NDArray[Any]]
 
 FILE = "sums.npz"
 
+OPERATIONS = ("attention_effects", "attention_gradient", "attention_peaks", "error_weights", "prompt_attention")
+"""The folders in `kernels` of what a profile is measured with."""
+
 
 def profile_key(*, fingerprint: str, calibration: str, dtype: str, seed: int, sink: int, checks: int) -> str:
     """sha256, in hex, of everything a profile depends on: the model's fingerprint and dtype, the hash of the
     calibration text, seed, sinks, the number of whole plans that are run, and the sources of what measures (this
-    package, the quantiser, the values that they pass, how tokens are chosen and values fitted, the codecs), so that no
-    change of ours meets old numbers."""
+    package, the quantiser, the values that they pass, how tokens are chosen and values fitted, the codecs, and the
+    operations in torch and C), so that no change of ours meets old numbers."""
     digest = hashlib.sha256(repr((fingerprint, calibration, dtype, seed, sink, checks)).encode())
-    here = Path(__file__).parent
-    codecs_folder = Path(codecs.__file__).parent
+    here, kernels = Path(__file__).parent, Path(codecs.__file__).parent.parent
     sources = [*here.glob("*.py"), *(here.parent / "quantiser").glob("*.py"), here.parent / "stages.py"]
-    sources += [Path(fitted.__file__), Path(references.__file__)]
-    for source in [*sorted(sources), *sorted(codecs_folder.rglob("*.py"))]:
+    sources += [Path(str(module.__file__)) for module in (fitted, references, rotation, softmax)]
+    folders = [kernels / name for name in ("codecs", "native", *OPERATIONS)]
+    code = (file for folder in folders for file in folder.rglob("*") if file.suffix in (".py", ".c", ".h"))
+    for source in [*sorted(sources), *sorted(code)]:
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -148,7 +148,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
                 if lends(model, layer):
                     run.left[layer] = left
                 attend = whole = over_context(left, run.packed)
-                if planned(layers(model)[source]):
+                if planned(layers(model)[source]) and not problem.fixed[place]:
                     score = None
                     if parts.scorer is not None:
                         score = scores(Scorer(**_only(parts.scorer, place)), 0, left.hidden[0])

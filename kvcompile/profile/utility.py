@@ -18,6 +18,8 @@ from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed
 from kvcompile.runtime.references import LEAST
 
+LARGEST = float(np.finfo(np.float16).max)
+"""What an artifact can hold of a scorer's weight."""
 RIDGE = 1e-3
 """Added to the diagonal of the normal equations, as a share of it."""
 
@@ -61,7 +63,8 @@ def fit_scorer(squares: NDArray[np.float32], products: NDArray[np.float32]) -> S
         system[np.diag_indices_from(system)] += RIDGE * diagonal + 1e-12 * diagonal.max()
         weights.append(np.linalg.solve(system, product.astype(np.float64)).T)
     table = np.stack(weights)
-    return Scorer(weight=table[..., :-1].astype(np.float16), bias=table[..., -1].astype(np.float32))
+    weight = table[..., :-1].clip(-LARGEST, LARGEST)  # of a channel that is nearly always 0
+    return Scorer(weight=weight.astype(np.float16), bias=table[..., -1].astype(np.float32))
 
 
 def scores(scorer: Scorer, layer: int, hidden: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
     return integers.decode(codes, scales, CODEC, dtype)
 
 
+def read_back(vectors: torch.Tensor) -> torch.Tensor:
+    """See `codecs.api.read_back`."""
+    return integers.read_back(vectors, CODEC)
+
+
 def logits(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """See `codecs.api.logits`."""
     integers.logits(query, codes, scales, out, CODEC, _multiply)

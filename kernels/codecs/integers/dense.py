@@ -24,11 +24,8 @@ sum to."""
 def encode(vectors: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 [..., code bytes] and scales float16 [..., groups] of `vectors` [..., D]."""
     vectors, codes, scales = vectors.float(), [], []
-    for bits, parts in _stretches(codec, vectors):
-        half = 2 ** (bits - 1)
-        scale = (parts.abs().amax(-1) / half).clamp(TINY, HUGE).half()
-        code = (parts / scale.float().unsqueeze(-1)).floor_().clamp_(-half, half - 1).add_(half)
-        codes.append(pack(code.to(torch.uint8), bits).flatten(-2))
+    for bits, code, scale in _rounded(codec, vectors):
+        codes.append(pack(code.add_(2 ** (bits - 1)).to(torch.uint8), bits).flatten(-2))
         scales.append(scale)
     return (codes[0], scales[0]) if len(codes) == 1 else (torch.cat(codes, dim=-1), torch.cat(scales, dim=-1))
 
@@ -44,16 +41,33 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, codec: Codec, dtype: torch
         scale = scales[..., first : first + group.count].float().unsqueeze(-1)
         found.append((centred * scale).flatten(-2).to(dtype))
         first += group.count
-    if (dropped := head_dim - sum(part.shape[-1] for part in found)) > 0:
-        found.append(found[0].new_zeros(*codes.shape[:-1], dropped))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+    return _whole(found, head_dim)
 
 
-def _stretches(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Bits and elements [..., count, size] of every stretch."""
+def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:
+    """What `vectors` [..., D] read as once they have been stored, float32, without packing them."""
+    parts = [
+        (code.add_(0.5) * scale.float().unsqueeze(-1)).flatten(-2)
+        for _, code, scale in _rounded(codec, vectors.float())
+    ]
+    return _whole(parts, vectors.shape[-1])
+
+
+def _rounded(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Of every stretch of `vectors` f32 [..., D]: bits, codes f32 [..., count, size] from -2^(bits-1) on, and scales
+    float16 [..., count]."""
     for group in stretches(codec, vectors.shape[-1]):
         part = vectors[..., group.start : group.start + group.count * group.size]
-        yield group.bits, part.unflatten(-1, (group.count, group.size))
+        part, half = part.unflatten(-1, (group.count, group.size)), 2 ** (group.bits - 1)
+        scale = (part.abs().amax(-1) / half).clamp(TINY, HUGE).half()
+        yield group.bits, (part / scale.float().unsqueeze(-1)).floor_().clamp_(-half, half - 1), scale
+
+
+def _whole(parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:
+    """Vectors [..., D] from their parts, with zeros in the place of what is not stored."""
+    if (dropped := head_dim - sum(part.shape[-1] for part in parts)) > 0:
+        parts = [*parts, parts[0].new_zeros(*parts[0].shape[:-1], dropped)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def centre(bits: int) -> float:

@@ -16,3 +16,8 @@ def encode(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """See `codecs.api.decode`."""
     return integers.decode(codes, scales, CODEC, dtype)
+
+
+def read_back(vectors: torch.Tensor) -> torch.Tensor:
+    """See `codecs.api.read_back`."""
+    return integers.read_back(vectors, CODEC)

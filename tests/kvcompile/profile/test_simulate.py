@@ -30,7 +30,8 @@ def test_it_is_what_the_runtime_does(tiny: Callable[..., Any], name: str, bits: 
     quantiser = measured.quantiser if bits else None
     artifact = with_rotary(dataclasses.replace(plain, scorer=measured.scorer, quantiser=quantiser), model)
     budgets = {n: getattr(artifact.budgets, n) for n in ("policy", "capacity", "sink", "recent", "k_bits", "v_bits")}
-    problem = SimpleNamespace(context=length, limit=np.full(len(artifact.budgets.capacity), length))
+    layers = len(artifact.budgets.capacity)
+    problem = SimpleNamespace(context=length, limit=np.full(layers, length), fixed=np.zeros(layers, bool))
     simulated = plan_divergence(model, [episode], Plan(**budgets, loss=0.0), measured.parts, problem)
 
     context, found = torch.as_tensor(episode.context)[None], dict[str, list[float]]()
