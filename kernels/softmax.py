@@ -79,12 +79,18 @@ def attended(
     float32 within and the query's dtype without; `seen` bool, broadcast to [B, num_kv_heads, group, T, n] (None: all).
     Differentiable, in blocks of queries."""
     grouped = query.unflatten(1, (keys.shape[1], -1))
-    length, keys, values = query.shape[2], keys.float()[:, :, None], values.float()[:, :, None]
-    block = max(1, MASK_ELEMENTS // (query.shape[0] * query.shape[1] * keys.shape[3]))
+    length, keys, values = query.shape[2], keys.float(), values.float()
+    block = max(1, MASK_ELEMENTS // (query.shape[0] * query.shape[1] * keys.shape[2]))
     found = []
     for start in range(0, length, block):
         rows = slice(start, start + block)
-        logits = grouped[:, :, :, rows].float() @ keys.mT * scaling
+        logits = by_group(grouped[:, :, :, rows].float(), keys.mT) * scaling
         part = seen if seen is None or seen.shape[-2] == 1 else seen[..., rows, :]
-        found.append((softmax.weights(logits, part) @ values).to(query.dtype))
+        found.append(by_group(softmax.weights(logits, part), values).to(query.dtype))
     return torch.cat(found, 3).flatten(1, 2)
+
+
+def by_group(rows: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Rows [..., H, group, T, X] of query heads times the matrix of their KV head, [..., H, X, Y]: [..., H, group, T,
+    Y]. `rows @ matrices.unsqueeze(-3)` would copy a matrix for every query head."""
+    return (rows.flatten(-3, -2) @ matrices).unflatten(-2, rows.shape[-3:-1])

@@ -41,8 +41,9 @@ class RaggedCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> RaggedCache:
         fork = type(self).__new__(type(self))
         memo[id(self)] = fork
-        for name, value in vars(self).items():  # a graph writes where it was recorded, so a fork has none
-            setattr(fork, name, None if name == "recording" else copy.deepcopy(value, memo))
+        with torch.inference_mode(False), torch.no_grad():  # so that it can be written in any mode
+            for name, value in vars(self).items():  # a graph writes where it was recorded, so a fork has none
+                setattr(fork, name, None if name == "recording" else copy.deepcopy(value, memo))
         return fork
 
     def forget_recording(self) -> None:

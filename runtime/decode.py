@@ -95,6 +95,8 @@ class Decoder:
         every = self.prefill_cut_every if prefill_cut_every is None else cut_length(prefill_cut_every)
         if len(before) != len(ids):
             raise CacheError(f"{len(ids)} prompts for a cache of {len(before)} sequences")
+        if len({layer.columns for layer in self.cache.ragged}) > 1:
+            raise CacheError("the cache's last prompt or step was interrupted between two layers: call its reset()")
         real = torch.ones_like(ids) if attention_mask is None else attention_mask.to(ids)
         if ids.shape[1] < 1:
             raise CacheError("prompts of no tokens were given, expected 1 or more")

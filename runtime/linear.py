@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,5 +69,19 @@ class LinearLayer(LinearAttentionLayer):
     def reset(self) -> None:
         self._allocate(len(self.conv_states[0]))
 
+    @contextmanager
+    def only(self, row: slice) -> Iterator[None]:
+        """Within, the states are those of some sequences alone."""
+        whole = self.conv_states[0], self.recurrent_states[0]
+        self.conv_states[0], self.recurrent_states[0] = (state[row] for state in whole)
+        try:
+            yield
+            for state, own in zip(whole, (self.conv_states[0], self.recurrent_states[0]), strict=True):
+                state[row] = own  # where it was not written in place
+        finally:
+            self.conv_states[0], self.recurrent_states[0] = whole
+
     def _take(self, change: Any) -> None:
-        self.conv_states[0], self.recurrent_states[0] = change(self.conv_states[0]), change(self.recurrent_states[0])
+        with torch.inference_mode(False), torch.no_grad():  # so that they can be written in any mode
+            changed = change(self.conv_states[0]), change(self.recurrent_states[0])
+        self.conv_states[0], self.recurrent_states[0] = changed

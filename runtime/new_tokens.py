@@ -56,7 +56,8 @@ def keep(
             grouped[:, cls.heads], stored, keys[:, cls.heads], real, scaling,
             None if score is None else score.mT[:, cls.heads],
         )  # fmt: skip
-        write(store, cls, keys, values, policy.extend(state, cls, new_tokens, store.seen).to(keys.device))
+        with torch.autocast(keys.device.type, enabled=False):  # what is stored has dtypes of its own
+            write(store, cls, keys, values, policy.extend(state, cls, new_tokens, store.seen).to(keys.device))
     store.count([int(count) for count in real.sum(1).tolist()])
 
 

@@ -9,7 +9,7 @@ sees what was stored before it, and its own keys and values are there until the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -75,6 +75,11 @@ def _read_piece(
 ) -> torch.Tensor:
     columns, filled = ids.shape[1], cache.get_seq_length() > 0
     step = columns == 1 and pad is None
+    if filled and pad is not None and cache.observes and len(cache.ragged) < len(cache.layers):
+        raise CacheError(
+            "padded follow-ups cannot be read with layers of linear attention and a policy that learns from attention "
+            "(h2o): give them one sequence at a time"
+        )
     if (step or cache.observes) if filled else columns <= chunk:
         return _read_at_once(model, cache, ids, positions, pad)
     return read_prompts(model, cache, ids, positions if pad is not None or filled else positions[:1], pad, chunk)
@@ -175,29 +180,44 @@ def _chunked(
 ) -> Callable[..., torch.Tensor]:
     def read(hidden_states: torch.Tensor, *given: Any, **arguments: Any) -> torch.Tensor:
         batch, columns, _ = hidden_states.shape
-        reading = nullcontext() if isinstance(stored, LinearLayer) else stored.reading(batch, columns, pad)
-        with reading:
-            for start in range(0, columns, chunk):
-                now = slice(start, start + chunk)
-                part = _part(arguments, now)
-                if isinstance(stored, LinearLayer) and pad is not None:
-                    part["attention_mask"] = torch.arange(columns, device=pad.device)[now] >= pad[:, None]
-                beside = inputs(now)
-                out = forward(hidden_states[:, now], *(() if beside else given), **part, **beside)
-                hidden_states[:, now] = out[0] if isinstance(out, tuple) else out
+        linear, rows = isinstance(stored, LinearLayer), [(slice(None), 0)]
+        if alone := isinstance(stored, LinearLayer) and pad is not None and stored.has_previous_state[0]:
+            # Padding would leave its mark on a state that is there: every sequence by itself, without.
+            rows = [(slice(b, b + 1), first) for b, first in enumerate(pad.tolist())]
+        for row, first in rows:
+            with _reading(stored, batch, columns, pad, row if alone else None):
+                for start in range(first, columns, chunk):
+                    now = slice(start, start + chunk)
+                    part = _part(arguments, now, row)
+                    if linear and pad is not None and not alone:
+                        part["attention_mask"] = torch.arange(columns, device=pad.device)[now] >= pad[:, None]
+                    beside = inputs(now)
+                    out = forward(hidden_states[row, now], *(() if beside else given), **part, **beside)
+                    hidden_states[row, now] = out[0] if isinstance(out, tuple) else out
         return hidden_states[:, -1:] if last else hidden_states
 
     return read
 
 
-def _part(arguments: dict[str, Any], now: slice) -> dict[str, Any]:
-    """A layer's arguments for some columns."""
+def _reading(
+    stored: RaggedLayer | LinearLayer, batch: int, columns: int, pad: torch.Tensor | None, row: slice | None
+) -> AbstractContextManager[Any]:
+    """What a layer's store does while a prompt is read, of one `row` of it (None: of all)."""
+    if isinstance(stored, LinearLayer):
+        return nullcontext() if row is None else stored.only(row)
+    return stored.reading(batch, columns, pad)
+
+
+def _part(arguments: dict[str, Any], now: slice, row: slice = slice(None)) -> dict[str, Any]:
+    """A layer's arguments for some columns, of some rows."""
+
+    def own(table: torch.Tensor) -> torch.Tensor:
+        return table[:, now] if len(table) == 1 else table[row, now]
+
     found = dict(arguments)
     tables = arguments["position_embeddings"]
     # Cosines and sines, or both as complex numbers.
-    found["position_embeddings"] = (
-        tables[:, now] if isinstance(tables, torch.Tensor) else tuple(table[:, now] for table in tables)
-    )
+    found["position_embeddings"] = own(tables) if isinstance(tables, torch.Tensor) else tuple(map(own, tables))
     if arguments.get("position_ids") is not None:
-        found["position_ids"] = arguments["position_ids"][:, now]
+        found["position_ids"] = own(arguments["position_ids"])
     return found

@@ -17,7 +17,7 @@ from kvcompile.runtime.cache import RaggedCache
 from kvcompile.runtime.exact import own_attention, softmax_of
 from kvcompile.runtime.layer_prompt import LayerPrompt
 from kvcompile.runtime.masks import mask
-from kvcompile.runtime.parts import attention_input, attention_modules
+from kvcompile.runtime.parts import attention_input, attention_modules, decoder_of, planned
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.references import References
 
@@ -93,6 +93,8 @@ def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
         _asked.reset(token)
         for hook in hooks:
             hook.remove()
+    if not all(map(planned, decoder_of(model).layers)):
+        return None  # also of layers whose window holds all of a short prompt
     stored = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if any(keys is None or keys.shape[2] != ids.shape[1] for keys, _ in stored):
         return None

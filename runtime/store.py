@@ -241,9 +241,10 @@ class LayerStore:
     def take(self, index: torch.Tensor) -> None:
         """Make the batch the sequences at `index` int64 [new batch]: for beam search, repeats and selections."""
         index = index.to(self.keys.exact.device)
-        self.keys.take(index)
-        self.values.take(index)
-        self.scores = self.scores.index_select(0, index)
-        self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
+        with torch.inference_mode(False):  # so that they can be written in any mode
+            self.keys.take(index)
+            self.values.take(index)
+            self.scores = self.scores.index_select(0, index)
+            self._own = [[t.index_select(0, index) for t in tensors] for tensors in self._own]
         self.seen = [self.seen[i] for i in index.tolist()]
         self.batch, self._stale = len(self.seen), True

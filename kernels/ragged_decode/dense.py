@@ -17,6 +17,7 @@ from kvcompile.kernels.buffers import Buffers
 from kvcompile.kernels.layout import HeadClass, LayerLayout
 from kvcompile.kernels.ragged_decode.columns import one_token
 from kvcompile.kernels.ragged_decode.totals import Totals
+from kvcompile.kernels.softmax import by_group
 
 
 def ragged_decode(
@@ -97,9 +98,9 @@ def _summed(
     where: tuple[slice, ...],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of `rows` [B, heads, group, T, D], those at `where` of all, and the logarithms of their sums."""
-    logits = totals.bent(rows.float() @ keys.float()[:, :, None].mT * scaling, where)
+    logits = totals.bent(by_group(rows.float(), keys.float().mT) * scaling, where)
     logits = logits.masked_fill(~mask[:, :, None], torch.finfo(logits.dtype).min)  # finite for padding too
-    return (logits.softmax(-1) @ values.float()[:, :, None]).to(rows.dtype), logits.logsumexp(-1)
+    return by_group(logits.softmax(-1), values.float()).to(rows.dtype), logits.logsumexp(-1)
 
 
 class _Rows(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from kvcompile.kernels import HeadClass
+from kvcompile.kernels.softmax import by_group
 from kvcompile.runtime.policies.base import NewTokens, Placement, Policy, Prompt
 
 INF = float("inf")
@@ -85,7 +86,7 @@ class H2O(Policy):
         """One sequence: credit the new queries' attention, keep the best of stored and new, reuse the freed slots."""
         filled, length = min(stored, cls.capacity), new.shape[1]
         both = torch.cat([keys[:, :filled].float(), new.float()], dim=1)
-        logits = query.float() @ both.unsqueeze(1).mT * scaling
+        logits = by_group(query.float(), both.mT) * scaling
         ahead = torch.ones(length, filled + length, dtype=torch.bool, device=new.device).triu(filled + 1)
         drawn = logits.masked_fill(ahead, -INF).softmax(-1).sum((1, 2))
         drawn[:, :filled] += attention[:, :filled]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from profiles import with_rotary
@@ -85,3 +87,38 @@ def test_a_cache_that_follows_its_batch_can_be_written_in_any_mode(llama, make_a
         with torch.no_grad():
             llama(prompt(30, batch=2), past_key_values=cache)
             llama(prompt(4, 1, 2), past_key_values=cache)
+
+
+@pytest.mark.parametrize("bits", [(), BITS], ids=["exact", "quantised"])
+@pytest.mark.parametrize("policy", ["recent", "scored", "h2o"])
+@torch.no_grad()
+def test_follow_ups_under_autocast(llama, make_artifact, policy: str, bits) -> None:
+    with attach(llama, make_artifact(llama, ROWS, policy=policy, recent=3, bits=bits)) as kv:
+        cache = kv.new_cache()
+        with torch.autocast("cpu", torch.bfloat16):
+            llama(prompt(40), past_key_values=cache)
+            llama(prompt(9, 1), past_key_values=cache)
+        assert cache.ragged[0].store.seen == [49]
+
+
+@pytest.mark.parametrize("policy", ["scored", "h2o"])
+@pytest.mark.parametrize("change", ["fork", "repeat", "select", "reorder"])
+def test_what_is_made_of_a_cache_in_inference_mode_can_be_written_in_any(llama, make_artifact, change, policy) -> None:
+    with attach(llama, make_artifact(llama, 20, policy=policy, recent=3)) as kv:
+        cache = kv.new_cache(2)
+        with torch.inference_mode():
+            generate(llama, cache, prompt(30, batch=2), max_new_tokens=3)
+            match change:
+                case "fork":
+                    cache = copy.deepcopy(cache)
+                case "repeat":
+                    cache.batch_repeat_interleave(2)
+                case "select":
+                    cache.batch_select_indices(torch.tensor([1]))
+                case "reorder":
+                    cache.reorder_cache(torch.tensor([1, 0]))
+        batch = cache.ragged[0].store.batch
+        with torch.no_grad():
+            llama(prompt(4, 1, batch), past_key_values=cache)
+            llama(prompt(1, 1, batch), past_key_values=cache)
+        cache.reset()
