@@ -171,7 +171,8 @@ def push(file: str | os.PathLike[str], repo: str, *, name: str | None = None, pr
     artifact = read(file)
     name = name or Path(file).name
     place = parse_place(repo)
-    if place is None or place != Place(repo, None, None) or not name.endswith(".kvb"):
+    named = name.endswith(".kvb") and not {"", ".", "..", ".git"} & set(name.split("/"))
+    if place is None or place != Place(repo, None, None) or not named:
         raise ArtifactError(
             f"{printable(repo)} with {printable(name)}: expected owner/name, and a file that ends in .kvb"
         )

@@ -14,7 +14,7 @@ export function readKvb(path) {
   if (start > bytes.length) throw new Error("the header ends after the file");
   const { __metadata__: strings, ...entries } = JSON.parse(bytes.toString("utf8", 8, start));
   const metadata = JSON.parse(strings.kvcompile);
-  if (metadata.format_version > 3) throw new Error(`format version ${metadata.format_version}, expected 1 to 3`);
+  if (metadata.format_version > 4) throw new Error(`format version ${metadata.format_version}, expected 1 to 4`);
 
   const zeroed = Buffer.from(bytes);
   zeroed.fill("0", zeroed.indexOf(metadata.checksum), zeroed.indexOf(metadata.checksum) + 64);

@@ -21,7 +21,7 @@ QUESTIONS = ("In one sentence: what is kvcompile?", "Which command checks an art
 def main() -> None:
     loaded = load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
     model, tokenizer = loaded.model, loaded.tokenizer
-    artifact = build(model, tokenizer, mem="50%", context=2048, name=loaded.name)
+    artifact = build(model, tokenizer, mem="50%", context=4096, name=loaded.name)
     with attach(model, artifact) as kv, torch.inference_mode():
         cache = kv.new_cache()
         print(f"cache: {cache.nbytes} bytes of {artifact.bytes.full} for the full one")

@@ -114,10 +114,14 @@ def build_many(
         calibration, tools = {**text.describe(), **profiled.describe()}, measuring(model, text, profiled, report)
         if effort.gives_up:
             calibration["quick"] = effort.gives_up
-        return [
-            finish(identity, profiled.parts, target, options, calibration, out, tools, refine, report)
-            for target, out in zip(targets, wanted.values(), strict=True)
+        built = [
+            finish(identity, profiled.parts, target, options, calibration, None, tools, refine, report)
+            for target in targets
         ]
+    for artifact, out in zip(built, wanted.values(), strict=True):
+        if out is not None:
+            write(artifact, out)
+    return built
 
 
 def resolve(

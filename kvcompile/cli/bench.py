@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from kvcompile.artifacts import TargetError, fetch, identify
+from kvcompile.artifacts import TargetError, check_identity, fetch, identify
 from kvcompile.cli import output, progress, tables
 from kvcompile.problem import check_out
 from kvcompile.problem.memory import parse_memory
@@ -55,6 +55,8 @@ def command(
         raise click.UsageError("expected either an ARTIFACT.kvb or --random-weights NAME")
     if artifact is not None and (mem or bits):
         raise click.UsageError("--mem and --widths are for --random-weights: an artifact has its own budgets and bits")
+    if random_weights is not None and model is not None:
+        raise click.UsageError("--model is for an artifact: --random-weights names the shape that is measured")
     mem, bits = mem or "25%", bits or "16"
     chosen = [part.strip() for part in parts.split(",")]
     if unknown := [part for part in chosen if part not in PARTS]:
@@ -75,6 +77,7 @@ def command(
         if plan is not None:
             kind = dtype or plan.model.dtype
             subject = load(model or plan.model.name, dtype=getattr(torch, kind)).model
+            check_identity(plan.model, identify(subject, plan.model.name))
             context, batch, identity = context or plan.target.context, batch or plan.target.batch, plan.model
         else:
             assert random_weights is not None

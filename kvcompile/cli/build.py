@@ -13,7 +13,7 @@ import click
 
 from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
-from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch
+from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch, write
 from kvcompile.artifacts.checks import show
 from kvcompile.assemble import stored_parts
 from kvcompile.cli import output, progress, tables
@@ -83,7 +83,7 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 )
 @click.option(
     "--quick", is_flag=True,
-    help=f"Profile less, for a first look, in a fifth of the time: contexts of {QUICK.tokens} tokens, half of the "
+    help=f"Profile less, for a first look, in a third of the time: contexts of {QUICK.tokens} tokens, half of the "
     "episodes. Says what that gives up.",
 )  # fmt: skip
 @click.option(
@@ -137,7 +137,9 @@ def command(
     if old is not None:
         artifact = fetch(old)
         given = vars(options) | {"parts": stored_parts(artifact)}  # what targets have in common
-        built = [compiler.resolve(artifact, mem=text, out=file, **given) for text, file in wanted.items()]
+        built = [compiler.resolve(artifact, mem=text, **given) for text in wanted]
+        for one, file in zip(built, wanted.values(), strict=True):
+            write(one, file)  # once all targets are known to be possible
     else:
         effort = (QUICK if quick else THOROUGH).at(profile_tokens)
         built = _from_model(str(model), wanted, options, calib, refine, seed or 0, effort, memory)

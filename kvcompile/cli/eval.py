@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from kvcompile.artifacts import Artifact, KvcompileError, check_identity, fetch, identify
+from kvcompile.artifacts import Artifact, CalibrationError, KvcompileError, check_identity, fetch, identify
 from kvcompile.assemble import RECORDED
 from kvcompile.cli import output, progress, tables
 from kvcompile.evaluation.methods import METHODS, contenders
@@ -71,6 +71,8 @@ def command(
     plan = fetch(artifact)
     length = context or min(plan.target.context, 4096)
     asked = _tasks(tasks)
+    if data is not None and not Path(data).exists():
+        raise CalibrationError(f"there is no text at {data}: expected a file or a folder")
     plans = contenders(plan, _names(allocators), _names(mem), length)
     for out in (json_out, plot_out):
         check_out(out)

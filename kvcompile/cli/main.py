@@ -60,6 +60,13 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted: nothing was written", err=True)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if not isinstance(error, MemoryError) and not torchs:
+            raise
+        reason = (str(error).splitlines() or ["out of memory"])[0].rstrip(".")
+        click.echo(f"error: there is not enough memory ({reason}): ask for less, such as a smaller --context", err=True)
+        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         sys.exit(141)

@@ -55,7 +55,7 @@ from kvcompile.cli import output, progress
     help="Cut the prompt to the budget every so many tokens, for memory that does not grow with it; what comes next "
     "sees only what was kept, which costs quality.  [default: after the last one]",
 )
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**64 - 1), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--raw", is_flag=True, help="Continue the text as it stands, without the model's chat template.")
 @click.option("--compare", is_flag=True, help="Answer with the full cache too, and show where the answers part.")
 @click.option(
@@ -128,6 +128,8 @@ def read_prompt(path: str, raw: bool) -> str:
     Raises:
         CacheError: a file that cannot be read as text, or holds none.
     """
+    if path == "-" and sys.stdin is None:
+        raise CacheError("there is no standard input to read the prompt from: give --prompt FILE")
     try:
         text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except OSError as error:

@@ -54,7 +54,8 @@ def command(
             raise
         distribution, version = DISTRIBUTIONS[0], None  # which is enough to show the command
     check_plugins(os.environ.get("VLLM_PLUGINS"))
-    if context is not None and any(one.name == line.LENGTH for one in line.parse(arguments)):
+    lengths = [one.value for one in line.parse(arguments) if one.name == line.LENGTH]
+    if context is not None and lengths:
         raise CacheError("--context and --max-model-len both say how long sequences get: give one of them")
     plan = fetch(artifact)
     options = line.with_given(plan, line.of_artifact(plan, artifact, context, prefixes), arguments)
@@ -65,8 +66,9 @@ def command(
     refuse_artifact(plan, context or plan.target.context)
     shown, words = line.server(distribution, served, options)
     if as_json:
+        most = context or line.tokens(lengths[-1] if lengths else None) or plan.target.context
         output.print_json({
-            "command": shown, "model": served, "artifact": artifact, "context": plan.target.context,
+            "command": shown, "model": served, "artifact": artifact, "context": most,
             "artifact_bytes": plan.bytes.resident // plan.target.batch, "vllm": version,
         })  # fmt: skip
         return

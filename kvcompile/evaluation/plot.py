@@ -28,7 +28,7 @@ def check_plot(path: Path) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise KvcompileError("a plot needs matplotlib: pip install 'kvcompile[eval]'") from None
+        raise KvcompileError("a plot needs matplotlib: pip install matplotlib") from None
 
 
 def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:

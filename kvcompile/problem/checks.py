@@ -153,5 +153,7 @@ def check_out(out: str | os.PathLike[str] | None) -> None:
         raise ArtifactError(f"{show(str(path))} cannot be written ({error.strerror}): name another file") from None
     if path.is_dir():
         raise ArtifactError(f"{path} is a folder: expected the name of the file to write")
+    if path.exists() and not path.is_file():
+        raise ArtifactError(f"{path} is no regular file: expected the name of the file to write")
     if not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise ArtifactError(f"{path.absolute().parent} is no folder that can be written to: create it or name another")

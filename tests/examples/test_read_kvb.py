@@ -50,6 +50,13 @@ def test_a_file_of_version_3(tmp_path: Path) -> None:
     assert {(row["k_bits"], row["v_bits"]) for heads in found["plan"] for row in heads} == {(67, 3), (65, 136)}
 
 
+def test_a_file_of_version_4(tmp_path: Path) -> None:
+    write(make_artifact(tiny_model(CONFIGS["qwen3-next"])), tmp_path / "a.kvb")
+    done = read_with_node(tmp_path / "a.kvb")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["metadata"]["format_version"] == 4
+
+
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     damaged = bytearray(REFERENCES[0].read_bytes())
     damaged[-1] ^= 1

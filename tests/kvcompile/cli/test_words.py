@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from kvcompile.artifacts import CacheError
 from kvcompile.cli.output import approximate
 from kvcompile.cli.run import read_prompt
 
@@ -42,3 +45,45 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_export(kvcompile, t
     status, out, err = kvcompile("export", REFERENCE, "--to", "headkv", "-o", tmp_path / "none" / "x.json")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "none" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", REFERENCE, "--prompt", "x.txt", "--seed", 2**64), "Invalid value for '--seed'"),
+        (("eval", REFERENCE, "--data", "nowhere"), "there is no text at nowhere"),
+        (("bench", "--random-weights", "smollm2-135m", "--model", "x"), "--model is for an artifact"),
+        (("push", REFERENCE, "owner/name", "--name", "../x.kvb"), "a file that ends in .kvb"),
+    ],
+    ids=["seed", "data", "model", "name"],
+)
+def test_mistakes_are_found_before_anything_is_loaded(kvcompile, tmp_path, monkeypatch, arguments, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, out, err = kvcompile(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert words in err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+    ids=["Python", "GPU", "CPU"],
+)
+def test_memory_that_is_not_there_is_one_sentence(kvcompile, monkeypatch, error: Exception) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["kvcompile.cli.main"], "cli", fails)
+    status, out, err = kvcompile()
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "there is not enough memory" in err
+
+
+def test_a_closed_standard_input_is_one_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(CacheError, match="there is no standard input"):
+        read_prompt("-", raw=False)
