@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
+from vllm.config import CUDAGraphMode, ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
@@ -117,7 +117,8 @@ class Serving:
     def _check_trial(self, page: int, device: torch.device) -> None:
         """Refuse what would run out of memory where vLLM tries CUDA graphs out."""
         graphs, cache = self.vllm_config.compilation_config, self.vllm_config.cache_config
-        if device.type == "cuda" and graphs.cudagraph_mode and cache.kv_cache_memory_bytes is None:
+        tries = graphs.cudagraph_mode != CUDAGraphMode.NONE and cache.kv_cache_memory_bytes is None
+        if device.type == "cuda" and tries:
             sequences = min(self.vllm_config.scheduler_config.max_num_seqs, graphs.max_cudagraph_capture_size or 1)
             refuse_trial(sequences, page, torch.cuda.mem_get_info(device)[0])
 

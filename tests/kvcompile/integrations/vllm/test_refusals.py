@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -130,13 +131,23 @@ def test_the_dtype_of_the_cache() -> None:
         refuse_settings(settings(cache_dtype="fp8_e4m3"), 1)
 
 
-def test_pages_for_trying_graphs_out() -> None:
-    from kvcompile.artifacts import CacheError
-    from kvcompile.integrations.vllm.refusals import refuse_trial
+@pytest.mark.parametrize(
+    ("mode", "given", "fits"), [("NONE", None, True), ("FULL", 10**9, True), ("FULL", None, False)]
+)
+def test_pages_for_trying_graphs_out(mode: str, given: int | None, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 pages, of which one has no room."""
+    from vllm.config import CUDAGraphMode
 
-    refuse_trial(256, 1000, 256_000)
-    with pytest.raises(CacheError, match="give --kv-cache-memory-bytes, or --max-num-seqs 255 or less"):
-        refuse_trial(256, 1000, 255_999)
+    from kvcompile.artifacts import CacheError
+    from kvcompile.integrations.vllm.adopt import Serving
+
+    config: Any = settings(kv_cache_memory_bytes=given)
+    config.compilation_config = SimpleNamespace(cudagraph_mode=CUDAGraphMode[mode], max_cudagraph_capture_size=512)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (255_999, 10**9))
+    serving = Serving(Any, Any, config, [])
+    expected = nullcontext() if fits else pytest.raises(CacheError, match="or --max-num-seqs 255 or less")
+    with expected:
+        serving._check_trial(1000, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(("head_size", "codec", "recorded"), [(64, 32, True), (512, 32, False), (64, "fp8", False)])
