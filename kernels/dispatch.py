@@ -43,6 +43,11 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Operations inside have the dtypes of what they are given, as they do anyway where autocast knows no such device."""
+    return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
+
+
 @cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from kvcompile.artifacts import Scorer
+from kvcompile.kernels.dispatch import without_autocast
 
 
 class LayerScorer:
@@ -21,5 +22,5 @@ class LayerScorer:
         if self.weight.device != hidden.device:
             with torch.inference_mode(False):  # autograd refuses tensors made in inference mode ever after
                 self.weight, self.bias = self.weight.to(hidden.device), self.bias.to(hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             return torch.nn.functional.linear(hidden.float(), self.weight, self.bias)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvcompile.kernels import HeadClass
+from kvcompile.kernels.dispatch import without_autocast
 from kvcompile.runtime.policies import POLICIES
 from kvcompile.runtime.policies.base import NewTokens, Placement
 
@@ -56,7 +57,7 @@ def keep(
             grouped[:, cls.heads], stored, keys[:, cls.heads], real, scaling,
             None if score is None else score.mT[:, cls.heads],
         )  # fmt: skip
-        with torch.autocast(keys.device.type, enabled=False):  # what is stored has dtypes of its own
+        with without_autocast(keys.device):  # what is stored has dtypes of its own
             write(store, cls, keys, values, policy.extend(state, cls, new_tokens, store.seen).to(keys.device))
     store.count([int(count) for count in real.sum(1).tolist()])
 

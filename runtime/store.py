@@ -9,6 +9,7 @@ import torch
 
 from kvcompile.kernels import Buffers, LayerLayout, Transform, append, compact
 from kvcompile.kernels.buffers import Make
+from kvcompile.kernels.dispatch import without_autocast
 from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime import in_one, new_tokens
 from kvcompile.runtime.counting import Lengths, count_step
@@ -103,10 +104,9 @@ class LayerStore:
     @torch.no_grad()
     def cut(self, prompt: LayerPrompt) -> None:
         """Keep of prompts that have been read what the policies choose."""
-        lengths = prompt.lengths
-        with torch.autocast(prompt.keys.device.type, enabled=False):  # systems of equations are solved in float32
+        with without_autocast(prompt.keys.device):  # systems of equations are solved in float32
             referred = list(referred_heads(prompt, self.rotation))
-            kept = kept_of(prompt, self.layout, self.state, referred)
+            kept, lengths = kept_of(prompt, self.layout, self.state, referred), prompt.lengths
             values = fit_values(prompt, kept, referred)
             compact(self.keys, self.values, self.layout, prompt.keys, values, kept, lengths, self.transform)
         # Without padding the host need not wait for the device.
