@@ -44,7 +44,7 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Operations inside have the dtypes of what they are given, as they do anyway where autocast knows no such device."""
+    """Operations inside have the dtypes of what they are given, as they do anyway where autocast knows no device."""
     return torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda") else nullcontext()
 
 
