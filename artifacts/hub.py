@@ -174,7 +174,7 @@ def push(file: str | os.PathLike[str], repo: str, *, name: str | None = None, pr
     named = name.endswith(".kvb") and not {"", ".", "..", ".git"} & set(name.split("/"))
     if place is None or place != Place(repo, None, None) or not named:
         raise ArtifactError(
-            f"{printable(repo)} with {printable(name)}: expected owner/name, and a file that ends in .kvb"
+            f"{printable(repo)} with {printable(name)}: expected owner/name, and a file that ends in .kvb inside of it"
         )
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

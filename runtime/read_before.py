@@ -71,6 +71,8 @@ class ReadPrompt:
 def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
     """Have a model without an attachment read a prompt int64 [1, n]. None where a layer is left with less than all of
     its keys and values: one with a sliding window, or of linear attention."""
+    if not all(map(planned, decoder_of(model).layers)):
+        return None  # also of layers whose window holds all of a short prompt
     # Here and not on import: transformers' module of models loads scipy where it is installed.
     from transformers import AttentionInterface
 
@@ -93,8 +95,6 @@ def read_prompt(model: Any, ids: Tensor) -> ReadPrompt | None:
         _asked.reset(token)
         for hook in hooks:
             hook.remove()
-    if not all(map(planned, decoder_of(model).layers)):
-        return None  # also of layers whose window holds all of a short prompt
     stored = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers]
     if any(keys is None or keys.shape[2] != ids.shape[1] for keys, _ in stored):
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,12 +10,11 @@ import numpy as np
 import scipy.stats
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kvcompile.artifacts import POLICIES
 from kvcompile.kernels.codecs import codec_of
 from kvcompile.profile.attention import Handler, causal
-from kvcompile.profile.context import Context, Packed, over_context
+from kvcompile.profile.context import Context, over_context
 from kvcompile.profile.curves import Curves
 from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.eviction import ring
@@ -102,14 +101,14 @@ class Check:
         part, lent = layers(setting.model)[layer], partial(_lent, number)
         arguments = given(setting, asked, layer, held, lent)
         attend: Handler = causal
+        if attends(part):
+            attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
         if planned(layers(setting.model)[source]):
             rows = rows_of(self._sample(sums, number).plan, place_of(setting.model, source))
             _, quantiser = self.fit.of_layer(sums, source)
             rotary = of_layer(setting.rotary, place_of(setting.model, source))
             cut = over_cut(Left(**cache), reading.packed, rows, quantiser, setting.window, rotary)
-            attend = _but_for_windows(cut, cache, reading.packed)
-        elif attends(part):
-            attend = over_context(Context([], [cache["key"]], [cache["value"]]), reading.packed)
+            attend = _but_for_windows(cut, attend, cache["key"].shape[1])
         with after(setting.model, part, reading.packed, cache):
             held.put(_state(number, layer + 1), hidden=through(part, before, arguments, attend))
         lend(setting, asked, layer, arguments, held, lent)
@@ -131,11 +130,9 @@ class Check:
         return additions
 
 
-def _but_for_windows(cut: Handler, cache: Mapping[str, Tensor], packed: Packed) -> Handler:
-    """What a plan leaves of a layer, but all of it where its sliding window is shorter than the context: such a layer
-    keeps its own, and `Curves` has no losses of it."""
-    whole = over_context(Context([], [cache["key"]], [cache["value"]]), packed)
-    length = cache["key"].shape[1]
+def _but_for_windows(cut: Handler, whole: Handler, length: int) -> Handler:
+    """What a plan leaves of a layer, but the `whole` of it where its sliding window is shorter than the context of so
+    many tokens: such a layer keeps its own, and `Curves` has no losses of it."""
     return lambda call: whole(call) if call.window is not None and call.window < length else cut(call)
 
 

@@ -28,23 +28,20 @@ def ring(budget: int, share: float, sink: int) -> int:
 def survivors(score: Tensor, budget: int, recent: int, sink: int) -> Tensor:
     """Which tokens a head keeps, bool [H, n]: `sink` first ones, `recent` last ones, and of the others the best by
     `score` [H, n], the earlier of two that tie; `budget` in all."""
-    return _survivors(_best_first(score, sink), budget, recent, sink)
+    order = _best_first(score, sink)
+    own = torch.tensor([recent], device=order.device), torch.tensor([budget - sink - recent], device=order.device)
+    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order, _stays(order, score.shape[1], *own)[:, 0])
 
 
 def entries(score: Tensor, budgets: NDArray[np.int32], sink: int) -> Tensor:
     """With which of ascending budgets a token comes to be kept, for every share: int32 [H, n, P]; `len(budgets)` where
     it never does. What is kept with one budget is kept with the next."""
-    order, length = _best_first(score, sink), score.shape[1]
+    order = _best_first(score, sink)
     kept = torch.full((*score.shape, len(SHARES)), len(budgets), dtype=torch.int32, device=score.device)
     for p, share in enumerate(SHARES):
         recent = np.array([ring(budget, share, sink) for budget in budgets.tolist()])
-        start, most = (
-            torch.tensor(t, device=order.device)[:, None] for t in (length - recent, budgets - sink - recent)
-        )
-        older = order[:, None] < start
-        # All budgets at once, [H, C, n - sink]: recent ones, and of the older ones the first that there is room for.
-        stays = ~older | (older.cumsum(-1, dtype=torch.int32) <= most)
-        kept[..., p].scatter_(1, order, stays.sum(1, dtype=torch.int32))
+        own = (torch.tensor(number, device=order.device) for number in (recent, budgets - sink - recent))
+        kept[..., p].scatter_(1, order, _stays(order, score.shape[1], *own).sum(1, dtype=torch.int32))
     return len(budgets) - kept
 
 
@@ -53,14 +50,8 @@ def _best_first(score: Tensor, sink: int) -> Tensor:
     return score[:, sink:].sort(dim=1, descending=True, stable=True).indices + sink
 
 
-def _survivors(order: Tensor, budget: int, recent: int, sink: int) -> Tensor:
-    length = order.shape[1] + sink
-    keep = torch.zeros(len(order), length, dtype=torch.bool, device=order.device)
-    if budget >= length:
-        return ~keep
-    keep[:, :sink] = True
-    keep[:, length - recent :] = True
-    heavy = order < length - recent
-    # As many of those that are not recent as are left of the budget, best first.
-    keep.scatter_(1, order, keep.gather(1, order) | heavy & (heavy.cumsum(1) <= budget - sink - recent))
-    return keep
+def _stays(order: Tensor, length: int, recent: Tensor, older: Tensor) -> Tensor:
+    """Which tokens of an `order`, int64 [H, n - sink], of `length` in all, stay with each of C budgets, bool [H, C, n -
+    sink]: the `recent` [C] last ones, and the first `older` [C] of the others."""
+    others = order[:, None] < (length - recent)[:, None]
+    return ~others | (others.cumsum(-1, dtype=torch.int32) <= older[:, None])

@@ -12,6 +12,7 @@ import torch
 from checkpoints import saved, streamed, whole
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, tiny_model
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kvcompile.artifacts import identify
 from kvcompile.artifacts.errors import ModelError
@@ -142,3 +143,14 @@ def test_without_a_dtype_in_the_configuration_it_is_that_of_a_whole_model(tmp_pa
     tensors = load_file(folder / "model.safetensors")
     changed(folder, {key: value.bfloat16() for key, value in tensors.items() if "norm" not in key}, dtype=None)
     assert streamed(folder).dtype == whole(folder).dtype == torch.bfloat16
+
+
+def test_widened_weights_are_not_kept_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without instructions for bfloat16; afterwards they are what they were."""
+    monkeypatch.setattr(arithmetic, "fast_dtype", lambda dtype, device: torch.float32)
+    layer = torch.nn.Linear(8, 4).to(torch.bfloat16)
+    before, held = layer.weight.detach().clone(), StorageWeakRef(layer.weight.untyped_storage())
+    with fast_arithmetic(layer):
+        assert layer.weight.dtype == torch.float32
+        assert held.expired()
+    assert torch.equal(layer.weight, before)
