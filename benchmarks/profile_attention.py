@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import Asked, Changes, attention_effects, attention_peaks, error_weights, followed
+from kvcompile.kernels import Asked, Changes, Rows, attention_effects, attention_peaks, error_weights, followed
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.profile.attention import Attention, masked, visible
 
@@ -66,8 +66,8 @@ def operations(
     yield "attention_peaks", both(lambda: attention_peaks(query, keys, own_keys, torch.arange(REPLAY), scaling))
 
     outward = draw(num_heads, num_heads * dim, dim).float()
-    args = asked[0].query, keys, values, asked[0].own_keys, asked[0].places, outward.mT @ outward, scaling
-    yield f"error_weights, {len(asked[0].places)} rows", both(lambda: error_weights(*args))
+    rows = [Rows(one.query, one.own_keys, one.places) for one in asked]
+    yield "error_weights", both(lambda: error_weights(rows, keys, values, outward.mT @ outward, scaling))
 
     upstream = [draw(num_heads, own, dim) for own in FOLLOW_UPS]
     given = [[draw(n, own, dim).requires_grad_() for n in (num_heads, heads, heads)] for own in FOLLOW_UPS]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.codecs.api import decode, encode
     from kvcompile.kernels.compact.api import compact
     from kvcompile.kernels.error_weights.api import error_weights
+    from kvcompile.kernels.error_weights.values import Rows
     from kvcompile.kernels.layout import HeadClass, HeadSpec, LayerLayout
     from kvcompile.kernels.new_token.api import new_token
     from kvcompile.kernels.overwrite.api import overwrite
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.transform import Transform
 
 __all__ = [
-    "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Softmax", "Transform",
+    "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Rows", "Softmax", "Transform",
     "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "error_weights",
     "followable", "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
 ]  # fmt: skip
@@ -48,6 +49,7 @@ _MODULES = {
     "HeadClass": "layout",
     "HeadSpec": "layout",
     "LayerLayout": "layout",
+    "Rows": "error_weights.values",
     "Softmax": "softmax",
     "Transform": "transform",
     "add_norm": "add_norm.api",

@@ -57,6 +57,11 @@ class Binding:
             return
         if cache.attachment != self.attachment:
             raise CacheError("this cache was made for another attachment: take one from this attachment's new_cache()")
+        if (found := module.config._attn_implementation) != IMPLEMENTATION:  # type: ignore[union-attr]
+            raise CacheError(
+                f"the model's attention was set to {found!r} since an artifact was attached, and would not see this "
+                f"cache: call model.set_attn_implementation({IMPLEMENTATION!r}), or detach() and attach again"
+            )
         hidden = attention_input(args, kwargs)
         if self.source is not None:
             self.layer = cache.layers[self.source]

@@ -14,7 +14,13 @@ from kvcompile.kernels.softmax import Softmax
 
 
 def followed(
-    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, scaling: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    own_keys: Tensor,
+    own_values: Tensor,
+    scaling: float,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Attention of a follow-up that sees all of a context and itself causally; differentiable with respect to the
     follow-up, while the context is taken as given.
@@ -24,6 +30,7 @@ def followed(
         keys, values: [H, n, D] of the context, rotary embedding applied.
         own_keys, own_values: [H, m, D] of the follow-up.
         scaling: factor on the logits.
+        known: [num_heads, m, D], the result, where it is known: nothing but the way to its gradient is made then.
 
     Returns:
         [num_heads, m, D] in the query's dtype.
@@ -31,7 +38,7 @@ def followed(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    output: Tensor = _Followed.apply(query, keys, values, own_keys, own_values, scaling)
+    output: Tensor = _Followed.apply(query, keys, values, own_keys, own_values, scaling, known)
     return output
 
 
@@ -46,10 +53,19 @@ def followable(query: Tensor, keys: Tensor, window: int, softmax: Softmax) -> bo
 class _Followed(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, own_values: Tensor, scaling: float
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        own_keys: Tensor,
+        own_values: Tensor,
+        scaling: float,
+        known: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(query, keys, values, own_keys, own_values)
         ctx.scaling = scaling
+        if known is not None:
+            return known.clone()
         both = (torch.cat(pair, dim=1)[None] for pair in ((keys, own_keys), (values, own_values)))
         return prompt_attention(query[None], *both, None, 0, scaling)[0]
 
@@ -59,4 +75,4 @@ class _Followed(torch.autograd.Function):
         chosen = gradient if gradient.usable(query, keys) else dense
         args = query, upstream, keys, values, own_keys, own_values, ctx.scaling
         by_query, by_key, by_value = chosen.attention_gradient(*args)
-        return by_query, None, None, by_key, by_value, None
+        return by_query, None, None, by_key, by_value, None, None

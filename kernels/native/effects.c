@@ -119,11 +119,14 @@ static int64_t strip(const Call *c, int64_t h, int64_t first, int64_t stop, char
     lay(s.gradient, c->gradient + (h * c->rows + first) * depth, stop - first, wide, depth, stage);
     memset(s.sums, 0, sizeof(vec) * sums * wide);
     for (int i = 0; i < (1 + c->key_sets) * wide; i++) s.largest[i] = every(BELOW);
+    int64_t own = 0; /* tokens that any of these rows sees */
+    for (int64_t i = first; i < stop; i++) own = c->last[i] + 1 > own ? c->last[i] + 1 : own;
     for (int part = 0; part < 2; part++) {
         for (int i = 0; i < wide * WIDTH; i++)
             ((int32_t *)s.last)[i] = part == 0 ? INT32_MAX : c->last[first + i < stop ? first + i : stop - 1];
-        for (int64_t column = 0; column < c->counts[part]; column += COLUMNS) {
-            const int64_t left = c->counts[part] - column;
+        const int64_t seen = part == 0 ? c->counts[0] : own;
+        for (int64_t column = 0; column < seen; column += COLUMNS) {
+            const int64_t left = seen - column;
             MEET[c->pairs][wide - 1](c, &s, h, part, column, left < COLUMNS ? (int)left : COLUMNS, coded);
         }
     }

@@ -62,11 +62,9 @@ ALWAYS void meet(const Call *c, const Strip *s, int64_t q, int64_t first, int64_
                 s->other[k / 2 * wide + j] = pair(s->logits[k * wide + j], s->logits[(k + 1) * wide + j]);
         weights = s->other;
     }
-    vec sums[TILE][WIDE], energy[WIDE], by_row[WIDE][2];
-    for (int d = 0; d < dim; d += TILE) {
-        products(sums, weights, turned + d, 1, dim, (int)(pairs ? padded / 2 : padded), wide, pairs);
-        EACH(i, j, wide) s->mixed[(d + i) * wide + j] = sums[i][j];
-    }
+    vec energy[WIDE], by_row[WIDE][2];
+    memset(s->mixed, 0, sizeof(vec) * dim * wide);
+    mix(s->mixed, weights, turned, pairs ? padded / 2 : padded, dim, wide, pairs);
     for (int j = 0; j < wide; j++) energy[j] = by_row[j][0] = by_row[j][1] = every(0);
     const float *metric = c->metric + q * dim * dim;
     for (int d = 0; d < dim; d++) {
@@ -83,12 +81,12 @@ ALWAYS void meet(const Call *c, const Strip *s, int64_t q, int64_t first, int64_
     dots(s->other, 0, s->moved, values, before, depth, wide, pairs);
     float *keys = c->by_token + (first / (WIDE * WIDTH) * c->num_heads + q) * 2 * before;
     keys[0] = keys[before] = 0; /* token 0 is stored as it is */
+    ivec real[WIDE]; /* the last row may be there twice */
+    for (int i = 0; i < wide * WIDTH; i++) ((int32_t *)real)[i] = -(i < count);
     for (int64_t k = 1; k < before; k++) {
         vec by_key = every(0), by_value = every(0);
         for (int j = 0; j < wide; j++) {
-            ivec real = {0};
-            for (int i = 0; i < WIDTH; i++) real[i] = -(j * WIDTH + i < count); /* the last row may be there twice */
-            const vec p = s->logits[k * wide + j], squared = choose(real, p * p, every(0));
+            const vec p = s->logits[k * wide + j], squared = choose(real[j], p * p, every(0));
             const vec apart = larger(energy[j] + c->energy[q * before + k] - 2 * s->other[k * wide + j], every(0));
             by_key += apart * squared, by_value += squared;
             by_row[j][0] += apart * squared, by_row[j][1] += squared;

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from kvcompile.kernels.error_weights.values import Weights
+from kvcompile.kernels.error_weights.values import Rows, Weights
 from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import Softmax
 
@@ -38,30 +39,30 @@ def _library() -> ctypes.CDLL | None:
     return found
 
 
-def error_weights(
-    query: Tensor, keys: Tensor, values: Tensor, own_keys: Tensor, places: Tensor, metric: Tensor, scaling: float
-) -> Weights:
+def error_weights(asked: Sequence[Rows], keys: Tensor, values: Tensor, metric: Tensor, scaling: float) -> list[Weights]:
     """See `error_weights.api`."""
-    library, (heads, length, head_dim), (num_heads, count, _) = _library(), keys.shape, query.shape
+    library, (heads, length, head_dim), num_heads = _library(), keys.shape, len(metric)
     assert library is not None
     dtype = lanes.dtype_of(keys, bool(library.kvc_pairs()))
     pairs, group = dtype == torch.bfloat16, num_heads // heads
-    stored, own = lanes.laid((keys, values), dtype), lanes.laid((own_keys,), dtype)
-    turned = lanes.turned(stored[1], pairs)
-    query, metric = query.to(dtype).contiguous(), metric.float().contiguous()
-    v = values.float().repeat_interleave(group, 0)
-    energy = ((v @ metric.mT) * v).sum(-1)  # v'Mv, [num_heads, n]
-    last = places.to(torch.int32)
-    by_token = torch.empty(
-        -(-count // library.kvc_errors_rows()), num_heads, 2, length, dtype=torch.float32, device="cpu"
-    )
-    by_row = torch.empty(num_heads, 2, count, dtype=torch.float32, device="cpu")
-    call = _Call(
-        query.data_ptr(), (ctypes.c_void_p * 2)(stored[0].data_ptr(), own.data_ptr()), stored[1].data_ptr(),
-        *(t.data_ptr() for t in (turned, last, metric, energy, by_token, by_row)), num_heads, group, count,
-        (ctypes.c_int64 * 2)(length, own_keys.shape[1]), (ctypes.c_int64 * 2)(stored.shape[2], own.shape[2]),
-        head_dim, pairs, 0, torch.get_num_threads(), scaling / math.log(2),
-    )  # fmt: skip
-    lanes.run(library, "errors", call)
-    by_key, by_value = by_token.sum(0).unflatten(0, (heads, group)).sum(1).unbind(1)
-    return Weights(by_key, by_value, by_row[:, 0], by_row[:, 1].sum(1))
+    stored = lanes.laid((keys, values), dtype)
+    turned, metric = lanes.turned(stored[1], pairs), metric.float().contiguous()
+    v = values.float()[:, None]
+    energy = ((v @ metric.unflatten(0, (heads, group)).mT) * v).sum(-1)  # v'Mv, [H, G, n]
+    found = []
+    for rows in asked:
+        query, own = rows.query.to(dtype).contiguous(), lanes.laid((rows.own_keys,), dtype)
+        count, last = query.shape[1], rows.places.to(torch.int32)
+        strips = -(-count // library.kvc_errors_rows())
+        by_token = torch.empty(strips, num_heads, 2, length, dtype=torch.float32, device="cpu")
+        by_row = torch.empty(num_heads, 2, count, dtype=torch.float32, device="cpu")
+        call = _Call(
+            query.data_ptr(), (ctypes.c_void_p * 2)(stored[0].data_ptr(), own.data_ptr()), stored[1].data_ptr(),
+            *(t.data_ptr() for t in (turned, last, metric, energy, by_token, by_row)), num_heads, group, count,
+            (ctypes.c_int64 * 2)(length, rows.own_keys.shape[1]), (ctypes.c_int64 * 2)(stored.shape[2], own.shape[2]),
+            head_dim, pairs, 0, torch.get_num_threads(), scaling / math.log(2),
+        )  # fmt: skip
+        lanes.run(library, "errors", call)
+        by_key, by_value = by_token.sum(0).unflatten(0, (heads, group)).sum(1).unbind(1)
+        found.append(Weights(by_key, by_value, by_row[:, 0], by_row[:, 1].sum(1)))
+    return found

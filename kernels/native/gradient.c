@@ -60,15 +60,10 @@ ALWAYS void meet(const Call *c, const Strip *s, int64_t h, int64_t first_row, in
         for (int64_t k = 0; k < all; k += 2)
             for (int j = 0; j < wide; j++)
                 s->gains[k / 2 * wide + j] = pair(s->gains[k * wide + j], s->gains[(k + 1) * wide + j]);
-    vec sums[TILE][WIDE];
+    memset(s->sums, 0, sizeof(vec) * dim * wide);
     for (int part = 0; part < 2; part++) {
         const int64_t from = part ? padded : 0, columns = c->steps[part], deep = pairs ? columns / 2 : columns;
-        const vec *slopes = s->gains + (pairs ? from / 2 : from) * wide;
-        for (int d = 0; d < dim; d += TILE) {
-            products(sums, slopes, c->turned[part] + h * deep * dim + d, 1, dim, (int)deep, wide, pairs);
-            if (part) EACH(i, j, wide) sums[i][j] += s->sums[(d + i) * wide + j];
-            EACH(i, j, wide) s->sums[(d + i) * wide + j] = sums[i][j];
-        }
+        mix(s->sums, s->gains + (pairs ? from / 2 : from) * wide, c->turned[part] + h * deep * dim, deep, dim, wide, pairs);
     }
     for (int64_t i = 0; i < count; i++) {
         float *to = c->by_query + (h * c->rows + first_row + i) * dim;

@@ -15,6 +15,11 @@
 #else
 #define PAIRED 0
 #endif
+#if defined(__AVX__) && !defined(__AVX512F__)
+#define KEEP(x) __asm__("" : "+x"(x)) /* in a register: gcc would load it anew for each product */
+#else
+#define KEEP(x)
+#endif
 #define HIDDEN -1e30f /* logit of what is not seen; below BELOW, so that rows that have seen nothing yet give it no weight */
 #define BELOW -1e29f  /* the largest logit before there is any */
 #define EACH(i, j, wide) \
@@ -28,8 +33,14 @@ ALWAYS void products(
     vec sums[TILE][WIDE], const vec *a, const lane *b, ptrdiff_t across, ptrdiff_t along, int depth, int wide, int pairs
 ) {
     EACH(i, j, wide) sums[i][j] = every(0);
-    for (int x = 0; x < depth; x++, a += wide, b += along)
-        EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], a[j], b[i * across], pairs);
+    for (int x = 0; x < depth; x++, a += wide, b += along) {
+        vec row[WIDE];
+        _Pragma("GCC unroll 3") for (int j = 0; j < wide; j++) {
+            row[j] = a[j];
+            KEEP(row[j]);
+        }
+        EACH(i, j, wide) sums[i][j] = multiply_add(sums[i][j], row[j], b[i * across], pairs);
+    }
 }
 
 /* to[k][j] = a[j] . b[k], on top of `more` where there is any. */
@@ -39,6 +50,20 @@ ALWAYS void dots(vec *to, const vec *more, const vec *a, const lane *b, int64_t 
         products(sums, a, b + k * depth, depth, 1, depth, wide, pairs);
         if (more) EACH(i, j, wide) sums[i][j] += more[(k + i) * wide + j];
         EACH(i, j, wide) to[(k + i) * wide + j] = sums[i][j];
+    }
+}
+
+#define BLOCK 64 /* columns, or pairs of them, whose elements the nearest cache holds beside their weights */
+
+/* sums[d][j] += over columns of weights[column][j] * turned[column][d]. */
+ALWAYS void mix(vec *sums, const vec *weights, const lane *turned, int64_t columns, int dim, int wide, int pairs) {
+    vec some[TILE][WIDE];
+    for (int64_t k = 0; k < columns; k += BLOCK) {
+        const int count = columns - k < BLOCK ? (int)(columns - k) : BLOCK;
+        for (int d = 0; d < dim; d += TILE) {
+            products(some, weights + k * wide, turned + k * dim + d, 1, dim, count, wide, pairs);
+            EACH(i, j, wide) sums[(d + i) * wide + j] += some[i][j];
+        }
     }
 }
 

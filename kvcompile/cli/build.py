@@ -185,14 +185,13 @@ def outputs(mem: str, path: Path) -> dict[str, Path]:
         ArtifactError: several targets, and a folder in place of a file.
     """
     texts = [part.strip() for part in mem.split(",")]
-    for text in texts:
-        parse_memory(text)
+    amounts = [parse_memory(text) for text in texts]
     if len(texts) == 1:
         return {texts[0]: path}
     if not path.name:
         check_out(path)  # a folder, which has no name to go by
     files = {text: path.with_name(f"{path.stem}-{text.replace('%', 'pct')}{path.suffix}") for text in texts}
-    if len(files) < len(texts):
+    if len({(one.amount, one.is_share) for one in amounts}) < len(texts):
         raise TargetError(f"--mem {mem} names a target twice: expected different ones")
     return files
 

@@ -112,9 +112,11 @@ def references(call: Attention) -> Tensor:
     return none_yet.seen(call.query[None], torch.zeros_like(length)).query[0]
 
 
-def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None) -> Handler:
+def over_context(
+    context: Context, packed: Packed, kept: Sequence[Tensor | None] | None = None, known: Tensor | None = None
+) -> Handler:
     """Attention of a packed pass. `kept`, by layer bool [H, n] or None for all, says which tokens of the context each
-    KV head still has."""
+    KV head still has. `known` [Hq, m, D]: what comes out of it for these very inputs, where that is known."""
 
     masks: dict[tuple[int, int | None], Tensor] = {}  # the same in all layers, but for sliding windows
 
@@ -127,7 +129,8 @@ def over_context(context: Context, packed: Packed, kept: Sequence[Tensor | None]
             own_query = call.query[None, :, own]
             if not call.quick and alive is None and followable(own_query[0], keys, call.window or 0, call.softmax):
                 given = keys, values, call.key[:, own], call.value[:, own]
-                outputs.append(followed(own_query[0], *given, call.scaling))
+                output = None if known is None else known[:, own]
+                outputs.append(followed(own_query[0], *given, call.scaling, output))
                 continue
             own_keys = torch.cat([keys, call.key[:, own]], dim=1)[None]
             own_values = torch.cat([values, call.value[:, own]], dim=1)[None]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcompile.kernels import followable
 from kvcompile.kernels.codecs import profiled
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, over_context
@@ -104,8 +105,15 @@ class Curves:
         part, asked = layers(setting.model)[layer], reading.asked
         context = _context(left)
         arguments, attend = given(setting, asked, layer, held), over_context(context, reading.packed)
+
+        def attending(call: Attention) -> Tensor:
+            output = attend(call)
+            if followable(call.query, context.keys[0], call.window or 0, call.softmax):
+                held.spare(reading.attended(layer), output)  # needed once more on the way down
+            return output
+
         with after(setting.model, part, reading.packed, left):
-            later = through(part, held.one(asked.at(layer)), arguments, attend)
+            later = through(part, held.one(asked.at(layer)), arguments, attending)
         lend(setting, asked, layer, arguments, held)
         held.put(asked.at(layer + 1), hidden=later)
 
@@ -187,7 +195,8 @@ class Curves:
         with after(setting.model, part, packed, cache):
             gradient, lent = gradients(
                 part, held.one(asked.at(layer)), given(setting, asked, layer, held),
-                held.one(reading.gradient(layer + 1)), visit, over_context(context, packed),
+                held.one(reading.gradient(layer + 1)), visit,
+                over_context(context, packed, known=held.take(reading.attended(layer))),
                 at_lent if source == layer else (),
             )  # fmt: skip
         held.put(reading.gradient(layer), gradient=gradient)

@@ -53,7 +53,8 @@ class Held:
         self._leaving: list[str] = []
         self._left: list[str] = []
         self._unsynced: set[str] = set()
-        self._used = {"device": 0, "host": 0}
+        self._used = {"device": 0, "host": 0, "spare": 0}
+        self._spare: dict[str, Tensor] = {}
 
     def put(self, name: str, **tensors: Tensor) -> None:
         """Keep tensors under a name. Raises ModelError where they fit neither in memory nor on disk."""
@@ -63,7 +64,7 @@ class Held:
         there = any(t.device.type != "cpu" for t in kept.values())
         if there and self._used["device"] + size <= self.room.device:
             entry = _Entry(kept, "device", size)
-        elif self._used["host"] + size <= self.room.host:
+        elif self._fits(size):
             entry = _Entry({key: t.cpu() for key, t in kept.items()}, "host", size)
         else:
             self._write(name, kept)
@@ -89,6 +90,18 @@ class Held:
     def one(self, name: str) -> Tensor:
         """The only tensor under a name."""
         (tensor,) = self.get(name).values()
+        return tensor
+
+    def spare(self, name: str, tensor: Tensor) -> None:
+        """Keep a CPU's tensor that can be made anew, as long as nothing else needs the memory, and never on disk."""
+        if self._fits(tensor.nbytes):
+            self._spare[name] = tensor
+            self._used["spare"] += tensor.nbytes
+
+    def take(self, name: str) -> Tensor | None:
+        """What was spared under a name, if it is still there; it is given up with that."""
+        tensor = self._spare.pop(name, None)
+        self._used["spare"] -= 0 if tensor is None else tensor.nbytes
         return tensor
 
     def drop(self, *names: str) -> None:
@@ -122,11 +135,21 @@ class Held:
 
     def clear(self) -> None:
         """Give everything up, on disk too."""
-        self._entries, self._leaving, self._left, self._used = {}, [], [], {"device": 0, "host": 0}
+        self._entries, self._spare, self._leaving, self._left = {}, {}, [], []
+        self._used = dict.fromkeys(self._used, 0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"
+
+    def _fits(self, size: int) -> bool:
+        """Whether there is memory for so many bytes more, once what is spared has made room for them."""
+        left = self.room.host - self._used["host"] - size
+        if left < 0:
+            return False
+        while self._used["spare"] > left:
+            self.take(next(iter(self._spare)))
+        return True
 
     def _forget(self, name: str) -> None:
         entry = self._entries.pop(name, None)

@@ -71,6 +71,10 @@ class Reading:
         """The name of what the context leaves in a layer: its keys, values and scores."""
         return f"{self.name}.cache@{layer}"
 
+    def attended(self, layer: int) -> str:
+        """The name of the attention output of all that is asked in a layer."""
+        return f"{self.name}.attended@{layer}"
+
     def lent_gradient(self, layer: int) -> str:
         """The name of the gradients at the keys and values that a layer attends to and an earlier one has, of it and of
         all later ones."""

@@ -11,7 +11,9 @@ times where later layers attend to the keys and values of earlier ones).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -113,10 +115,24 @@ def measure(
     fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
     own = STATES if setting.ranks.count == 1 else f"{STATES}-{setting.ranks.count}-{setting.ranks.rank}"
     held = Held(None if store is None else store / own, room, device_of(model))
-    with frozen(model), attended(model):
+    with frozen(model), attended(model), _settled():
         items = list(_items(setting, fit, probes, curves, check))
         sums = run(items, fresh, held, progress, store, setting.ranks, waiting)
     return _profiled(sums, setting, fit.result(sums))
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Within, Python's garbage collector passes over what is there already, modules by the thousand: a profile makes so
+    many small objects that it would look through all of that again and again."""
+    if gc.get_freeze_count():
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _items(setting: Setting, fit: Fit, probes: Probes, curves: Curves, check: Check) -> Iterator[Item]:

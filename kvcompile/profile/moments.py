@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvcompile.artifacts import ModelError, Quantiser
-from kvcompile.kernels import error_weights
+from kvcompile.kernels import Rows, error_weights
 from kvcompile.profile.attention import Attention
 from kvcompile.profile.context import Context, Packed, judged
 from kvcompile.profile.rotation import unrotated
@@ -74,16 +74,19 @@ def moments(call: Attention, context: Context, packed: Packed, projection: Tenso
     value_weight = torch.zeros_like(key_weight)
     query = keys.new_zeros(num_kv_heads, head_dim, head_dim)
     output = torch.zeros_like(query)
-    for block in packed.blocks:
-        chosen = judged(block, ROWS).to(values.device)
-        own, asking = call.key[:, block.start : block.stop], call.query[:, chosen]
-        args = asking, context.keys[call.layer], context.values[call.layer], own, chosen - block.start
-        found = error_weights(*args, metric.flatten(0, 1), call.scaling, call.window or 0, call.softmax)
-        count = len(chosen)  # a mean over rows: follow-ups count alike, however long
+    chosen = [judged(block, ROWS).to(values.device) for block in packed.blocks]
+    rows = [
+        Rows(call.query[:, some], call.key[:, block.start : block.stop], some - block.start)
+        for block, some in zip(packed.blocks, chosen, strict=True)
+    ]
+    stored = context.keys[call.layer], context.values[call.layer]
+    weights = error_weights(rows, *stored, metric.flatten(0, 1), call.scaling, call.window or 0, call.softmax)
+    for some, one, found in zip(chosen, rows, weights, strict=True):
+        count = len(some)  # a mean over rows: follow-ups count alike, however long
         key_weight += found.keys / count
         value_weight += found.values / count
         # Error e of key j is error q_t . e of logits (t, j).
-        queries = unrotated(asking.float() * call.scaling, asked[chosen], rotary, call.layer)
+        queries = unrotated(one.query.float() * call.scaling, asked[some], rotary, call.layer)
         grouped = queries.view(num_kv_heads, -1, *queries.shape[1:])
         query += torch.einsum("hgt,hgti,hgtj->hij", found.queries.view(grouped.shape[:3]) / count, grouped, grouped)
         output += torch.einsum("hg,hgij->hij", found.outputs.view(num_kv_heads, -1) / count, metric)

@@ -76,3 +76,13 @@ def test_through_autograd(shape: tuple[int, ...], where: str, monkeypatch: pytes
     wanted = expected((query.detach(), upstream, keys, values, own_keys.detach(), own_values.detach()), 0.3)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-5, atol=2e-5)
+
+
+def test_a_known_output_has_the_same_gradient() -> None:
+    query, upstream, keys, values, own_keys, own_values = setting(SHAPES[2], torch.float32)
+    moving = [t.requires_grad_() for t in (query, own_keys, own_values)]
+    output = followed(query, keys, values, own_keys, own_values, 0.3)
+    again = followed(query, keys, values, own_keys, own_values, 0.3, output.detach())
+    assert torch.equal(again, output)
+    for one, other in zip(*(torch.autograd.grad(o, moving, upstream) for o in (output, again)), strict=True):
+        assert torch.equal(one, other)

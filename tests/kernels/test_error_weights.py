@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from kvcompile.kernels import Softmax, error_weights
+from kvcompile.kernels import Rows, Softmax, error_weights
 from kvcompile.kernels.error_weights import dense, reference
 from kvcompile.kernels.error_weights.values import Weights
 from kvcompile.kernels.native import errors
@@ -21,32 +23,43 @@ SHAPES = [  # tokens of the context, own tokens, rows, group, head size
 IDS = ["one", "few", "blocks", "odd"]
 
 
-def setting(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float]:
+Setting = tuple[list[Rows], Tensor, Tensor, Tensor, float]
+
+
+def setting(shape: tuple[int, ...], dtype: torch.dtype) -> Setting:
+    """Two follow-ups, the second with one row."""
     length, own, rows, group, dim = shape
     generator = torch.Generator().manual_seed(length + dim)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator)
+    def draw(heads: int, count: int) -> Tensor:
+        return torch.randn(heads, count, dim, generator=generator).to(dtype)
 
-    query, keys, values, own_keys = (
-        draw(heads, n, dim).to(dtype) for heads, n in ((HEADS * group, rows), *[(HEADS, length)] * 2, (HEADS, own))
-    )
-    outward = draw(HEADS * group, dim + 3, dim)
-    return query * 2, keys, values, own_keys, torch.arange(own - rows, own), outward.mT @ outward / dim, dim**-0.5
+    keys, values = draw(HEADS, length), draw(HEADS, length)
+    asked = [
+        Rows(draw(HEADS * group, count) * 2, draw(HEADS, own), torch.arange(own - count, own)) for count in (rows, 1)
+    ]
+    outward = torch.randn(HEADS * group, dim + 3, dim, generator=generator)
+    return asked, keys, values, outward.mT @ outward / dim, dim**-0.5
 
 
-def compare(found: Weights, wanted: Weights, tolerance: float) -> None:
-    for name in ("keys", "values", "queries", "outputs"):
-        one, other = getattr(found, name), getattr(wanted, name)
-        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.max()))
-    assert (found.keys[:, 0] == 0).all()
+def usable(args: Setting, window: int, softmax: Softmax) -> bool:
+    asked, keys, *_ = args
+    return all(errors.usable(one.query, keys, one.own_keys, window, softmax) for one in asked)
+
+
+def compare(found: list[Weights], wanted: list[Weights], tolerance: float) -> None:
+    for of_one, expected in zip(found, wanted, strict=True):
+        for name in ("keys", "values", "queries", "outputs"):
+            one, other = getattr(of_one, name), getattr(expected, name)
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.max()))
+        assert (of_one.keys[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=IDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.bfloat16, 2e-2)], ids=["f32", "bf16"])
 def test_in_c(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     args = setting(shape, dtype)
-    if not errors.usable(args[0], args[1], args[3], 0, Softmax()):
+    if not usable(args, 0, Softmax()):
         pytest.skip("no compiler")
     compare(errors.error_weights(*args), reference.error_weights(*args, 0, Softmax()), tolerance)
 
@@ -64,13 +77,13 @@ def test_in_torch(shape: tuple[int, ...]) -> None:
 )
 def test_other_attention(window: int, softmax: Softmax) -> None:
     args = setting(SHAPES[1], torch.float32)
-    assert not errors.usable(args[0], args[1], args[3], window, softmax)
+    assert not usable(args, window, softmax)
     compare(error_weights(*args, window, softmax), reference.error_weights(*args, window, softmax), 5e-5)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    query, keys, values, own_keys, places, metric, scaling = setting(SHAPES[1], torch.float32)
+    asked, keys, values, metric, scaling = setting(SHAPES[1], torch.float32)
     with pytest.raises(ValueError, match="a row for each place"):
-        error_weights(query, keys, values, own_keys, places[1:], metric, scaling)
+        error_weights([replace(asked[0], places=asked[0].places[1:])], keys, values, metric, scaling)
     with pytest.raises(ValueError, match="metric"):
-        error_weights(query, keys, values, own_keys, places, metric[1:], scaling)
+        error_weights(asked, keys, values, metric[1:], scaling)

@@ -47,6 +47,16 @@ def test_an_attached_model_works_as_before_with_other_caches(any_model, make_art
     assert torch.equal(greedy(any_model, DynamicCache(config=any_model.config)), text)
 
 
+def test_attention_that_would_not_see_the_cache_is_refused(any_model, make_artifact) -> None:
+    kv = attach(any_model, make_artifact(any_model, 9))
+    any_model.set_attn_implementation("eager")
+    with pytest.raises(CacheError, match=r"set to 'eager' since .*set_attn_implementation\('kvcompile'\)"):
+        any_model(PROMPT, past_key_values=kv.new_cache())
+    any_model(PROMPT)
+    any_model.set_attn_implementation("kvcompile")
+    any_model(PROMPT, past_key_values=kv.new_cache())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_detach_gives_back_every_bit(any_model, make_artifact, dtype: torch.dtype) -> None:
     any_model.to(dtype)

@@ -259,6 +259,7 @@ BUILD = ("build", "--context", "192", "-o", "{out}")
         ((*BUILD, "--mem", "8GB,25%", "--from", "{artifact}", "--sequences", "2"), "expected bytes such as 8GB"),
         ((*BUILD, "--mem", "2kB", "--from", "{artifact}", "--sequences", "2"), "for 2 sequences at once"),
         ((*BUILD, "--mem", "25%,25%", "--model", "{model}"), "twice"),
+        ((*BUILD, "--mem", "25%,25.0%", "--model", "{model}"), "twice"),
         ((*BUILD, "--mem", "25%,8XB", "--model", "{model}"), "8XB"),
         ((*BUILD, "--mem", "25%", "--model", "{model}", "--tp", "5"), "divide"),
         ((*BUILD, "--mem", "25%", "--from", "{artifact}", "--refine", "1"), "--refine"),

@@ -66,6 +66,25 @@ def test_room_is_free_again_when_a_step_is_done(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_spared_makes_room(tmp_path: Path) -> None:
+    held = Held(tmp_path / "states", Room(0, 130))
+    held.spare("x", STATES["a"])
+    held.spare("y", STATES["a"])
+    held.spare("too large", torch.zeros(100))
+    assert held.take("too large") is None
+    held.put("b", one=STATES["b"])  # 60 of 130 bytes, of which 120 are spared
+    held.save(lambda: None)
+    assert sorted(path.stem for path in tmp_path.glob("states/*")) == ["b"]
+    assert held.take("x") is None
+    kept = held.take("y")
+    assert kept is not None
+    assert torch.equal(kept, STATES["a"])
+    assert held.take("y") is None
+    held.put("a", one=STATES["a"])
+    check(held, "ab")
+    assert held.take("a") is None
+
+
 @pytest.mark.parametrize("room", [Room(0, 0), UNLIMITED])
 def test_a_save_is_what_another_process_finds(tmp_path: Path, room: Room) -> None:
     held = full(Held(tmp_path, room))
