@@ -38,7 +38,7 @@ def followed(
     Raises:
         ValueError: shapes that do not fit each other.
     """
-    output: Tensor = _Followed.apply(query, keys, values, own_keys, own_values, scaling, known)
+    output: Tensor = _Followed.apply(scaling, known, query, keys, values, own_keys, own_values)
     return output
 
 
@@ -52,20 +52,12 @@ def followable(query: Tensor, keys: Tensor, window: int, softmax: Softmax) -> bo
 
 class _Followed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        query: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        own_keys: Tensor,
-        own_values: Tensor,
-        scaling: float,
-        known: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(query, keys, values, own_keys, own_values)
+    def forward(ctx: Any, scaling: float, known: Tensor | None, *vectors: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*vectors)
         ctx.scaling = scaling
         if known is not None:
             return known.clone()
+        query, keys, values, own_keys, own_values = vectors
         both = (torch.cat(pair, dim=1)[None] for pair in ((keys, own_keys), (values, own_values)))
         return prompt_attention(query[None], *both, None, 0, scaling)[0]
 
@@ -75,4 +67,4 @@ class _Followed(torch.autograd.Function):
         chosen = gradient if gradient.usable(query, keys) else dense
         args = query, upstream, keys, values, own_keys, own_values, ctx.scaling
         by_query, by_key, by_value = chosen.attention_gradient(*args)
-        return by_query, None, None, by_key, by_value, None, None
+        return None, None, by_query, None, None, by_key, by_value

@@ -43,8 +43,9 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def quantised(problem: Problem, kind: str, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Predicted loss of storing keys or values (`kind`) in each of the problem's bits for them, where a head keeps
-    `tokens` [T]: [F, L, H, T, W]. 0 for the cache dtype, and for a codec without curves: such a one was asked for by
-    name and is that of every head, so that no choice depends on it (`unmeasured`)."""
+    `tokens` [T]: [F, L, H, T, W]. More in a longer context (`LENGTH_EXPONENT`); 0 for the cache dtype, and for a codec
+    without curves: such a one was asked for by name and is that of every head, so that no choice depends on it
+    (`unmeasured`)."""
     loss = problem.profile.codec_loss(kind, DEFAULT_SINK + (tokens - DEFAULT_SINK) / _stretch(problem))
     longer = np.maximum(problem.limit / problem.profile.window, 1.0) ** LENGTH_EXPONENT
     loss = loss * longer[:, None, None, None]

@@ -94,6 +94,7 @@ class Held:
 
     def spare(self, name: str, tensor: Tensor) -> None:
         """Keep a CPU's tensor that can be made anew, as long as nothing else needs the memory, and never on disk."""
+        self.take(name)
         if self._fits(tensor.nbytes):
             self._spare[name] = tensor
             self._used["spare"] += tensor.nbytes
