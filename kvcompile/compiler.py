@@ -9,7 +9,7 @@ from typing import Any
 
 from kvcompile.allocators import solve
 from kvcompile.artifacts import Artifact, ModelIdentity, Target, check_model, chunk_of, identify, validate, write
-from kvcompile.assemble import assemble, at_context, stored_parts
+from kvcompile.assemble import assemble, stored_parts
 from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
 from kvcompile.stages import QUICK, THOROUGH, Effort, Parts, Report, Tools
 
@@ -171,8 +171,8 @@ def finish(
     problem = pose_with(identity, parts, target, options)
     plan = solve(options.allocator, problem, tools, refine)
     artifact = assemble(
-        identity, at_context(parts, identity, target.context), target, plan, solver=solver_report(options, problem),
-        calibration=calibration, ranks=options.ranks,
+        identity, parts, target, plan, solver=solver_report(options, problem), calibration=calibration,
+        ranks=options.ranks,
     )  # fmt: skip
     if out is None:
         validate(artifact, "the plan")

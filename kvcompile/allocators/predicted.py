@@ -11,10 +11,6 @@ from kvcompile.allocators.expected import expected
 from kvcompile.artifacts import POLICIES
 from kvcompile.stages import DEFAULT_SINK, WORST, Plan, Problem
 
-LENGTH_EXPONENT = 0.5
-"""Codecs lose more in a context longer than the profile's, by about this power of the ratio: what positions do to keys
-(`Problem.key_growth`) is too little of it. Measured, not derived (docs/results.md)."""
-
 
 def grid(problem: Problem) -> NDArray[np.float64]:
     """The curves' token axis at the problem's context: beyond the sinks, budgets are taken to matter as shares of the
@@ -43,12 +39,9 @@ def evicted(problem: Problem, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
 
 def quantised(problem: Problem, kind: str, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Predicted loss of storing keys or values (`kind`) in each of the problem's bits for them, where a head keeps
-    `tokens` [T]: [F, L, H, T, W]. More in a longer context (`LENGTH_EXPONENT`); 0 for the cache dtype, and for a codec
-    without curves: such a one was asked for by name and is that of every head, so that no choice depends on it
-    (`unmeasured`)."""
+    `tokens` [T]: [F, L, H, T, W]. 0 for the cache dtype, and for a codec without curves: such a one was asked for by
+    name and is that of every head, so that no choice depends on it (`unmeasured`)."""
     loss = problem.profile.codec_loss(kind, DEFAULT_SINK + (tokens - DEFAULT_SINK) / _stretch(problem))
-    longer = np.maximum(problem.limit / problem.profile.window, 1.0) ** LENGTH_EXPONENT
-    loss = loss * longer[:, None, None, None]
     if kind == "key":
         loss = loss * np.asarray(problem.key_growth)[..., None, None]
     known, asked = getattr(problem.profile, f"{kind}_bits").tolist(), getattr(problem, f"{kind}_bits")

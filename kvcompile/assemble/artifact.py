@@ -52,12 +52,14 @@ def assemble(
     calibration: Mapping[str, Any],
     ranks: int | None = None,
 ) -> Artifact:
-    """The artifact for a plan, its quantiser laid out for the codecs of the plan, placed on `ranks` tensor-parallel
-    ranks where that is given; the same arguments give the same artifact, so no times are in it.
+    """The artifact for a plan, its quantiser made for the positions of the target's context and laid out for the codecs
+    of the plan, placed on `ranks` tensor-parallel ranks where that is given; the same arguments give the same artifact,
+    so no times are in it.
 
     Raises:
         TargetError: heads that do not divide among the ranks.
     """
+    parts = at_context(parts, model, target.context)
     placement = None if ranks is None else place(head_bytes(plan, model.head_dim, DTYPE_BITS[target.dtype]), ranks)
     rank = None if placement is None else placement.rank
     budgets = Budgets(
