@@ -25,7 +25,7 @@ PROFILE_TOKENS = 1216
 class Effort:
     """How much a profile looks at: the longest context in `tokens`, episodes of each family to `fit` the scorer and the
     quantiser on, others to `measure` losses on, retrieval `probes` for SurfaceLogicKV's score, and `checks`, whole
-    plans that are run. `gives_up` is what an artifact says of an effort that is less than it might be."""
+    plans that are run. `gives_up` is what an artifact says of a lesser effort, measured in docs/profiling.md."""
 
     tokens: int = PROFILE_TOKENS
     fit: int = 2
@@ -45,11 +45,12 @@ QUICK = Effort(
     gives_up="profiled on shorter contexts and half of the episodes: on SmolLM2-135M, KL to the full cache is then 0.9 "
     "to 1.2 times what it is otherwise at 12.5 % of the bytes, and 1.1 to 1.4 times at 6.25 %",
 )  # fmt: skip
-"""For a first look; measured in docs/profiling.md."""
+
+RETRIEVAL = "retrieval"
+"""The family of all episodes' questions; the other families are those of the texts."""
 
 WORST = 0.5
 """Weight of the worst family beside the mean over families, in the loss that is minimised."""
-
 
 Report = Callable[[str, int, int], None]
 """Called with a stage's name, the work done and the work in all (0: not known)."""
@@ -112,8 +113,7 @@ class KeptLosses:
 class Profile:
     """What profiling measured of one model. L layers, H KV heads, F families of text, P policies, C budgets, Q codecs.
 
-    Losses are predicted KL to the full cache in nats a token, one family each, when that head alone is changed; they
-    add up over heads.
+    Losses are predicted KL to the full cache in nats a token when a head alone is changed; they add up over heads.
 
     `families` F names. `window` tokens of the calibration contexts, `tokens` i32 [C] ascending budgets (sinks included)
     in tokens of such a context; `tokens[-1] == window`. `shares` f32 [P]: the part of a budget, sinks not counted, that
@@ -124,8 +124,8 @@ class Profile:
     adds to the loss of eviction. `kept`: the same for heads that evict, None in artifacts from before it was measured.
     `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
     `checks` f32 [N, 2]: of whole plans that were run, the sum of their heads' losses and the KL that was measured.
-    `factor`: measured over summed, where losses add up, by which they are to be multiplied, and `correlation`, their
-    rank correlation (Spearman) over these plans; 1 and NaN where nothing was measured.
+    `factor`: measured over summed, by which losses are to be multiplied, and `correlation`, their rank correlation
+    (Spearman); 1 and NaN where nothing was measured.
     `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
     `surfacelogic` f32 [L, H]: INFsc in [0, 1].
     """

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kvcompile.allocators.expected import expected
 from kvcompile.artifacts import POLICIES
-from kvcompile.stages import DEFAULT_SINK, WORST, Plan, Problem
+from kvcompile.stages import DEFAULT_SINK, RETRIEVAL, WORST, Plan, Problem
 
 
 def grid(problem: Problem) -> NDArray[np.float64]:
@@ -87,6 +87,12 @@ def objective(families: NDArray[np.float64]) -> float:
 
 
 def predicted_loss(problem: Problem, plan: Plan) -> float:
-    """Predicted KL of a plan, the mean over families, in nats a token: what was measured of plans whose heads lose as
-    much in all (`expected`). NaN where it uses a policy, or the problem a codec, without curves."""
-    return math.nan if unmeasured(problem) else expected(problem.profile, float(family_losses(problem, plan).mean()))
+    """Predicted KL of a plan, the mean of texts and questions, in nats a token: what was measured of plans whose heads
+    lose as much in all (`expected`). NaN where it uses a policy, or the problem a codec, without curves."""
+    if unmeasured(problem):
+        return math.nan
+    profile, loss = problem.profile, family_losses(problem, plan)
+    asked = np.array(profile.families) == RETRIEVAL
+    # As plans that were run are measured: an episode's text counts as much as its questions.
+    halves = [loss[which].mean() for which in (asked, ~asked) if which.any()]
+    return expected(profile, float(np.mean(halves)))

@@ -130,7 +130,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
     with torch.no_grad(), frozen(model), attended(model):
         with resident(embedding(model)):
             for number, episode in enumerate(episodes):
-                packed = pack(len(episode.context), episode.follow_ups)
+                packed = pack(len(episode.context), episode.follow_ups, last=False)
                 room = max(tokens - len(episode.context), 0)
                 offset = round(room * (number + 0.5) / len(episodes))
                 ids = episode.context
