@@ -57,7 +57,7 @@ def bits(args: argparse.Namespace, loaded: Any) -> Table:
         for episode in draw_episodes(loaded.tokenizer, families, context, len(families), SEED, replay=False):
             with frozen(loaded.model), torch.no_grad():
                 read_once = read_context(loaded.model, episode.context)
-                known = reference(loaded.model, read_once, pack(len(read_once), episode.follow_ups, last=False))
+                known = reference(loaded.model, read_once, pack(len(read_once), episode.follow_ups))
                 measured.append(divergence(loaded.model, known, plan, None, made.quantiser, context))
             print(context, episode.family, measured[-1], flush=True)
         text = np.mean([(one["continuation"] + one["quote"]) / 2 for one in measured])

@@ -73,22 +73,14 @@ class Packed:
         return [slice(block.start, block.stop) for block in self.blocks]
 
 
-def pack(length: int, follow_ups: Sequence[FollowUp], *, last: bool = True) -> Packed:
-    """Put follow-ups to a context of `length` tokens into one pass; each starts at position `length`. Without the
-    `last` token of each, what is judged is what is said of the follow-up's own tokens."""
-    sizes = [len(one.ids) if last else told_tokens(one) for one in follow_ups]
+def pack(length: int, follow_ups: Sequence[FollowUp]) -> Packed:
+    """Put follow-ups to a context of `length` tokens into one pass; each starts at position `length`."""
     blocks, start = [], 0
-    for one, size in zip(follow_ups, sizes, strict=True):
-        blocks.append(Block(one.kind, start, start + one.first, start + size))
-        start += size
-    positions = np.concatenate([length + np.arange(size) for size in sizes])
-    ids = np.concatenate([one.ids[:size] for one, size in zip(follow_ups, sizes, strict=True)])
-    return Packed(ids, positions, tuple(blocks))
-
-
-def told_tokens(one: FollowUp) -> int:
-    """Tokens of a follow-up that another of its tokens follows; one row is always judged."""
-    return max(len(one.ids) - 1, one.first + 1)
+    for one in follow_ups:
+        blocks.append(Block(one.kind, start, start + one.first, start + len(one.ids)))
+        start += len(one.ids)
+    positions = np.concatenate([length + np.arange(len(one.ids)) for one in follow_ups])
+    return Packed(np.concatenate([one.ids for one in follow_ups]), positions, tuple(blocks))
 
 
 def read_context(model: Any, ids: NDArray[np.int64], tick: Tick = lambda _: None) -> Context:

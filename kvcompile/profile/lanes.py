@@ -57,7 +57,7 @@ class Reading:
 
     @cached_property
     def packed(self) -> Packed:
-        return pack(len(self.episode.context), self.episode.follow_ups, last=False)
+        return pack(len(self.episode.context), self.episode.follow_ups)
 
     @cached_property
     def asked(self) -> Lane:

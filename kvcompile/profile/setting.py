@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.profile.calls import Calls
-from kvcompile.profile.context import FollowUp, told_tokens
+from kvcompile.profile.context import FollowUp
 from kvcompile.profile.ranks import Ranks
 from kvcompile.stages import RETRIEVAL, THOROUGH, Rotary
 
@@ -87,5 +87,5 @@ def tokens_of(episode: Episode) -> int:
 
 
 def asked_tokens(episode: Episode) -> int:
-    """Tokens of the follow-ups alone, as they are packed."""
-    return sum(told_tokens(one) for one in episode.follow_ups)
+    """Tokens of the follow-ups alone."""
+    return sum(len(one.ids) for one in episode.follow_ups)

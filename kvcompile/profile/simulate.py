@@ -47,11 +47,14 @@ Rows = list[tuple[str, Tensor]]
 
 
 def compared(packed: Packed) -> Rows:
-    """Evenly spread judged rows of every follow-up."""
-    return [
-        (b.kind, torch.from_numpy(np.linspace(b.judged, b.stop - 1, min(ROWS, b.stop - b.judged)).round().astype(int)))
-        for b in packed.blocks
-    ]
+    """Evenly spread judged rows of every follow-up but its last, where it has another: what comes after an answer is no
+    part of it, and would be most of what a short one loses."""
+    found = []
+    for block in packed.blocks:
+        last = max(block.stop - 2, block.judged)
+        spread = np.linspace(block.judged, last, min(ROWS, last - block.judged + 1))
+        found.append((block.kind, torch.from_numpy(spread.round().astype(int))))
+    return found
 
 
 def kinds(model: Any, states: Sequence[tuple[str, Tensor, Sequence[Tensor]]]) -> list[dict[str, float]]:
@@ -130,7 +133,7 @@ def plan_divergence(model: Any, episodes: Sequence[Episode], plan: Plan, parts: 
     with torch.no_grad(), frozen(model), attended(model):
         with resident(embedding(model)):
             for number, episode in enumerate(episodes):
-                packed = pack(len(episode.context), episode.follow_ups, last=False)
+                packed = pack(len(episode.context), episode.follow_ups)
                 room = max(tokens - len(episode.context), 0)
                 offset = round(room * (number + 0.5) / len(episodes))
                 ids = episode.context
