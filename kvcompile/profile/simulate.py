@@ -48,7 +48,7 @@ Rows = list[tuple[str, Tensor]]
 
 def compared(packed: Packed) -> Rows:
     """Evenly spread judged rows of every follow-up but its last, where it has another: what comes after an answer is no
-    part of it, and would be most of what a short one loses."""
+    part of it, and can be half of what a short one loses."""
     found = []
     for block in packed.blocks:
         last = max(block.stop - 2, block.judged)
