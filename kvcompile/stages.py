@@ -113,7 +113,7 @@ class KeptLosses:
 class Profile:
     """What profiling measured of one model. L layers, H KV heads, F families of text, P policies, C budgets, Q codecs.
 
-    Losses are predicted KL to the full cache in nats a token when a head alone is changed; they add up over heads.
+    Losses are a family's predicted KL to the full cache, nats a token, when a head alone is changed; they add up.
 
     `families` F names. `window` tokens of the calibration contexts, `tokens` i32 [C] ascending budgets (sinks included)
     in tokens of such a context; `tokens[-1] == window`. `shares` f32 [P]: the part of a budget, sinks not counted, that
@@ -123,9 +123,9 @@ class Profile:
     [F, L, H, Q]: what it costs to store all of the head's keys, or values, in that codec at the window's positions; it
     adds to the loss of eviction. `kept`: the same for heads that evict, None in artifacts from before it was measured.
     `keys`: what the transform of keys is made from for other positions, None in artifacts from before they had it.
-    `checks` f32 [N, 2]: of whole plans that were run, the sum of their heads' losses and the KL that was measured.
-    `factor`: measured over summed, by which losses are to be multiplied, and `correlation`, their rank correlation
-    (Spearman); 1 and NaN where nothing was measured.
+    `checks` f32 [N, 2]: of whole plans that were run: heads' losses in sum, half texts and half questions; and KL.
+    `factor`: measured over summed, where losses add up, by which they are to be multiplied; `correlation`: their rank
+    correlation (Spearman) over these plans; 1 and NaN where nothing was measured.
     `baklava` f32 [L, H]: head x layer importance. `squeeze` f32 [L]: cosine similarity across the attention block.
     `surfacelogic` f32 [L, H]: INFsc in [0, 1].
     """

@@ -15,7 +15,7 @@ from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.models.resident import in_turn, resident
 from kvcompile.profile.attention import attended
 from kvcompile.profile.calls import Calls, embedded
-from kvcompile.profile.context import Context, Packed, follow, over_context, pack
+from kvcompile.profile.context import Context, Packed, follow, judged, over_context, pack
 from kvcompile.profile.cut import Left, over_cut, rows_of
 from kvcompile.profile.layerwise import OnTheWay, after, read_layer
 from kvcompile.profile.linear import tensors_of
@@ -49,12 +49,8 @@ Rows = list[tuple[str, Tensor]]
 def compared(packed: Packed) -> Rows:
     """Evenly spread judged rows of every follow-up but its last, where it has another: what comes after an answer is no
     part of it, and can be half of what a short one loses."""
-    found = []
-    for block in packed.blocks:
-        last = max(block.stop - 2, block.judged)
-        spread = np.linspace(block.judged, last, min(ROWS, last - block.judged + 1))
-        found.append((block.kind, torch.from_numpy(spread.round().astype(int))))
-    return found
+    told = (replace(block, stop=max(block.stop - 1, block.judged + 1)) for block in packed.blocks)
+    return [(block.kind, judged(block, ROWS)) for block in told]
 
 
 def kinds(model: Any, states: Sequence[tuple[str, Tensor, Sequence[Tensor]]]) -> list[dict[str, float]]:
