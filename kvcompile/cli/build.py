@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +16,7 @@ from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch, write
 from kvcompile.artifacts.checks import show
 from kvcompile.assemble import stored_parts
 from kvcompile.cli import output, progress, tables
+from kvcompile.cli.launched import launched
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
 from kvcompile.problem.memory import parse_bytes, parse_memory
@@ -211,10 +211,10 @@ def _from_model(
     from kvcompile.models import Loaded, free_bytes, load
     from kvcompile.profile import together
 
+    process = launched()
     with output.quiet_transformers(), together() as ranks:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        allowed = (memory or free_bytes(torch.device("cpu"))) // here
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if ranks.count > 1 and torch.cuda.is_available() else None
+        allowed = (memory or free_bytes(torch.device("cpu"))) // process.here
+        device = f"cuda:{process.local}" if ranks.count > 1 and torch.cuda.is_available() else None
 
         def loading() -> Loaded:
             return load(name, device=device, memory=allowed, tokens=effort.tokens)
@@ -227,7 +227,7 @@ def _from_model(
         with progress.stages() if ranks.rank == 0 else nullcontext() as report:
             return compiler.build_many(
                 loaded.model, loaded.tokenizer, dict(wanted), options, calib=calib, refine=refine, seed=seed,
-                effort=effort, profile_memory=None if memory is None and here == 1 else allowed,
+                effort=effort, profile_memory=None if memory is None and process.here == 1 else allowed,
                 name=loaded.name, report=report,
             )  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 
 import click
@@ -21,6 +23,10 @@ COMMANDS = {
     "push": "put an artifact into a repository on the Hugging Face hub",
     "bench": "measure the speed of kernels, decoding and prefill",
 }
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Of a file that cannot grow: for lack of space, by a quota, by a limit."""
 
 
 class Commands(click.Group):
@@ -50,6 +56,7 @@ def main() -> None:
     """Run the command line. A user's mistake is one sentence on stderr and exit status 2."""
     try:
         status = cli(standalone_mode=False)
+        sys.stdout.flush()  # while what goes wrong can still be said
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message(), err=True)
         sys.exit(2)
@@ -70,4 +77,13 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         sys.exit(141)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        # What did not fit is given up, or Python would try once more on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        click.echo(
+            f"error: what was to be written does not fit ({error.strerror}): make room, or write elsewhere", err=True
+        )
+        sys.exit(2)
     sys.exit(status if isinstance(status, int) else 0)

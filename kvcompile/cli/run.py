@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +21,7 @@ from kvcompile.artifacts import (
     prefill_bytes,
 )
 from kvcompile.cli import output, progress
+from kvcompile.cli.launched import launched
 
 
 @click.command("run", short_help="answer a prompt inside an artifact's budget")
@@ -76,7 +76,8 @@ def command(
     Started by torchrun in N processes (torchrun --nproc-per-node N -m kvcompile run ...), they split the model's heads,
     and each holds the cache of its own; the first one answers."""
     plan = fetch(artifact)
-    rank, count = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    process = launched()
+    rank, count = process.rank, process.count
     if count > 1 and (compare or prompt == "-"):
         option = "--compare" if compare else "--prompt -"
         raise CacheError(f"{option} is for one process, and there are {count}: leave torchrun out, or the option")

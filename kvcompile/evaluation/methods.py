@@ -52,11 +52,16 @@ def contenders(artifact: Artifact, methods: Sequence[str], budgets: Sequence[str
     """The artifact itself where it is for this context, and every method at every budget, solved from its curves.
 
     Raises:
-        TargetError: an unknown method, or a budget that a method cannot meet.
+        TargetError: an unknown method, a budget that a method cannot meet, or nothing to measure.
     """
     unknown = [name for name in methods if name not in METHODS]
     if unknown:
         raise TargetError(f"there is no method {unknown[0]!r} to compare with: expected some of {', '.join(METHODS)}")
     register_codecs()
     own = [Contender("this artifact", "", artifact)] if artifact.target.context == context else []
+    if not own and not (methods and budgets):
+        raise TargetError(
+            f"nothing is left to measure in {context} tokens: expected methods and budgets, or contexts of "
+            f"{artifact.target.context} tokens, which the artifact is for"
+        )
     return [*own, *(METHODS[name](artifact, name, budget, context) for budget in budgets for name in methods)]

@@ -69,12 +69,18 @@ def together() -> Iterator[Ranks]:
     """Let the processes that torchrun has started know of each other, within the block; one alone without torchrun.
 
     They talk over gloo, on machines with GPUs too: what they exchange are sums, in this machine's memory.
+
+    Raises:
+        ModelError: several processes that do not know where to meet, or of which one is lost.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
-    # Those that are done with a layer wait for those that are not.
-    _told(lambda: dist.init_process_group("gloo", timeout=timedelta(days=1)))
+    try:
+        # Those that are done with a layer wait for those that are not.
+        _told(lambda: dist.init_process_group("gloo", timeout=timedelta(days=1)))
+    except ValueError as error:  # a variable of torchrun's is missing
+        raise ModelError(f"the processes of this build cannot meet ({error}): start them with torchrun") from None
     try:
         yield ranks()
     finally:

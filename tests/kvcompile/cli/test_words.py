@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,8 +55,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_an_export(kvcompile, t
         (("eval", REFERENCE, "--data", "nowhere"), "there is no text at nowhere"),
         (("bench", "--random-weights", "smollm2-135m", "--model", "x"), "--model is for an artifact"),
         (("push", REFERENCE, "owner/name", "--name", "../x.kvb"), "a file that ends in .kvb"),
+        (("eval", REFERENCE, "--context", 1024, "--mem", ","), "nothing is left to measure in 1024 tokens"),
     ],
-    ids=["seed", "data", "model", "name"],
+    ids=["seed", "data", "model", "name", "nothing"],
 )
 def test_mistakes_are_found_before_anything_is_loaded(kvcompile, tmp_path, monkeypatch, arguments, words) -> None:
     monkeypatch.chdir(tmp_path)
@@ -87,3 +89,53 @@ def test_a_closed_standard_input_is_one_sentence(monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(CacheError, match="there is no standard input"):
         read_prompt("-", raw=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2"),
+        ({"LOCAL_RANK": "1"}, "1 of 1 on this machine"),
+    ],
+    ids=["letter", "negative", "rank", "local"],
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [("run", REFERENCE, "--prompt", __file__), ("build", "--model", "smollm2-135m", "--mem", "25%", "-o", "x.kvb")],
+    ids=["run", "build"],
+)
+def test_what_torchrun_would_not_set_is_one_sentence(
+    kvcompile, tmp_path, monkeypatch, variables, words, arguments
+) -> None:
+    from kvcompile import models
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("the model is being loaded"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, out, err = kvcompile(*arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert words in err
+
+
+def test_processes_that_cannot_meet_are_one_sentence(kvcompile, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, out, err = kvcompile("build", "--model", "smollm2-135m", "--mem", "25%")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert "cannot meet" in err
+    assert "start them with torchrun" in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("arguments", [("inspect", REFERENCE), ("inspect", REFERENCE, "--json"), ("--help",)])
+def test_an_output_that_is_full_is_one_sentence(arguments) -> None:
+    program = [sys.executable, "-c", "from kvcompile import cli; cli.main()", *map(str, arguments)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(program, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "does not fit (No space left on device)" in done.stderr
