@@ -12,10 +12,10 @@ from kvcompile.artifacts import ModelError
 class Launched:
     """Process `rank` of `count`, of which `here` are on this machine and this one is number `local` among them."""
 
-    rank: int = 0
-    count: int = 1
-    local: int = 0
-    here: int = 1
+    rank: int
+    count: int
+    local: int
+    here: int
 
 
 def launched() -> Launched:
