@@ -10,7 +10,7 @@ from kvcompile.artifacts import ModelError
 
 @dataclass(frozen=True)
 class Launched:
-    """Process `rank` of `count`, of which `here` are on this machine and this one is number `local` among them."""
+    """Process `rank` of `count`, and number `local` on this machine, on which `here` are known to be."""
 
     rank: int
     count: int
@@ -27,7 +27,9 @@ def launched() -> Launched:
     found = Launched(
         _number("RANK", 0), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1)
     )
-    if not (0 <= found.rank < found.count and 0 <= found.local < found.here):
+    # A launcher other than torchrun may say which process of a machine this is, and not of how many.
+    counted = "LOCAL_WORLD_SIZE" in os.environ
+    if found.rank >= found.count or (counted and found.local >= found.here):
         raise ModelError(
             f"the environment says that this is process {found.rank} of {found.count} (RANK, WORLD_SIZE) and "
             f"{found.local} of {found.here} on this machine (LOCAL_RANK, LOCAL_WORLD_SIZE), counted from 0: "

@@ -97,7 +97,7 @@ def test_a_closed_standard_input_is_one_sentence(monkeypatch) -> None:
         ({"RANK": "x"}, "RANK is 'x'"),
         ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2"),
-        ({"LOCAL_RANK": "1"}, "1 of 1 on this machine"),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "1 of 1 on this machine"),
     ],
     ids=["letter", "negative", "rank", "local"],
 )
@@ -118,6 +118,14 @@ def test_what_torchrun_would_not_set_is_one_sentence(
     status, out, err = kvcompile(*arguments)
     assert (status, out, err.count("\n")) == (2, "", 1), err
     assert words in err
+
+
+def test_a_launcher_may_leave_out_how_many_processes_a_machine_has(monkeypatch) -> None:
+    from kvcompile.cli.launched import Launched, launched
+
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launched() == Launched(0, 1, 1, 1)
 
 
 def test_processes_that_cannot_meet_are_one_sentence(kvcompile, tmp_path, monkeypatch) -> None:
