@@ -165,6 +165,39 @@ static void pack(uint8_t *to, const uint8_t *codes, int bits, int size) {
     }
 }
 
+/* The level, a code and a half, of an element whose group has the largest magnitude 1. */
+ALWAYS float level_of(float unit, float codes, float half) {
+    const float code = floorf(unit * codes);
+    return (code < -half ? -half : (code > half - 1 ? half - 1 : code)) + 0.5f;
+}
+
+/* Codes of a group of elements, and its scale; codecs/integers says which. */
+static _Float16 encode_group(uint8_t *codes, const float *x, int bits, int size) {
+    const float half = (float)(1 << (bits - 1));
+    float unit[MOST_DIM], most = 0, own = 0, reach = half, along = 0, worth = -1;
+    for (int i = 0; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
+    most = most < half * 0x1p-14f ? half * 0x1p-14f : (most > half * 65504.0f ? half * 65504.0f : most);
+    for (int i = 0; i < size; i++) {
+        const float share = x[i] / most;
+        unit[i] = share < -1 ? -1 : (share > 1 ? 1 : share);
+        own += unit[i] * unit[i];
+    }
+    const int tried = bits < 8 ? 5 : 1;
+    for (int j = 0; j < tried; j++) {
+        const float rate = bits < 8 ? (float)(half / (0.4 + 0.1 * (bits + j))) : half;
+        float product = 0, square = 0;
+        for (int i = 0; i < size; i++) {
+            const float level = level_of(unit[i], rate, half);
+            product += level * unit[i], square += level * level;
+        }
+        const float its = product * product * (1 - 0x1p-16f * (float)j) / square;
+        if (its > worth) worth = its, along = product, reach = rate;
+    }
+    for (int i = 0; i < size; i++) codes[i] = (uint8_t)(level_of(unit[i], reach, half) + (half - 0.5f));
+    const float scale = most * own / (along < 0x1p-14f ? 0x1p-14f : along);
+    return (_Float16)(scale < 0x1p-14f ? 0x1p-14f : (scale > 65504.0f ? 65504.0f : scale));
+}
+
 static void write_row(const float *x, const Stored *side, int64_t slot, int type, int dim) {
     if (slot == 0 && side->anchor)
         for (int i = 0; i < dim; i++) write_number(side->anchor, i, type, x[i]);
@@ -176,19 +209,9 @@ static void write_row(const float *x, const Stored *side, int64_t slot, int type
     _Float16 *scales = side->scales + slot * scales_of(side->codec, dim);
     for (int which = 0; which < 2; which++) {
         const Section s = section(side->codec, which, dim);
-        const float half = (float)(1 << (s.bits - 1));
         for (int g = 0; g < s.count; g++) {
-            const float *part = x + s.start + g * s.size;
             uint8_t codes[MOST_DIM];
-            float largest = 0;
-            for (int i = 0; i < s.size; i++) largest = fabsf(part[i]) > largest ? fabsf(part[i]) : largest;
-            float scale = largest / half;
-            scale = scale < 0x1p-14f ? 0x1p-14f : (scale > 65504.0f ? 65504.0f : scale);
-            const float rounded = (float)(scales[s.scale + g] = (_Float16)scale);
-            for (int i = 0; i < s.size; i++) {
-                const float code = floorf(part[i] / rounded);
-                codes[i] = (uint8_t)((code < -half ? -half : (code > half - 1 ? half - 1 : code)) + half);
-            }
+            scales[s.scale + g] = encode_group(codes, x + s.start + g * s.size, s.bits, s.size);
             pack(to + s.byte + g * (s.size * s.bits / 8), codes, s.bits, s.size);
         }
     }

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
+from kvcompile.kernels.codecs.integers import LESS, steps
 from kvcompile.kernels.codecs.integers.packing import pack, unpack
 from kvcompile.kernels.codecs.integers.stretches import stretches
 
@@ -24,8 +25,8 @@ sum to."""
 def encode(vectors: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes uint8 [..., code bytes] and scales float16 [..., groups] of `vectors` [..., D]."""
     vectors, codes, scales = vectors.float(), [], []
-    for bits, code, scale in _rounded(codec, vectors):
-        codes.append(pack(code.add_(2 ** (bits - 1)).to(torch.uint8), bits).flatten(-2))
+    for bits, level, scale in _rounded(codec, vectors):
+        codes.append(pack(level.add_(centre(bits)).to(torch.uint8), bits).flatten(-2))
         scales.append(scale)
     return (codes[0], scales[0]) if len(codes) == 1 else (torch.cat(codes, dim=-1), torch.cat(scales, dim=-1))
 
@@ -47,20 +48,42 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, codec: Codec, dtype: torch
 def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:
     """What `vectors` [..., D] read as once they have been stored, float32, without packing them."""
     parts = [
-        (code.add_(0.5) * scale.float().unsqueeze(-1)).flatten(-2)
-        for _, code, scale in _rounded(codec, vectors.float())
+        level.mul_(scale.float().unsqueeze(-1)).flatten(-2) for _, level, scale in _rounded(codec, vectors.float())
     ]
     return _whole(parts, vectors.shape[-1])
 
 
 def _rounded(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """Of every stretch of `vectors` f32 [..., D]: bits, codes f32 [..., count, size] from -2^(bits-1) on, and scales
-    float16 [..., count]."""
+    """Of every stretch of `vectors` f32 [..., D]: bits, levels f32 [..., count, size], which are codes from
+    -2^(bits-1) on and 1/2, and scales float16 [..., count]."""
     for group in stretches(codec, vectors.shape[-1]):
         part = vectors[..., group.start : group.start + group.count * group.size]
         part, half = part.unflatten(-1, (group.count, group.size)), 2 ** (group.bits - 1)
-        scale = (part.abs().amax(-1) / half).clamp(TINY, HUGE).half()
-        yield group.bits, (part / scale.float().unsqueeze(-1)).floor_().clamp_(-half, half - 1), scale
+        most = part.abs().amax(-1, keepdim=True).clamp_(half * TINY, half * HUGE)
+        unit = (part / most).clamp_(-1, 1)
+        level, along = _levels(unit, group.bits)
+        scale = most * unit.square().sum(-1, keepdim=True) / along.clamp_min(TINY)
+        yield group.bits, level, scale.clamp_(TINY, HUGE).half().squeeze(-1)
+
+
+def _levels(unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Levels f32 [..., size] of groups `unit` f32 [..., size] whose largest magnitude is 1, and their product with the
+    group, [..., 1]: those with the largest cosine."""
+    half, tried = 2 ** (bits - 1), steps(bits)
+    best, best_along, best_worth = torch.empty(0), torch.empty(0), torch.empty(0)
+    for i, step in enumerate(tried):
+        level = (unit * (half / step)).floor_().clamp_(-half, half - 1).add_(0.5)
+        along = (level * unit).sum(-1, keepdim=True)
+        if len(tried) == 1:
+            return level, along
+        worth = along.square().mul_(1 - LESS * i) / level.square().sum(-1, keepdim=True)
+        if i == 0:
+            best, best_along, best_worth = level, along, worth
+            continue
+        better = worth > best_worth
+        best = torch.where(better, level, best)
+        best_along, best_worth = torch.where(better, along, best_along), torch.maximum(worth, best_worth)
+    return best, best_along
 
 
 def _whole(parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.kernels.codecs.base import Codec, Group
+from kvcompile.kernels.codecs.integers import LESS, steps
 from kvcompile.kernels.codecs.integers.stretches import Stretch, stretches
 
 if TYPE_CHECKING:
@@ -71,15 +72,31 @@ def _encode_alike(b: Builder, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     x = b.concat([piece.x for piece in pieces], 1)
     half = np.concatenate([np.full(piece.heads, 2.0 ** (piece.stretch.bits - 1), np.float32) for piece in pieces])
     half = half.reshape(-1, 1, 1, *([1] if count > 1 else []))
+    most_steps = max(len(steps(piece.stretch.bits)) for piece in pieces)
+    tried = np.concatenate([np.tile(_steps(piece.stretch.bits, most_steps), (piece.heads, 1)) for piece in pieces])
     if count > 1:
         x = b.reshape(x, 0, 0, 0, count, size)
-    # s = max|x| / half, c = floor(x / s) in -half ... half - 1, stored as c + half.
     largest = b.op("ReduceMax", b.op("Abs", x), b.ints(-1), keepdims=1)
-    wide = b.op("Clip", b.op("Mul", largest, b.array(1 / half)), b.scalar(TINY), b.scalar(HUGE))
-    scale = b.cast(wide, "float16")
-    code = b.op("Floor", b.op("Div", x, b.cast(scale, "float32")))
-    code = b.op("Min", b.op("Max", code, b.array(-half)), b.array(half - 1))
-    code = b.cast(b.op("Add", code, b.array(half)), "uint8")
+    largest = b.op("Min", b.op("Max", largest, b.array(TINY * half)), b.array(HUGE * half))
+    unit = b.op("Clip", b.op("Div", x, largest), b.scalar(-1), b.scalar(1))
+    # All steps side by side in a dimension before the others.
+    rates = (half[None] / tried.T.reshape(most_steps, *half.shape))[:, None].astype(np.float32)
+    level = b.op("Floor", b.op("Mul", b.op("Unsqueeze", unit, b.ints(0)), b.array(rates)))
+    level = b.op("Add", b.op("Min", b.op("Max", level, b.array(-half)), b.array(half - 1)), b.scalar(0.5))
+    along = b.op("ReduceSum", b.op("Mul", level, unit), b.ints(-1), keepdims=1)
+    if most_steps > 1:
+        square = b.op("ReduceSumSquare", level, b.ints(-1), keepdims=1)
+        less = (1 - LESS * np.arange(most_steps, dtype=np.float32)).reshape(-1, 1, *[1] * half.ndim)
+        worth = b.op("Mul", b.op("Div", b.op("Mul", along, along), square), b.array(less))
+        best = b.op("ArgMax", worth, axis=0, keepdims=1)
+        along = b.op("GatherElements", along, best, axis=0)
+        best = b.op("Expand", best, b.op("Shape", b.op("Unsqueeze", unit, b.ints(0))))
+        level = b.op("GatherElements", level, best, axis=0)
+    level, along = b.op("Squeeze", level, b.ints(0)), b.op("Squeeze", along, b.ints(0))
+    own = b.op("ReduceSumSquare", unit, b.ints(-1), keepdims=1)
+    wide = b.op("Mul", largest, b.op("Div", own, b.op("Max", along, b.scalar(TINY))))
+    scale = b.cast(b.op("Clip", wide, b.scalar(TINY), b.scalar(HUGE)), "float16")
+    code = b.cast(b.op("Add", level, b.array(half - 0.5)), "uint8")
     if count > 1:
         scale = b.op("Squeeze", scale, b.ints(-1))
     alike = [(bits, list(same)) for bits, same in groupby(pieces, lambda piece: piece.stretch.bits)]
@@ -91,6 +108,12 @@ def _encode_alike(b: Builder, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
             packed = b.reshape(packed, 0, 0, 0, count * size * bits // 8)
         rows += b.split(packed, [piece.heads for piece in same], 1)
     return list(zip(rows, b.split(scale, heads, 1), strict=True))
+
+
+def _steps(bits: int, count: int) -> NDArray[np.float64]:
+    """`steps` of as many as `count`, the last one repeated."""
+    tried = steps(bits)
+    return np.array([*tried, *tried[-1:] * (count - len(tried))])
 
 
 def decode(b: Builder, codes: str, scales: str, codec: Codec, head_dim: int) -> str:

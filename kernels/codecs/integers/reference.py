@@ -7,6 +7,9 @@ import math
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
+from kvcompile.kernels.codecs.integers import LESS, steps
+
+TINY, HUGE = 2.0**-14, 65504.0
 
 
 def encode(vector: torch.Tensor, codec: Codec) -> tuple[list[int], list[float]]:
@@ -14,12 +17,37 @@ def encode(vector: torch.Tensor, codec: Codec) -> tuple[list[int], list[float]]:
     stored: list[int] = []
     scales: list[float] = []
     for bits, start, size, _ in codec.split(len(vector)):
-        half, part = 2 ** (bits - 1), vector.double()[start : start + size]
-        largest = max(abs(float(x)) for x in part)
-        scale = torch.tensor(largest / half, dtype=torch.float32).clamp(min=2.0**-14, max=65504).half().item()
-        scales.append(scale)
-        stored += packed([min(max(math.floor(float(x) / scale), -half), half - 1) + half for x in part], bits)
+        part = vector.float()[start : start + size].tolist()
+        codes, scale = _rounded(part, bits)
+        scales.append(torch.tensor(scale, dtype=torch.float32).clamp(min=TINY, max=HUGE).half().item())
+        stored += packed(codes, bits)
     return stored, scales
+
+
+def _rounded(group: list[float], bits: int) -> tuple[list[int], float]:
+    """Codes from 0 on, and the scale before it is rounded."""
+    half = 2 ** (bits - 1)
+    most = min(max(max(abs(x) for x in group), half * TINY), half * HUGE)
+    units = [_unit(x, most) for x in group]
+    best: tuple[float, list[int], float] | None = None
+    for i, step in enumerate(steps(bits)):
+        codes = [min(max(_floor(unit, half / step), -half), half - 1) for unit in units]
+        along = sum((code + 0.5) * unit for code, unit in zip(codes, units, strict=True))
+        worth = along**2 * (1 - LESS * i) / sum((code + 0.5) ** 2 for code in codes)
+        if best is None or worth > best[0]:
+            best = worth, codes, along
+    assert best is not None
+    _, codes, along = best
+    return [code + half for code in codes], most * sum(unit * unit for unit in units) / max(along, TINY)
+
+
+# Rounded to float32 as everywhere: at the edge of two codes something more precise would fall on the other side.
+def _unit(x: float, most: float) -> float:
+    return (torch.tensor(x, dtype=torch.float32) / torch.tensor(most, dtype=torch.float32)).clamp(-1, 1).item()
+
+
+def _floor(unit: float, rate: float) -> int:
+    return math.floor((torch.tensor(unit, dtype=torch.float32) * rate).item())
 
 
 def decode(stored: list[int], scales: list[float], codec: Codec) -> list[float]:

@@ -17,39 +17,49 @@ IDS = st.sampled_from([8, 4, 3, 2, 67, 66, 65])
 
 
 @given(size=SIZES, bits=IDS, seed=st.integers(0, 999), scale=st.sampled_from([1e-6, 1e-2, 1, 300]))
-def test_codes_and_scales_are_the_references(size: int, bits: int, seed: int, scale: float) -> None:
+def test_what_is_read_is_the_references(size: int, bits: int, seed: int, scale: float) -> None:
     codec = codec_of(bits)
     assume(codec.fits(size))
     vector = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
     codes, scales = encode(vector, bits)
     reference = codec.load("reference")
-    expected, expected_scales = reference.encode(vector)
-    assert scales.tolist() == expected_scales
-    # In float64 a quotient may fall on the other side of a whole number.
+    # Sums in float64 may differ in the last bit of a scale, and choose other codes where two cosines are equal.
     step = steps(scales.double(), bits, size)
-    differ = (
-        decode(codes, scales, bits, torch.float64) - torch.tensor(reference.decode(expected, scales.tolist()))
-    ).abs()
+    expected = torch.tensor(reference.decode(*reference.encode(vector)))
+    differ = (decode(codes, scales, bits, torch.float64) - expected).abs()
     assert (differ <= 1.001 * step).all()
-    assert (differ > 0.001 * step).float().mean() < 0.1
+    assert (differ > 0.02 * step).float().mean() < 0.1
     assert codes.numel() == codec.code_bytes(size)
     assert scales.numel() == codec.groups(size)
 
 
-@given(size=SIZES, bits=IDS, seed=st.integers(0, 999))
-def test_an_element_is_off_by_at_most_half_a_step(size: int, bits: int, seed: int) -> None:
+@given(size=SIZES, bits=IDS, seed=st.integers(0, 999), heavy=st.booleans())
+def test_the_product_with_itself_is_right_and_the_angle_no_larger_than_by_rounding(
+    size: int, bits: int, seed: int, heavy: bool
+) -> None:
     codec = codec_of(bits)
     assume(codec.fits(size))
     vectors = torch.randn(3, size, generator=torch.Generator().manual_seed(seed))
-    codes, scales = encode(vectors, bits)
-    back = decode(codes, scales, bits, torch.float32)
-    widths = torch.zeros(size)
+    vectors = vectors**3 if heavy else vectors
+    back = decode(*encode(vectors, bits), bits, torch.float32)
     for group in codec.split(size):
-        widths[group.start : group.start + group.size] = group.bits
-    stored = widths > 0
-    step = steps(scales.float(), bits, size)
-    assert ((back - vectors).abs() <= step * (0.5 + 2 ** (widths - 11)) + 1e-6)[:, stored].all()
-    assert (back[:, ~stored] == 0).all()
+        x, y = (part[:, group.start : group.start + group.size] for part in (vectors, back))
+        torch.testing.assert_close((x * y).sum(1), x.square().sum(1), rtol=1e-3, atol=0)  # scales are float16
+        half = 2 ** (group.bits - 1)
+        plain = (x / x.abs().amax(1, keepdim=True) * half).floor().clamp(-half, half - 1) + 0.5
+        assert (torch.cosine_similarity(x, y) >= torch.cosine_similarity(x, plain) - 1e-6).all()
+    stored = sum(group.size for group in codec.split(size))
+    assert (back[:, stored:] == 0).all()
+
+
+def test_of_few_bits_the_angle_is_smaller_than_by_rounding() -> None:
+    vectors = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))
+    for bits, gain in ((2, 0.88), (3, 0.95), (4, 0.99)):
+        half = 2 ** (bits - 1)
+        plain = (vectors / vectors.abs().amax(1, keepdim=True) * half).floor().clamp(-half, half - 1) + 0.5
+        back = decode(*encode(vectors, bits), bits, torch.float32)
+        lost, by_rounding = (1 - torch.cosine_similarity(vectors, y).square().mean() for y in (back, plain))
+        assert lost < gain * by_rounding
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
@@ -64,19 +74,23 @@ def test_groups_cover_what_is_stored(head_dim: int) -> None:
 
 
 def test_how_codes_lie_in_bytes() -> None:
-    codes, scales = encode(torch.tensor([-8.0, 7.9]), 4)
+    codes, scales = encode(torch.tensor([-7.5, 7.5]), 4)
     assert (codes.tolist(), scales.tolist()) == ([0 | 15 << 4], [1.0])
-    codes, scales = encode(torch.tensor([-2.0, -1.0, 0.5, 1.5]), 2)
+    codes, scales = encode(torch.tensor([-1.5, -0.5, 0.5, 1.5]), 2)
     assert (codes.tolist(), scales.tolist()) == ([0 | 1 << 2 | 2 << 4 | 3 << 6], [1.0])
     # 0 to 7 in 3 bits: the low two bits twice 0, 1, 2, 3, then the high bits of the last four.
-    codes, scales = encode(torch.arange(8) - 3.9, 3)
-    assert (codes.tolist(), [round(s, 2) for s in scales.tolist()]) == ([0b11100100, 0b11100100, 0b11110000], [0.98])
+    codes, scales = encode(torch.arange(8) - 3.5, 3)
+    assert (codes.tolist(), scales.tolist()) == ([0b11100100, 0b11100100, 0b11110000], [1.0])
 
 
-def test_nothing_stays_finite() -> None:
-    codes, scales = encode(torch.zeros(2, 64), 8)
-    assert decode(codes, scales, 8, torch.float32).abs().max() < 1e-4
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_nothing_and_too_much_stay_finite(bits: int) -> None:
+    codes, scales = encode(torch.zeros(2, 64), bits)
+    assert decode(codes, scales, bits, torch.float32).abs().max() < 1e-4
     assert (scales > 0).all()
+    back = decode(*encode(torch.full((2, 64), -1e30), bits), bits, torch.float32)
+    assert back.isfinite().all()
+    assert (back < -60000).all()
 
 
 @pytest.mark.parametrize(("size", "bits"), [(64, 7), (3, 8), (65, 4), (0, 8), (12, 3), (6, 2), (8, 65)])

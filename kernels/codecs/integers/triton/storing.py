@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcompile.kernels.codecs.integers import LESS, steps
 from kvcompile.kernels.codecs.integers.triton.split import (
     bits_of,
     byte_of,
@@ -26,19 +27,31 @@ TINY = tl.constexpr(torch.finfo(torch.float16).tiny)
 HUGE = tl.constexpr(torch.finfo(torch.float16).max)
 
 
-@triton.jit
-def scale_of(largest, HALF: tl.constexpr):
-    """A group's scale by its largest element, as float16 holds it."""
-    return tl.minimum(tl.maximum(largest / HALF, TINY), HUGE).to(tl.float16)
+STEPS = {bits: steps(bits) for bits in (2, 3, 4, 8)}
+
+
+@triton.constexpr_function
+def step_count(bits):
+    """Steps between codes that are tried."""
+    return len(STEPS[bits])
+
+
+@triton.constexpr_function
+def rate(bits, i):
+    """Codes to the largest magnitude with step i."""
+    return 2.0 ** (bits - 1) / STEPS[bits][i]
+
+
+@triton.constexpr_function
+def counts(i):
+    """What step i counts."""
+    return 1 - LESS * i
 
 
 @triton.jit
-def code_of(x, scale, HALF: tl.constexpr):
-    """Codes of elements; `scale` is of a shape that spreads over them."""
-    # A scale of the elements' own shape, and a division rounded to nearest: at the edge of two codes an approximate
-    # quotient would fall on the other side than the reference's.
-    code = tl.floor(tl.div_rn(x, scale.to(tl.float32) + x * 0.0))
-    return (tl.minimum(tl.maximum(code, -HALF), HALF - 1) + HALF).to(tl.int32)
+def level_of(unit, codes, HALF: tl.constexpr):
+    """Levels of elements `unit` whose largest magnitude is 1, of which `codes` codes reach to it."""
+    return tl.minimum(tl.maximum(tl.floor(unit * codes), -HALF), HALF - 1) + 0.5
 
 
 @triton.constexpr_function
@@ -68,22 +81,64 @@ def _bytes(CODEC: tl.constexpr, D: tl.constexpr, G: tl.constexpr, LEAST: tl.cons
 
 @triton.jit
 def _largest(parts, AXIS: tl.constexpr):
-    """The largest magnitude in all parts, over an axis."""
+    """The largest magnitude in all parts, over an axis that stays."""
     found = tl.abs(parts[0])
     for j in tl.static_range(1, len(parts)):
         found = tl.maximum(found, tl.abs(parts[j]))
-    return tl.max(found, AXIS)
+    return tl.max(found, AXIS, keep_dims=True)
 
 
 @triton.jit
-def _packed(parts, scale, BITS: tl.constexpr):
-    """Bytes of the elements, of which part j has those that come j-th in their bytes; and apart from them, in bits 0 to
-    3, the high bits of codes of 3 bits."""
+def _along(units, inside, codes, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """The product of groups with their levels, and these with themselves, over an axis that stays."""
+    along = units[0] * 0.0
+    square = units[0] * 0.0
+    for j in tl.static_range(len(units)):
+        # Elements outside are 0, whose level is not.
+        level = tl.where(inside, level_of(units[j], codes, levels(BITS)), 0.0)
+        along += level * units[j]
+        square += level * level
+    return tl.sum(along, AXIS, keep_dims=True), tl.sum(square, AXIS, keep_dims=True)
+
+
+@triton.jit
+def _rounded(parts, inside, AXIS: tl.constexpr, BITS: tl.constexpr):
+    """Of groups of elements, of which part j has those that come j-th in their bytes: as shares of their largest, how
+    many codes reach to that, and scales, as float16 holds them. `kernels.codecs.integers` says which."""
+    HALF: tl.constexpr = levels(BITS)
+    most = tl.minimum(tl.maximum(_largest(parts, AXIS), TINY * HALF), HUGE * HALF)
+    units = ()
+    for j in tl.static_range(len(parts)):
+        # Rounded to nearest: at the edge of two codes an approximate quotient would fall on the other side than the
+        # reference's.
+        unit = tl.div_rn(parts[j], most + parts[j] * 0.0)
+        units = units + (tl.minimum(tl.maximum(unit, -1.0), 1.0),)
+    codes = most * 0.0 + rate(BITS, 0)
+    along, square = _along(units, inside, codes, AXIS, BITS)
+    worth = along * along / square
+    for i in tl.static_range(1, step_count(BITS)):
+        others = most * 0.0 + rate(BITS, i)
+        other, its = _along(units, inside, others, AXIS, BITS)
+        its_worth = other * other * counts(i) / its
+        better = its_worth > worth
+        codes = tl.where(better, others, codes)
+        along = tl.where(better, other, along)
+        worth = tl.where(better, its_worth, worth)
+    own = units[0] * units[0]
+    for j in tl.static_range(1, len(units)):
+        own += units[j] * units[j]
+    scale = most * tl.sum(own, AXIS, keep_dims=True) / tl.maximum(along, TINY)
+    return units, codes, tl.minimum(tl.maximum(scale, TINY), HUGE).to(tl.float16)
+
+
+@triton.jit
+def _packed(units, codes, BITS: tl.constexpr):
+    """Bytes of the elements, and apart from them, in bits 0 to 3, the high bits of codes of 3 bits."""
     PER: tl.constexpr = per_byte(BITS)
-    found = (parts[0] * 0.0).to(tl.int32)
+    found = (units[0] * 0.0).to(tl.int32)
     high = found
     for j in tl.static_range(PER):
-        code = code_of(parts[j], scale, levels(BITS))
+        code = (level_of(units[j], codes, levels(BITS)) + (levels(BITS) - 0.5)).to(tl.int32)
         if BITS == 3:
             found |= (code & 3) << 2 * j
             high |= code >> 2 << j
@@ -108,9 +163,9 @@ def _put(x, codes, scales, G: tl.constexpr, CODEC: tl.constexpr, D: tl.constexpr
     for j in tl.static_range(PER):
         at = x + start_of(CODEC, D, G) + PER * i + j
         parts = parts + (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
-    scale = scale_of(_largest(parts, 0), levels(BITS))
-    tl.store(scales + G, scale)
-    packed, high = _packed(parts, scale, BITS)
+    units, reach, scale = _rounded(parts, inside, 0, BITS)
+    tl.store(scales + G + tl.arange(0, 1), scale)
+    packed, high = _packed(units, reach, BITS)
     codes += byte_of(CODEC, D, G)
     tl.store(codes + i, packed.to(tl.uint8), mask=inside)
     if BITS == 3:
@@ -164,9 +219,9 @@ def _fill(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first
         parts = parts + (part,)
         at = anchor + slot[:, None] * 0 + (e + j)[None, :]
         tl.store(at, part.to(anchor.dtype.element_ty), mask=first[:, None] & inside[None, :])
-    scale = scale_of(_largest(parts, 1), levels(BITS))
-    tl.store(scales + slot * group_count(CODEC, D) + G, scale, mask=valid)
-    packed, high = _packed(parts, scale[:, None], BITS)
+    units, reach, scale = _rounded(parts, inside[None, :], 1, BITS)
+    tl.store(scales + (slot * group_count(CODEC, D) + G)[:, None], scale, mask=valid[:, None])
+    packed, high = _packed(units, reach, BITS)
     row = codes + slot[:, None] * row_bytes(CODEC, D) + byte_of(CODEC, D, G)
     tl.store(row + i[None, :], packed.to(tl.uint8), mask=valid[:, None] & inside[None, :])
     if BITS == 3:
