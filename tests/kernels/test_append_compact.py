@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import assert_reads_alike
 
 from kvcompile.kernels import Buffers, HeadClass, HeadSpec, LayerLayout, Transform, append, compact
 from kvcompile.kernels.append import dense as append_dense
 from kvcompile.kernels.append import reference as append_reference
 from kvcompile.kernels.codecs import CODECS, codec_of
-from kvcompile.kernels.codecs.integers.packing import unpack
 from kvcompile.kernels.compact import reference as compact_reference
 
 POLICIES = ["full", "recent", "snapkv", "scored", "scored", "h2o"]
