@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from kvcompile.kernels.overwrite.api import overwrite
     from kvcompile.kernels.prompt_attention.api import prompt_attention
     from kvcompile.kernels.ragged_decode.api import ragged_decode
+    from kvcompile.kernels.read_back.api import read_back
     from kvcompile.kernels.restore.api import restore
     from kvcompile.kernels.silu_mul.api import silu_mul
     from kvcompile.kernels.softmax import Softmax
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Asked", "Buffers", "Changes", "Effects", "HeadClass", "HeadSpec", "LayerLayout", "Rows", "Softmax", "Transform",
     "add_norm", "append", "attention_effects", "attention_peaks", "compact", "decode", "encode", "error_weights",
-    "followable", "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "restore", "silu_mul",
+    "followable", "followed", "new_token", "overwrite", "prompt_attention", "ragged_decode", "read_back", "restore",
+    "silu_mul",
 ]  # fmt: skip
 
 _MODULES = {
@@ -66,6 +68,7 @@ _MODULES = {
     "overwrite": "overwrite.api",
     "prompt_attention": "prompt_attention.api",
     "ragged_decode": "ragged_decode.api",
+    "read_back": "read_back.api",
     "restore": "restore.api",
     "silu_mul": "silu_mul.api",
 }

@@ -15,7 +15,7 @@ def encode(vectors: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor
     Raises:
         ValueError: bits of no codec, or a size that does not split into the codec's groups.
     """
-    codes, scales = _checked(vectors.shape[-1], bits).load("dense").encode(vectors)
+    codes, scales = checked(vectors.shape[-1], bits).load("dense").encode(vectors)
     return codes, scales
 
 
@@ -26,20 +26,11 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, bits: int, dtype: torch.dt
         ValueError: bits of no codec, or codes and scales that do not fit each other.
     """
     size = CODECS[bits].elements(codes.shape[-1]) if bits in CODECS else 0
-    codec = _checked(size, bits)
+    codec = checked(size, bits)
     if scales.shape != (*codes.shape[:-1], codec.groups(size)):
         raise ValueError(f"codes {tuple(codes.shape)} and scales {tuple(scales.shape)} do not fit")
     vectors: torch.Tensor = codec.load("dense").decode(codes, scales, dtype)
     return vectors
-
-
-def read_back(vectors: torch.Tensor, bits: int) -> torch.Tensor:
-    """What `vectors` [..., D] read as once they have been stored: float32. Raises ValueError as `encode` does."""
-    dense = _checked(vectors.shape[-1], bits).load("dense")
-    if hasattr(dense, "read_back"):
-        vectors = dense.read_back(vectors)
-        return vectors
-    return decode(*encode(vectors, bits), bits, torch.float32)
 
 
 def logits(query: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bits: int, out: torch.Tensor) -> None:
@@ -65,7 +56,8 @@ def accumulate(weights: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
         out.baddbmm_(weights[:, :, start:stop], dense.decode(block, scales[:, start:stop], torch.float32))
 
 
-def _checked(head_dim: int, bits: int) -> Codec:
+def checked(head_dim: int, bits: int) -> Codec:
+    """The codec whose id is `bits`. Raises ValueError where it does not exist or cannot store so many elements."""
     codec = CODECS.get(bits)
     if codec is None or not codec.fits(head_dim):
         raise ValueError(f"{head_dim} elements cannot be stored in {bits} bits")

@@ -35,6 +35,7 @@ HEADERS = tuple(
         "chosen",
         "transform",
         "cut",
+        "back",
         "items",
     )
 )

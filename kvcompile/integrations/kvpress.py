@@ -32,9 +32,8 @@ from kvcompile.artifacts import (
     fetch,
     identify,
 )
-from kvcompile.kernels import HeadClass, LayerLayout, Transform
+from kvcompile.kernels import HeadClass, LayerLayout, Transform, read_back
 from kvcompile.kernels.codecs import codec_of, is_quantised
-from kvcompile.kernels.codecs.api import read_back
 from kvcompile.kernels.softmax import PLAIN
 from kvcompile.runtime.fitted import fit_head
 from kvcompile.runtime.layer_scorer import LayerScorer

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kvcompile.artifacts import Quantiser
+from kvcompile.kernels import read_back
 from kvcompile.kernels.codecs import codec_of, profiled
-from kvcompile.kernels.codecs.api import read_back
 from kvcompile.profile.rotation import rotated, unrotated
 from kvcompile.quantiser import sectioned
 from kvcompile.stages import Rotary

@@ -19,5 +19,5 @@ def decode(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> tor
 
 
 def read_back(vectors: torch.Tensor) -> torch.Tensor:
-    """See `codecs.api.read_back`."""
+    """See `read_back.api`."""
     return integers.read_back(vectors, CODEC)

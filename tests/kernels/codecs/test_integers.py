@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from stored import reads_alike
 
 from kvcompile.kernels import decode, encode
 from kvcompile.kernels.codecs import CODECS, codec_of
@@ -23,12 +24,8 @@ def test_what_is_read_is_the_references(size: int, bits: int, seed: int, scale: 
     vector = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * scale
     codes, scales = encode(vector, bits)
     reference = codec.load("reference")
-    # Sums in float64 may differ in the last bit of a scale, and choose other codes where two cosines are equal.
-    step = steps(scales.double(), bits, size)
     expected = torch.tensor(reference.decode(*reference.encode(vector)))
-    differ = (decode(codes, scales, bits, torch.float64) - expected).abs()
-    assert (differ <= 1.001 * step).all()
-    assert (differ > 0.02 * step).float().mean() < 0.1
+    assert reads_alike(decode(codes, scales, bits, torch.float32), expected, bits).all()
     assert codes.numel() == codec.code_bytes(size)
     assert scales.numel() == codec.groups(size)
 
@@ -97,11 +94,3 @@ def test_nothing_and_too_much_stay_finite(bits: int) -> None:
 def test_what_cannot_be_stored_is_refused(size: int, bits: int) -> None:
     with pytest.raises(ValueError, match="cannot be stored"):
         encode(torch.zeros(1, size), bits)
-
-
-def steps(scales: torch.Tensor, bits: int, size: int) -> torch.Tensor:
-    """The step [..., D] of every element, 0 where nothing is stored."""
-    found = scales.new_zeros(*scales.shape[:-1], size)
-    for i, group in enumerate(codec_of(bits).split(size)):
-        found[..., group.start : group.start + group.size] = scales[..., i, None]
-    return found

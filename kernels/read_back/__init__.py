@@ -1,0 +1,1 @@
+"""What vectors read as once they have been stored in fewer bits."""
