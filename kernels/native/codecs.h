@@ -171,10 +171,13 @@ ALWAYS float level_of(float unit, float codes, float half) {
     return (code < -half ? -half : (code > half - 1 ? half - 1 : code)) + 0.5f;
 }
 
+/* Whether what is read has the norm of what was stored: where no element is left out. */
+ALWAYS int keeps_norm(int codec) { return sections(codec)[1] + sections(codec)[3] == 8; }
+
 /* Codes of a group of elements, and its scale; codecs/integers says which. */
-static _Float16 encode_group(uint8_t *codes, const float *x, int bits, int size) {
+static _Float16 encode_group(uint8_t *codes, const float *x, int bits, int size, int norm) {
     const float half = (float)(1 << (bits - 1));
-    float unit[MOST_DIM], most = 0, own = 0, reach = half, along = 0, worth = -1;
+    float unit[MOST_DIM], most = 0, own = 0, reach = half, along = 0, length = 1, worth = -1;
     for (int i = 0; i < size; i++) most = fabsf(x[i]) > most ? fabsf(x[i]) : most;
     most = most < half * 0x1p-14f ? half * 0x1p-14f : (most > half * 65504.0f ? half * 65504.0f : most);
     for (int i = 0; i < size; i++) {
@@ -191,10 +194,10 @@ static _Float16 encode_group(uint8_t *codes, const float *x, int bits, int size)
             product += level * unit[i], square += level * level;
         }
         const float its = product * product * (1 - 0x1p-16f * (float)j) / square;
-        if (its > worth) worth = its, along = product, reach = rate;
+        if (its > worth) worth = its, along = product, length = square, reach = rate;
     }
     for (int i = 0; i < size; i++) codes[i] = (uint8_t)(level_of(unit[i], reach, half) + (half - 0.5f));
-    const float scale = most * own / (along < 0x1p-14f ? 0x1p-14f : along);
+    const float scale = most * (norm ? sqrtf(own / length) : own / (along < 0x1p-14f ? 0x1p-14f : along));
     return (_Float16)(scale < 0x1p-14f ? 0x1p-14f : (scale > 65504.0f ? 65504.0f : scale));
 }
 
@@ -207,11 +210,12 @@ static void write_row(const float *x, const Stored *side, int64_t slot, int type
     }
     uint8_t *to = side->codes + slot * code_bytes(side->codec, dim);
     _Float16 *scales = side->scales + slot * scales_of(side->codec, dim);
+    const int norm = keeps_norm(side->codec);
     for (int which = 0; which < 2; which++) {
         const Section s = section(side->codec, which, dim);
         for (int g = 0; g < s.count; g++) {
             uint8_t codes[MOST_DIM];
-            scales[s.scale + g] = encode_group(codes, x + s.start + g * s.size, s.bits, s.size);
+            scales[s.scale + g] = encode_group(codes, x + s.start + g * s.size, s.bits, s.size, norm);
             pack(to + s.byte + g * (s.size * s.bits / 8), codes, s.bits, s.size);
         }
     }

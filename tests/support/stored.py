@@ -13,7 +13,7 @@ def reads_alike(one: torch.Tensor, other: torch.Tensor, bits: int) -> torch.Tens
     """Elements [..., D] of which two implementations of a codec that encode the same vector may have one and the other.
 
     Sums that are made in another order may give a scale's neighbour; and of two steps between codes that are as good,
-    each may take another one. As both then have the same product with the vector, their norms are equal.
+    each may take another one. By how scales are chosen, equal angles to the vector have equal norms.
     """
     alike = (one - other).abs() <= 2**-10 * other.abs()
     for group in codec_of(bits).split(one.shape[-1]):

@@ -5,13 +5,17 @@ An element's code is one of -2^(b-1) ... 2^(b-1) - 1, stored with 2^(b-1) added.
 
 With z = x / max|x| for a group x, its codes are c = floor(z 2^(b-1) / f), limited to the range, for that step f of
 `steps` for which the levels c + 1/2 have the largest cosine with x; among all codes those with the largest cosine are
-of this form for some f. The scale is then s = <x, x> / <x, c + 1/2>, rounded to float16 and at least its smallest
-normal number 2^-14. So what is read, y', has <x, y'> = <x, x>: the product with x itself is right, which matters most
-for the queries that x is for. The scale of the least squared error is smaller, and would lower just these. (RaBitQ,
-arXiv 2409.09913, has both for unit vectors.)
+of this form for some f. (RaBitQ, arXiv 2409.09913, has that for unit vectors, and the second of the scales below.)
+
+The scale is then s^2 = <x, x> / <c + 1/2, c + 1/2>, by which what is read has the norm of x, or for codecs that leave
+elements out s = <x, x> / <x, c + 1/2>, by which its product with x is <x, x>; rounded to float16 and at least its
+smallest normal number 2^-14. The scale of the least squared error is smaller than both, and makes products too small
+just with the queries that x is for. Which is best was measured: docs/results.md, "Codes and scales".
 """
 
 from __future__ import annotations
+
+from kvcompile.kernels.codecs.base import EIGHTHS
 
 
 def steps(bits: int) -> tuple[float, ...]:
@@ -23,3 +27,9 @@ def steps(bits: int) -> tuple[float, ...]:
 LESS = 2.0**-16
 """By so much, as a share, does each step of `steps` count less than the one before. Two steps can give the same cosine,
 or the same codes: then rounding would choose, which differs between implementations."""
+
+
+def keeps_norm(sections: tuple[tuple[int, int], ...]) -> bool:
+    """Whether what is read has the norm of what was stored, and not its product with itself: where
+    all elements are stored. `sections` are those of a `Codec`."""
+    return not sections or sum(eighths for _, eighths in sections) == EIGHTHS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
-from kvcompile.kernels.codecs.integers import LESS, steps
+from kvcompile.kernels.codecs.integers import LESS, keeps_norm, steps
 from kvcompile.kernels.codecs.integers.packing import pack, unpack
 from kvcompile.kernels.codecs.integers.stretches import stretches
 
@@ -61,29 +61,29 @@ def _rounded(codec: Codec, vectors: torch.Tensor) -> Iterator[tuple[int, torch.T
         part, half = part.unflatten(-1, (group.count, group.size)), 2 ** (group.bits - 1)
         most = part.abs().amax(-1, keepdim=True).clamp_(half * TINY, half * HUGE)
         unit = (part / most).clamp_(-1, 1)
-        level, along = _levels(unit, group.bits)
-        scale = most * unit.square().sum(-1, keepdim=True) / along.clamp_min(TINY)
+        level, along, square = _levels(unit, group.bits)
+        own = unit.square().sum(-1, keepdim=True)
+        scale = most * ((own / square).sqrt() if keeps_norm(codec.sections) else own / along.clamp_min(TINY))
         yield group.bits, level, scale.clamp_(TINY, HUGE).half().squeeze(-1)
 
 
-def _levels(unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Levels f32 [..., size] of groups `unit` f32 [..., size] whose largest magnitude is 1, and their product with the
-    group, [..., 1]: those with the largest cosine."""
-    half, tried = 2 ** (bits - 1), steps(bits)
-    best, best_along, best_worth = torch.empty(0), torch.empty(0), torch.empty(0)
-    for i, step in enumerate(tried):
+def _levels(unit: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Levels f32 [..., size] of groups `unit` f32 [..., size] whose largest magnitude is 1, their product with the
+    group, and with themselves, [..., 1]: those with the largest cosine."""
+    half = 2 ** (bits - 1)
+    best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+    for i, step in enumerate(steps(bits)):
         level = (unit * (half / step)).floor_().clamp_(-half, half - 1).add_(0.5)
-        along = (level * unit).sum(-1, keepdim=True)
-        if len(tried) == 1:
-            return level, along
-        worth = along.square().mul_(1 - LESS * i) / level.square().sum(-1, keepdim=True)
-        if i == 0:
-            best, best_along, best_worth = level, along, worth
+        found = level, (level * unit).sum(-1, keepdim=True), level.square().sum(-1, keepdim=True)
+        worth = found[1].square().mul_(1 - LESS * i) / found[2]
+        if best is None:
+            best, most = found, worth
             continue
-        better = worth > best_worth
-        best = torch.where(better, level, best)
-        best_along, best_worth = torch.where(better, along, best_along), torch.maximum(worth, best_worth)
-    return best, best_along
+        better = worth > most
+        level, along, square = (torch.where(better, new, old) for new, old in zip(found, best, strict=True))
+        best, most = (level, along, square), torch.maximum(worth, most)
+    assert best is not None
+    return best
 
 
 def _whole(parts: list[torch.Tensor], head_dim: int) -> torch.Tensor:

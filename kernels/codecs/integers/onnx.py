@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvcompile.kernels.codecs.base import Codec, Group
-from kvcompile.kernels.codecs.integers import LESS, steps
+from kvcompile.kernels.codecs.integers import LESS, keeps_norm, steps
 from kvcompile.kernels.codecs.integers.stretches import Stretch, stretches
 
 if TYPE_CHECKING:
@@ -26,11 +26,12 @@ TINY, HUGE = 2.0**-14, 65504.0
 
 
 class Piece(NamedTuple):
-    """A stretch of the vectors `x` [B, `heads`, T, count size]; `part` says whose."""
+    """A stretch of the vectors `x` [B, `heads`, T, count size]; `part` says whose, `norm` what `keeps_norm` says."""
 
     part: int
     stretch: Stretch
     heads: int
+    norm: bool
     x: str
 
 
@@ -54,7 +55,8 @@ def encode(
         stored = [stretch.count * stretch.size for stretch in cut]
         rest = head_dim - sum(stored)  # what is not stored
         found = b.split(x, [*stored, rest] if rest else stored, 3)[: len(cut)]
-        pieces += [Piece(i, stretch, heads, piece) for stretch, piece in zip(cut, found, strict=True)]
+        norm = keeps_norm(codec.sections)
+        pieces += [Piece(i, stretch, heads, norm, piece) for stretch, piece in zip(cut, found, strict=True)]
     made: list[list[tuple[int, str, str]]] = [[] for _ in parts]
     for shape in dict.fromkeys((piece.stretch.count, piece.stretch.size) for piece in pieces):
         # Equal bits side by side, to be packed together.
@@ -84,17 +86,19 @@ def _encode_alike(b: Builder, pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     level = b.op("Floor", b.op("Mul", b.op("Unsqueeze", unit, b.ints(0)), b.array(rates)))
     level = b.op("Add", b.op("Min", b.op("Max", level, b.array(-half)), b.array(half - 1)), b.scalar(0.5))
     along = b.op("ReduceSum", b.op("Mul", level, unit), b.ints(-1), keepdims=1)
+    square = b.op("ReduceSumSquare", level, b.ints(-1), keepdims=1)
     if most_steps > 1:
-        square = b.op("ReduceSumSquare", level, b.ints(-1), keepdims=1)
         less = (1 - LESS * np.arange(most_steps, dtype=np.float32)).reshape(-1, 1, *[1] * half.ndim)
         worth = b.op("Mul", b.op("Div", b.op("Mul", along, along), square), b.array(less))
         best = b.op("ArgMax", worth, axis=0, keepdims=1)
-        along = b.op("GatherElements", along, best, axis=0)
+        along, square = (b.op("GatherElements", one, best, axis=0) for one in (along, square))
         best = b.op("Expand", best, b.op("Shape", b.op("Unsqueeze", unit, b.ints(0))))
         level = b.op("GatherElements", level, best, axis=0)
-    level, along = b.op("Squeeze", level, b.ints(0)), b.op("Squeeze", along, b.ints(0))
+    level, along, square = (b.op("Squeeze", one, b.ints(0)) for one in (level, along, square))
     own = b.op("ReduceSumSquare", unit, b.ints(-1), keepdims=1)
-    wide = b.op("Mul", largest, b.op("Div", own, b.op("Max", along, b.scalar(TINY))))
+    norm = np.concatenate([np.full(piece.heads, piece.norm) for piece in pieces]).reshape(half.shape)
+    by_norm, by_product = b.op("Sqrt", b.op("Div", own, square)), b.op("Div", own, b.op("Max", along, b.scalar(TINY)))
+    wide = b.op("Mul", largest, b.op("Where", b.array(norm), by_norm, by_product))
     scale = b.cast(b.op("Clip", wide, b.scalar(TINY), b.scalar(HUGE)), "float16")
     code = b.cast(b.op("Add", level, b.array(half - 0.5)), "uint8")
     if count > 1:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
-from kvcompile.kernels.codecs.integers import LESS, steps
+from kvcompile.kernels.codecs.integers import LESS, keeps_norm, steps
 
 TINY, HUGE = 2.0**-14, 65504.0
 
@@ -18,27 +18,29 @@ def encode(vector: torch.Tensor, codec: Codec) -> tuple[list[int], list[float]]:
     scales: list[float] = []
     for bits, start, size, _ in codec.split(len(vector)):
         part = vector.float()[start : start + size].tolist()
-        codes, scale = _rounded(part, bits)
+        codes, scale = _rounded(part, bits, keeps_norm(codec.sections))
         scales.append(torch.tensor(scale, dtype=torch.float32).clamp(min=TINY, max=HUGE).half().item())
         stored += packed(codes, bits)
     return stored, scales
 
 
-def _rounded(group: list[float], bits: int) -> tuple[list[int], float]:
+def _rounded(group: list[float], bits: int, norm: bool) -> tuple[list[int], float]:
     """Codes from 0 on, and the scale before it is rounded."""
     half = 2 ** (bits - 1)
     most = min(max(max(abs(x) for x in group), half * TINY), half * HUGE)
     units = [_unit(x, most) for x in group]
-    best: tuple[float, list[int], float] | None = None
+    best: tuple[float, list[int], float, float] | None = None
     for i, step in enumerate(steps(bits)):
         codes = [min(max(_floor(unit, half / step), -half), half - 1) for unit in units]
         along = sum((code + 0.5) * unit for code, unit in zip(codes, units, strict=True))
-        worth = along**2 * (1 - LESS * i) / sum((code + 0.5) ** 2 for code in codes)
+        square = sum((code + 0.5) ** 2 for code in codes)
+        worth = along**2 * (1 - LESS * i) / square
         if best is None or worth > best[0]:
-            best = worth, codes, along
+            best = worth, codes, along, square
     assert best is not None
-    _, codes, along = best
-    return [code + half for code in codes], most * sum(unit * unit for unit in units) / max(along, TINY)
+    _, codes, along, square = best
+    own = sum(unit * unit for unit in units)
+    return [code + half for code in codes], most * (math.sqrt(own / square) if norm else own / max(along, TINY))
 
 
 # Rounded to float32 as everywhere: at the edge of two codes something more precise would fall on the other side.

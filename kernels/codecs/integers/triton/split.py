@@ -10,6 +10,7 @@ import triton
 
 from kvcompile.kernels.codecs import CODECS
 from kvcompile.kernels.codecs.base import EIGHTHS, split
+from kvcompile.kernels.codecs.integers import keeps_norm
 
 LEAST = 16
 """Units of a tile."""
@@ -72,6 +73,12 @@ def row_bytes(codec, head_dim):
 def stored_elements(codec, head_dim):
     """Elements of a vector that are stored; the others are the last ones, and 0."""
     return sum(group.size for group in groups_of(codec, head_dim))
+
+
+@triton.constexpr_function
+def norm_kept(codec):
+    """Whether what is read has the norm of what was stored."""
+    return keeps_norm(SECTIONS[codec][0])
 
 
 @triton.constexpr_function

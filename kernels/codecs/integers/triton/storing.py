@@ -15,6 +15,7 @@ from kvcompile.kernels.codecs.integers.triton.split import (
     bits_of,
     byte_of,
     group_count,
+    norm_kept,
     padded,
     row_bytes,
     size_of,
@@ -102,7 +103,7 @@ def _along(units, inside, codes, AXIS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _rounded(parts, inside, AXIS: tl.constexpr, BITS: tl.constexpr):
+def _rounded(parts, inside, AXIS: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr):
     """Of groups of elements, of which part j has those that come j-th in their bytes: as shares of their largest, how
     many codes reach to that, and scales, as float16 holds them. `kernels.codecs.integers` says which."""
     HALF: tl.constexpr = levels(BITS)
@@ -123,11 +124,13 @@ def _rounded(parts, inside, AXIS: tl.constexpr, BITS: tl.constexpr):
         better = its_worth > worth
         codes = tl.where(better, others, codes)
         along = tl.where(better, other, along)
+        square = tl.where(better, its, square)
         worth = tl.where(better, its_worth, worth)
     own = units[0] * units[0]
     for j in tl.static_range(1, len(units)):
         own += units[j] * units[j]
-    scale = most * tl.sum(own, AXIS, keep_dims=True) / tl.maximum(along, TINY)
+    length = tl.sum(own, AXIS, keep_dims=True)
+    scale = most * (tl.sqrt(length / square) if NORM else length / tl.maximum(along, TINY))
     return units, codes, tl.minimum(tl.maximum(scale, TINY), HUGE).to(tl.float16)
 
 
@@ -163,7 +166,7 @@ def _put(x, codes, scales, G: tl.constexpr, CODEC: tl.constexpr, D: tl.constexpr
     for j in tl.static_range(PER):
         at = x + start_of(CODEC, D, G) + PER * i + j
         parts = parts + (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
-    units, reach, scale = _rounded(parts, inside, 0, BITS)
+    units, reach, scale = _rounded(parts, inside, 0, BITS, norm_kept(CODEC))
     tl.store(scales + G + tl.arange(0, 1), scale)
     packed, high = _packed(units, reach, BITS)
     codes += byte_of(CODEC, D, G)
@@ -219,7 +222,7 @@ def _fill(prompt, matrix, mean, codes, scales, anchor, token, slot, valid, first
         parts = parts + (part,)
         at = anchor + slot[:, None] * 0 + (e + j)[None, :]
         tl.store(at, part.to(anchor.dtype.element_ty), mask=first[:, None] & inside[None, :])
-    units, reach, scale = _rounded(parts, inside[None, :], 1, BITS)
+    units, reach, scale = _rounded(parts, inside[None, :], 1, BITS, norm_kept(CODEC))
     tl.store(scales + (slot * group_count(CODEC, D) + G)[:, None], scale, mask=valid[:, None])
     packed, high = _packed(units, reach, BITS)
     row = codes + slot[:, None] * row_bytes(CODEC, D) + byte_of(CODEC, D, G)
