@@ -25,6 +25,7 @@ SECTIONS = {
 """By id, what `split` wants: a part of what Triton knows kernels by, so that none is used for another division."""
 
 _split = triton.constexpr_function(split)
+_keeps_norm = triton.constexpr_function(keeps_norm)
 
 
 @triton.constexpr_function
@@ -78,7 +79,7 @@ def stored_elements(codec, head_dim):
 @triton.constexpr_function
 def norm_kept(codec):
     """Whether what is read has the norm of what was stored."""
-    return keeps_norm(SECTIONS[codec][0])
+    return _keeps_norm(SECTIONS[codec][0])
 
 
 @triton.constexpr_function
