@@ -28,25 +28,21 @@ TINY = tl.constexpr(torch.finfo(torch.float16).tiny)
 HUGE = tl.constexpr(torch.finfo(torch.float16).max)
 
 
-STEPS = {bits: steps(bits) for bits in (2, 3, 4, 8)}
+# Of `integers.steps`, how many there are, and the first one in tenths; each is a tenth more than the one before.
+STEPS = {bits: (len(steps(bits)), round(10 * steps(bits)[0])) for bits in (2, 3, 4, 8)}
+EACH_LESS = tl.constexpr(LESS)
 
 
 @triton.constexpr_function
 def step_count(bits):
     """Steps between codes that are tried."""
-    return len(STEPS[bits])
+    return STEPS[bits][0]
 
 
 @triton.constexpr_function
-def rate(bits, i):
-    """Codes to the largest magnitude with step i."""
-    return 2.0 ** (bits - 1) / STEPS[bits][i]
-
-
-@triton.constexpr_function
-def counts(i):
-    """What step i counts."""
-    return 1 - LESS * i
+def first_tenths(bits):
+    """The first of them, in tenths."""
+    return STEPS[bits][1]
 
 
 @triton.jit
@@ -114,13 +110,13 @@ def _rounded(parts, inside, AXIS: tl.constexpr, BITS: tl.constexpr, NORM: tl.con
         # reference's.
         unit = tl.div_rn(parts[j], most + parts[j] * 0.0)
         units = units + (tl.minimum(tl.maximum(unit, -1.0), 1.0),)
-    codes = most * 0.0 + rate(BITS, 0)
-    along, square = _along(units, inside, codes, AXIS, BITS)
-    worth = along * along / square
-    for i in tl.static_range(1, step_count(BITS)):
-        others = most * 0.0 + rate(BITS, i)
+    codes = most * 0.0
+    along, square, worth = codes, codes + 1.0, codes - 1.0
+    # A loop, as five copies of it take several times as long to compile.
+    for i in range(step_count(BITS)):
+        others = tl.div_rn(most * 0.0 + 10.0 * HALF, most * 0.0 + (first_tenths(BITS) + i))
         other, its = _along(units, inside, others, AXIS, BITS)
-        its_worth = other * other * counts(i) / its
+        its_worth = other * other * (1.0 - EACH_LESS * i) / its
         better = its_worth > worth
         codes = tl.where(better, others, codes)
         along = tl.where(better, other, along)
