@@ -114,7 +114,8 @@ def test_many_tokens_beside_a_heavy_one_are_not_lost(bits: tuple[int, int], sink
         query.to(DEVICE), keys, values, layout, [count], 1.0, None, None, None, chosen=Tuning(64, 1, 2, 1)
     )
     expected = decode_reference.ragged_decode(query, on_cpu(keys), on_cpu(values), layout, [count], scaling=1.0)
-    assert 0.005 < expected.abs().min() < expected.abs().max() < 0.1
+    # 4 bits without an anchor read 12.9 beside zeros as 11.4, which draws 91 % of the attention.
+    assert 0.005 < expected.abs().min() < expected.abs().max() < 0.15
     torch.testing.assert_close(out.cpu().double(), expected, atol=0, rtol=1e-2)
 
 
