@@ -37,7 +37,8 @@ def test_errors_are_what_is_read_back_less_what_was_stored(kind: str, size: int)
     found = Errors(quantiser, kind, stored.device).of(stored)
     for bits, error in zip(profiled(kind[0]), found, strict=True):
         expected = quantised(stored, *matrices(quantiser, 0, kind, stored.device), bits) - stored
-        torch.testing.assert_close(error, expected, rtol=1e-3, atol=1e-4)
+        # Products in another order may give the neighbour of a scale, 2^-10 of it away.
+        torch.testing.assert_close(error, expected, rtol=1e-3, atol=5e-3)
         assert bool(error.any()) == codec_of(bits).fits(size)
 
 
