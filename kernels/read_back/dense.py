@@ -10,6 +10,8 @@ from kvcompile.kernels.codecs import Codec
 def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:
     """See `read_back.api`."""
     dense = codec.load("dense")
-    own = dense.read_back(vectors) if hasattr(dense, "read_back") else None
-    found: torch.Tensor = dense.decode(*dense.encode(vectors), torch.float32) if own is None else own
-    return found
+    if hasattr(dense, "read_back"):
+        vectors = dense.read_back(vectors)
+        return vectors
+    vectors = dense.decode(*dense.encode(vectors), torch.float32)
+    return vectors

@@ -9,18 +9,20 @@ from kvcompile.kernels.codecs import codec_of
 from kvcompile.kernels.layout import EXACT
 
 
-def reads_alike(one: torch.Tensor, other: torch.Tensor, bits: int) -> torch.Tensor:
-    """Elements [..., D] of which two implementations of a codec that encode the same vector may have one and the other.
+def reads_alike(one: torch.Tensor, other: torch.Tensor, bits: int) -> bool:
+    """Whether two implementations of a codec that encode the same vectors may read as `one` and `other` [..., D].
 
-    Sums that are made in another order may give a scale's neighbour; and of two steps between codes that are as good,
-    each may take another one. By how scales are chosen, equal angles to the vector have equal norms.
+    Sums that are made in another order may give a scale's neighbour. Of two steps between codes that are as good, each
+    may take another one, which is rare: one group, or one in fifty, may differ so, and is then near the other.
     """
-    alike = (one - other).abs() <= 2**-10 * other.abs()
+    close, groups, differ = (one - other).abs() <= 2**-10 * other.abs(), 0, 0
     for group in codec_of(bits).split(one.shape[-1]):
         part = ..., slice(group.start, group.start + group.size)
-        norm, expected = one[part].norm(dim=-1, keepdim=True), other[part].norm(dim=-1, keepdim=True)
-        alike[part] |= (norm - expected).abs() <= 2**-9 * expected
-    return alike
+        apart = ~close[part].all(-1)
+        groups, differ = groups + apart.numel(), differ + int(apart.sum())
+        if (torch.cosine_similarity(one[part][apart], other[part][apart], dim=-1) < 0.75).any():
+            return False
+    return differ <= max(1, groups // 50)
 
 
 def assert_reads_alike(
@@ -37,13 +39,14 @@ def assert_reads_alike(
         return
     read, expected = (decode(*views, bits, torch.float32) for views in (ours, theirs))
     if not moved:
-        assert reads_alike(read, expected, bits).all()
+        assert reads_alike(read, expected, bits)
         return
     step = torch.zeros_like(read)
     for i, group in enumerate(codec_of(bits).split(one.head_dim)):
         step[..., group.start : group.start + group.size] = theirs[1][..., i, None].float()
     differ = (read - expected).abs()
-    alike = (differ <= 0.02 * step + 1e-6) | reads_alike(read, expected, bits)
-    assert (~alike).float().mean() < 0.05
+    # A code here and there, or a group of which another step was taken.
+    largest = max(group.size for group in codec_of(bits).split(one.head_dim))
+    assert (differ > 0.02 * step + 1e-6).sum() <= max(largest, 0.05 * differ.numel())
     # Both are codes of the same vector.
     assert (differ.norm(dim=-1) <= 0.6 * expected.norm(dim=-1) + step.norm(dim=-1) + 1e-6).all()

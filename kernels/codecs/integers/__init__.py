@@ -30,6 +30,6 @@ or the same codes: then rounding would choose, which differs between implementat
 
 
 def keeps_norm(sections: tuple[tuple[int, int], ...]) -> bool:
-    """Whether what is read has the norm of what was stored, and not its product with itself: where
-    all elements are stored. `sections` are those of a `Codec`."""
+    """Whether a scale is chosen to keep the norm, where all elements are stored, or the product. `sections` are those
+    of a `Codec`."""
     return not sections or sum(eighths for _, eighths in sections) == EIGHTHS
