@@ -1,15 +1,21 @@
-"""Reading vectors back in C, without storing them: the launcher of `back.h`."""
+"""Reading vectors back in C, without storing them: the launcher of `back.c`."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+from functools import cache
+from pathlib import Path
 
 import torch
 
 from kvcompile.kernels.codecs.base import Codec
 from kvcompile.kernels.dispatch import CHOICE
-from kvcompile.kernels.native.library import MOST_DIM, at, library
+from kvcompile.kernels.native import build
+from kvcompile.kernels.native.library import CONSTANTS, FLAGS, MOST_DIM, at
+
+SOURCE = Path(__file__).with_name("back.c")
+HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("store", "codecs"))
 
 
 def takes(vectors: torch.Tensor, codec: Codec) -> bool:
@@ -19,13 +25,18 @@ def takes(vectors: torch.Tensor, codec: Codec) -> bool:
         and vectors.shape[-1] <= MOST_DIM
         and codec.has("native")
         and os.environ.get(CHOICE, "") == ""
-        and library() is not None
+        and _library() is not None
     )
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    return build.library(SOURCE, (*FLAGS, *CONSTANTS), "reading codes back", *HEADERS)
 
 
 def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:
     """See `read_back.api`."""
-    made, vectors = library(), vectors.float().contiguous()
+    made, vectors = _library(), vectors.float().contiguous()
     assert made is not None
     out, head_dim = torch.empty_like(vectors), vectors.shape[-1]
     rows = ctypes.c_int64(vectors.numel() // head_dim)

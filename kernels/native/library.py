@@ -35,7 +35,6 @@ HEADERS = tuple(
         "chosen",
         "transform",
         "cut",
-        "back",
         "items",
     )
 )

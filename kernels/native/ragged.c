@@ -9,7 +9,6 @@
 #include "chosen.h"
 #include "transform.h"
 #include "cut.h"
-#include "back.h"
 #include "items.h"
 
 #define LEAST 50.0f /* a weight of less than 2^-50 of the largest one is 0: float32 could not tell */

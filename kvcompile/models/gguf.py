@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvcompile.artifacts.errors import ModelError
 from kvcompile.models.cache_dir import cache_dir
+from kvcompile.models.gguf_reader import one_reader
 from kvcompile.models.gguf_weights import write_weights
 
 
@@ -34,7 +35,8 @@ def converted(file: Path, dtype: torch.dtype) -> Path:
     key = repr((str(file.resolve()), state.st_size, state.st_mtime_ns, str(dtype), transformers.__version__))
     folder = cache_dir("gguf", f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}")
     if not folder.is_dir():
-        _convert(file, dtype, folder)
+        with one_reader():
+            _convert(file, dtype, folder)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import mmap
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,7 +57,7 @@ def write_weights(file: Path, model: Any, dtype: torch.dtype, folder: Path, writ
 
 def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the model has a name for, in `dtype`."""
-    from gguf import GGUFReader
+    from gguf import GGUFReader  # within `one_reader`
 
     config = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
     reader = GGUFReader(file)
@@ -89,7 +88,7 @@ def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, 
             name, weights = processed(slice(None))
             if name in names:
                 yield names[name], torch.from_numpy(np.copy(weights)).to(dtype)
-        _forget(reader)
+        reader.forget()
     yield from _taken(joined, dtype)
 
 
@@ -128,12 +127,6 @@ def _numbers(tensor: Any, rows: slice) -> NDArray[np.float32]:
 
     numbers: NDArray[np.float32] = dequantize(tensor.data[rows], tensor.tensor_type)
     return numbers
-
-
-def _forget(reader: Any) -> None:
-    """Let go of the pages of the mapped file: as long as they are there they count as this process's memory."""
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        reader.data._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 class _Shards:

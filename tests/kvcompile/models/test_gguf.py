@@ -135,6 +135,22 @@ def test_the_copy_is_bit_for_bit_what_transformers_reads(
     assert model.generation_config.to_dict() == loaded.model.generation_config.to_dict()
 
 
+def test_a_file_is_taken_apart_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file)
+    made = list[Path]()
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: Path) -> None:
+            made.append(Path(path))
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    subject.converted(file, torch.float32)
+    assert made == [file]
+    assert gguf.GGUFReader is Counted
+
+
 def test_a_file_is_converted_once_and_again_when_it_changes(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,8 @@
-/* What vectors read as once they have been stored: what `read_back/api.py` says. */
+/* What vectors read as once they have been stored: what `read_back/api.py` says. A source of its own, compiled in a second:
+ * a profile needs it, and does not need what decodes. */
+
+#include "store.h"
+#include "codecs.h"
 
 /* `rows` vectors f32 [rows, dim] of `x`, as they are read from a codec, to `out` f32 [rows, dim]. */
 void kvc_read_back(const float *x, float *out, int64_t rows, int codec, int dim, int threads) {
