@@ -33,10 +33,12 @@ LOGITS = 1 << 24
 @dataclass(frozen=True)
 class Room:
     """Bytes for what is held between the steps of a profile: on the device where the model computes, where that has a
-    memory of its own, and in this machine's memory."""
+    memory of its own, and in this machine's memory. `ample`: there are as many again, for what is given up and not yet
+    used again."""
 
     device: int
     host: int
+    ample: bool = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -58,8 +60,10 @@ def room(model: Any, device: torch.device, memory: int | None, tokens: int) -> R
     weights = max(_bytes(part, device) for part in parts) if streamed else _bytes(model, device)
     to_come = work + (weights if streamed else 0)
     if device.type == "cpu":
-        free = int(SPARE * free_bytes(cpu)) - to_come if memory is None else memory - PROGRAM - work - weights
-        return Room(0, max(free, 0))
+        if memory is not None:
+            return Room(0, max(memory - PROGRAM - work - weights, 0))
+        free = max(int(SPARE * free_bytes(cpu)) - to_come, 0)
+        return Room(0, free) if streamed else Room(0, free // 2, ample=True)
     # Half, as the device's allocator keeps blocks that it does not use.
     there = max(int(SPARE * free_bytes(device)) - to_come, 0) // 2
     if memory is None:

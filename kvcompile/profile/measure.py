@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts import Quantiser, Scorer
 from kvcompile.artifacts.errors import CalibrationError
+from kvcompile.models.allocator import kept
 from kvcompile.models.room import Room
 from kvcompile.profile.attention import attended
 from kvcompile.profile.calls import Calls
@@ -115,7 +116,7 @@ def measure(
     fresh = {name: table for stage in (fit, probes, curves, check) for name, table in stage.fresh().items()}
     own = STATES if setting.ranks.count == 1 else f"{STATES}-{setting.ranks.count}-{setting.ranks.rank}"
     held = Held(None if store is None else store / own, room, device_of(model))
-    with frozen(model), attended(model), _settled():
+    with frozen(model), attended(model), _settled(), kept() if room.ample else nullcontext():
         items = list(_items(setting, fit, probes, curves, check))
         sums = run(items, fresh, held, progress, store, setting.ranks, waiting)
     return _profiled(sums, setting, fit.result(sums))

@@ -44,3 +44,14 @@ def test_states_get_what_weights_and_a_step_leave(tmp_path: Path) -> None:
     assert room(parts, CPU, PROGRAM, 100).host == 0
     assert fits(weights, whole.config, 4, CPU, total, 100)
     assert not fits(weights, whole.config, 4, CPU, total - 5001, 100)
+
+
+def test_half_of_what_is_free_is_for_memory_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SUBJECT, "free_bytes", lambda _: 10**9)
+    whole = tiny_model(CONFIGS["llama"])
+    parts = streamed(saved(whole, tmp_path))
+    held, one_by_one = room(whole, CPU, None, 100), room(parts, CPU, None, 100)
+    assert held.ample
+    assert not one_by_one.ample
+    assert not room(whole, CPU, PROGRAM, 100).ample
+    assert held.host == (int(0.9 * 10**9) - working(whole.config, 200, 4)) // 2 < one_by_one.host
