@@ -22,8 +22,7 @@ def give_back() -> None:
     glibc would soon keep those of up to 32 MiB for later, and as weights that come and go differ in size, it would keep
     more and more. Where there is another C library, nothing happens.
     """
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LEAST)
+    _tell((M_MMAP_THRESHOLD, LEAST))
 
 
 @contextlib.contextmanager
@@ -34,15 +33,17 @@ def kept() -> Iterator[None]:
     A profile makes and drops tensors of tens of megabytes all the time, and new pages for each, which the system fills
     with zeros, take up to a tenth of it.
     """
-    library = None
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        library = ctypes.CDLL(None)
-        library.mallopt(M_MMAP_MAX, 0)
-        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    _tell((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
     try:
         yield
     finally:
-        with contextlib.suppress(AttributeError):
-            for name, value in ((M_MMAP_MAX, MAPPED), (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, 2 * LARGEST)):
-                library.mallopt(name, value)
-            library.malloc_trim(0)
+        _tell((M_MMAP_MAX, MAPPED), (M_MMAP_THRESHOLD, LARGEST), (M_TRIM_THRESHOLD, 2 * LARGEST))
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _tell(*settings: tuple[int, int]) -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for name, value in settings:
+            library.mallopt(name, value)
