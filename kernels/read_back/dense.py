@@ -12,6 +12,6 @@ def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:
     dense = codec.load("dense")
     if hasattr(dense, "read_back"):
         vectors = dense.read_back(vectors)
-        return vectors
-    vectors = dense.decode(*dense.encode(vectors), torch.float32)
+    else:
+        vectors = dense.decode(*dense.encode(vectors), torch.float32)
     return vectors

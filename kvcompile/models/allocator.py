@@ -28,10 +28,11 @@ def give_back() -> None:
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """Within, memory that is given up stays with the process, however large its blocks are, and goes back to the system
-    in the end: with another C library than glibc, nothing happens.
+    in the end. From then on glibc keeps blocks of up to 32 MiB, as it learns to by itself; where there is another C
+    library, nothing happens.
 
-    A profile makes and drops tensors of tens of megabytes all the time, and new pages for each, which the system fills
-    with zeros, take up to a tenth of it.
+    A profile makes and drops tensors of tens of megabytes all the time, and each has new pages, which the system fills
+    with zeros: what that costs is in docs/profiling.md.
     """
     _tell((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1))
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 
-def reader_kind(kind: Any) -> Any:
+def _faster(kind: Any) -> Any:
     """A `gguf.GGUFReader` three times as fast: every slice of what it maps is a plain array, not another `memmap`."""
 
     class Reader(kind):  # type: ignore[misc]
@@ -33,16 +33,16 @@ def reader_kind(kind: Any) -> Any:
 
 @contextlib.contextmanager
 def one_reader() -> Iterator[None]:
-    """Within, a GGUF file gets one reader, whoever asks `gguf` for it: transformers makes one each for the
-    configuration, the tokenizer and the names of the weights. Without that package nothing is changed, and asking for a
-    reader fails as it would."""
+    """Within, a GGUF file gets one reader, whoever asks `gguf` for it, and that reader can `forget`: transformers makes
+    one each for the configuration, the tokenizer and the names of the weights. Without that package nothing is changed,
+    and asking for a reader fails as it would."""
     try:
         import gguf
     except ImportError:
         yield
         return
     before, made = gguf.GGUFReader, dict[str, Any]()
-    kind = reader_kind(before)
+    kind = _faster(before)
 
     def reader(path: os.PathLike[str] | str) -> Any:
         name = os.path.realpath(path)

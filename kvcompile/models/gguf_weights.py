@@ -45,7 +45,7 @@ Writing = Callable[[], contextlib.AbstractContextManager[None]]
 
 def write_weights(file: Path, model: Any, dtype: torch.dtype, folder: Path, writing: Writing) -> None:
     """Write the tensors of `file` into `folder` in `dtype`, under the names that `model` has for them, which may itself
-    be without numbers.
+    be without numbers; within `one_reader`, of whose reader the pages are given up tensor by tensor.
 
     Raises whatever the parser meets in a damaged file, and ValueError for a tensor that comes in pieces far apart.
     """
@@ -57,7 +57,7 @@ def write_weights(file: Path, model: Any, dtype: torch.dtype, folder: Path, writ
 
 def _tensors(file: Path, model: Any, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that the model has a name for, in `dtype`."""
-    from gguf import GGUFReader  # within `one_reader`
+    from gguf import GGUFReader
 
     config = load_gguf_checkpoint(str(file), return_tensors=False)["config"]
     reader = GGUFReader(file)
