@@ -11,7 +11,7 @@ from kvcompile.artifacts import identify
 from kvcompile.bench.building import measure_build
 from kvcompile.bench.prefill import chunks_are_offered, measure_chunked
 from kvcompile.bench.subjects import ragged_plan
-from kvcompile.stages import PROFILE_TOKENS
+from kvcompile.effort import PROFILE_TOKENS
 
 AIM, MOST = 120.0, 150.0
 """Seconds that a build should take, and after which it is given up."""

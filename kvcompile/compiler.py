@@ -10,8 +10,9 @@ from typing import Any
 from kvcompile.allocators import solve
 from kvcompile.artifacts import Artifact, ModelIdentity, Target, check_model, chunk_of, identify, validate, write
 from kvcompile.assemble import assemble, stored_parts
+from kvcompile.effort import QUICK, THOROUGH, Effort
 from kvcompile.problem import Options, check, check_positions, check_sequences, pose_with, solver_report
-from kvcompile.stages import QUICK, THOROUGH, Effort, Parts, Report, Tools
+from kvcompile.stages import Parts, Report, Tools
 
 
 def _silent(stage: str, done: int, total: int) -> None:
@@ -89,7 +90,7 @@ def build_many(
     check_sequences(options, wanted)
     # Here and not above: `resolve` needs neither torch nor transformers.
     from kvcompile.calibration import calibrate
-    from kvcompile.models import fast_arithmetic, sampler
+    from kvcompile.models import fast_arithmetic, one_blas_thread, sampler
     from kvcompile.profile import measuring, profile, ranks
 
     identity = identify(model, name or str(model.config.name_or_path or model.config.model_type), sampler(model))
@@ -99,12 +100,12 @@ def build_many(
     context = options.context or longest
     targets = [check(identity, mem, options, out) for mem, out in wanted.items()]
     report = report or _silent
-    with fast_arithmetic(model):
+    with fast_arithmetic(model), one_blas_thread():
         # What is asked after a context, a replay of it at most, has to end within a chunk too.
         longest = min(effort.tokens, (chunk_of(identity) or 3 * effort.tokens) // 3)
         text = calibrate(
             tokenizer, length=min(context, longest), fit=effort.fit, measure=effort.measure,
-            probes=effort.probes, seed=seed, path=calib,
+            quotes=effort.quotes, probes=effort.probes, seed=seed, path=calib, every=effort.every,
         )  # fmt: skip
         profiled = profile(
             model, text, identity, context=context, checks=effort.checks, report=report, memory=profile_memory

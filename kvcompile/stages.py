@@ -6,7 +6,7 @@ calibration -> `Profile` (in `Parts`) -> `Problem` -> `Plan` -> artifact. No sta
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,35 +16,6 @@ from kvcompile.artifacts import Quantiser, Scorer, anchor_bytes, slot_bytes
 
 DEFAULT_SINK = 4
 """First tokens that are always kept (StreamingLLM, arXiv 2309.17453)."""
-
-PROFILE_TOKENS = 1216
-"""Longest calibration context by default; a longer one is profiled at this length and its curves are stretched."""
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much a profile looks at: the longest context in `tokens`, episodes of each family to `fit` the scorer and the
-    quantiser on, others to `measure` losses on, retrieval `probes` for SurfaceLogicKV's score, and `checks`, whole
-    plans that are run. `gives_up` is what an artifact says of a lesser effort, measured in docs/profiling.md."""
-
-    tokens: int = PROFILE_TOKENS
-    fit: int = 2
-    measure: int = 2
-    probes: int = 6
-    checks: int = 6
-    gives_up: str = ""
-
-    def at(self, tokens: int | None) -> Effort:
-        """The same with another longest context, where one is given."""
-        return self if tokens is None else replace(self, tokens=tokens)
-
-
-THOROUGH = Effort()
-QUICK = Effort(
-    tokens=640, fit=1, measure=1, probes=2, checks=4,
-    gives_up="profiled on shorter contexts and half of the episodes: on SmolLM2-135M, KL to the full cache is then 0.9 "
-    "to 1.2 times what it is otherwise at 12.5 % of the bytes, and 1.1 to 1.4 times at 6.25 %",
-)  # fmt: skip
 
 RETRIEVAL = "retrieval"
 """The family of all episodes' questions; the other families are those of the texts."""

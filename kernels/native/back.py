@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -14,8 +13,7 @@ from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.native import build
 from kvcompile.kernels.native.library import CONSTANTS, FLAGS, MOST_DIM, at
 
-SOURCE = Path(__file__).with_name("back.c")
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("store", "codecs"))
+SOURCE = build.Source.named("back", ("store", "codecs"), (*FLAGS, *CONSTANTS), "reading codes back")
 
 
 def takes(vectors: torch.Tensor, codec: Codec) -> bool:
@@ -31,7 +29,7 @@ def takes(vectors: torch.Tensor, codec: Codec) -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return build.library(SOURCE, (*FLAGS, *CONSTANTS), "reading codes back", *HEADERS)
+    return build.library(SOURCE)
 
 
 def read_back(vectors: torch.Tensor, codec: Codec) -> torch.Tensor:

@@ -15,6 +15,8 @@ from kvcompile.kernels.attention_effects.values import Asked, Changes, Effects
 from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import Softmax
 
+SOURCE = lanes.source("effects", "measuring losses")
+
 
 class _Call(ctypes.Structure):
     _fields_ = [
@@ -39,7 +41,7 @@ def usable(asked: Sequence[Asked], keys: Tensor, window: int, softmax: Softmax) 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return lanes.library("effects", "measuring losses")
+    return lanes.library(SOURCE)
 
 
 def attention_effects(

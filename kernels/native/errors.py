@@ -14,6 +14,8 @@ from kvcompile.kernels.error_weights.values import Rows, Weights
 from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import Softmax
 
+SOURCE = lanes.source("errors", "measuring moments")
+
 
 class _Call(ctypes.Structure):
     _fields_ = [
@@ -33,7 +35,7 @@ def usable(query: Tensor, keys: Tensor, own_keys: Tensor, window: int, softmax: 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = lanes.library("errors", "measuring moments")
+    found = lanes.library(SOURCE)
     if found is not None:
         found.kvc_errors_rows.restype = ctypes.c_int64
     return found

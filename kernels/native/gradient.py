@@ -12,6 +12,8 @@ from torch import Tensor
 from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import PLAIN, Softmax
 
+SOURCE = lanes.source("gradient", "the gradient of attention")
+
 
 class _Call(ctypes.Structure):
     _fields_ = [
@@ -32,7 +34,7 @@ def usable(query: Tensor, keys: Tensor, window: int = 0, softmax: Softmax = PLAI
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    return lanes.library("gradient", "the gradient of attention")
+    return lanes.library(SOURCE)
 
 
 def attention_gradient(

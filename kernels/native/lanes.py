@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,16 +13,21 @@ from kvcompile.kernels.native import build
 from kvcompile.kernels.native.prompt import ALIGNED, FLAGS
 from kvcompile.kernels.softmax import Softmax
 
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("strips", "products", "rows", "transpose"))
+HEADERS = ("strips", "products", "rows", "transpose")
 STEP = 8
 """Of as many tokens there is a multiple."""
 
 
-def library(name: str, what: str) -> ctypes.CDLL | None:
-    """The C source of this name, or None where it cannot be compiled."""
-    found = build.library(Path(__file__).with_name(f"{name}.c"), FLAGS, what, *HEADERS)
+def source(name: str, what: str) -> build.Source:
+    """The C source of this name."""
+    return build.Source.named(name, HEADERS, FLAGS, what)
+
+
+def library(source: build.Source) -> ctypes.CDLL | None:
+    """A C source, or None where it cannot be compiled."""
+    found = build.library(source)
     if found is not None:
-        found.kvc_pairs.restype = getattr(found, f"kvc_{name}_room").restype = ctypes.c_int64
+        found.kvc_pairs.restype = getattr(found, f"kvc_{source.file.stem}_room").restype = ctypes.c_int64
     return found
 
 

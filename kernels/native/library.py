@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,24 +19,10 @@ from kvcompile.kernels.native import build
 from kvcompile.kernels.regions import starts
 from kvcompile.kernels.transform import Transform
 
-SOURCE = Path(__file__).with_name("ragged.c")
-HEADERS = tuple(
-    Path(__file__).with_name(f"{name}.h")
-    for name in (
-        "store",
-        "codecs",
-        "vectors",
-        "attention",
-        "narrow",
-        "transpose",
-        "packed",
-        "wide",
-        "chosen",
-        "transform",
-        "cut",
-        "items",
-    )
-)
+HEADERS = (
+    "store", "codecs", "vectors", "attention", "narrow", "transpose", "packed", "wide", "chosen", "transform", "cut",
+    "items",
+)  # fmt: skip
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
     # Sums may be reordered, so that they can be vectorised; divisions stay divisions, so that codes are those of torch.
@@ -54,6 +39,7 @@ def _constants(codec: Codec) -> tuple[str, str]:
 
 KNOWN = [codec for codec in CODECS.values() if codec.has("native")]
 CONSTANTS = (f"-DKVC_GROUP={KNOWN[0].group}", *(option for codec in KNOWN for option in _constants(codec)))
+SOURCE = build.Source.named("ragged", HEADERS, (*FLAGS, *CONSTANTS), "the decode step")
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOST_DIM = 512
 
@@ -83,7 +69,7 @@ def usable(tensor: torch.Tensor, head_dim: int, layout: LayerLayout) -> bool:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    return build.library(SOURCE, (*FLAGS, *CONSTANTS), "the decode step", *HEADERS)
+    return build.library(SOURCE)
 
 
 class Sides(NamedTuple):

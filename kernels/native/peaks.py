@@ -12,6 +12,8 @@ from torch import Tensor
 from kvcompile.kernels.native import lanes
 from kvcompile.kernels.softmax import Softmax
 
+SOURCE = lanes.source("peaks", "measuring utilities")
+
 
 class _Call(ctypes.Structure):
     _fields_ = [
@@ -29,7 +31,7 @@ def usable(query: Tensor, keys: Tensor, own_keys: Tensor, window: int, softmax: 
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = lanes.library("peaks", "measuring utilities")
+    found = lanes.library(SOURCE)
     if found is not None:
         found.kvc_peaks_rows.restype = ctypes.c_int64
     return found

@@ -6,18 +6,16 @@ import ctypes
 import math
 import os
 from functools import cache
-from pathlib import Path
 
 import torch
 
 from kvcompile.kernels.dispatch import CHOICE
 from kvcompile.kernels.native import build
 
-SOURCE = Path(__file__).with_name("prompt.c")
-HEADERS = tuple(Path(__file__).with_name(f"{name}.h") for name in ("products", "rows", "transpose"))
 FLAGS = (
     "-O3", "-march=native", "-std=gnu11", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
+SOURCE = build.Source.named("prompt", ("products", "rows", "transpose"), FLAGS, "attention of prompts")
 TYPES = {torch.float32: 0, torch.bfloat16: 1}
 MOST_DIM = 512
 STEP = 8
@@ -69,7 +67,7 @@ def _multiplies_matrices() -> bool:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    found = build.library(SOURCE, FLAGS, "attention of prompts", *HEADERS)
+    found = build.library(SOURCE)
     if found is not None:
         found.kvc_prompt_rows.restype = found.kvc_prompt_room.restype = ctypes.c_int64
     return found

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvcompile.artifacts.errors import CalibrationError
 from kvcompile.calibration.authored import authored_families
-from kvcompile.calibration.episodes import Episode, FollowUp, draw_episodes
+from kvcompile.calibration.episodes import QUOTES, Episode, FollowUp, draw_episodes
 from kvcompile.calibration.family import Family, Stream
 from kvcompile.calibration.probes import Probe, draw_probes
 from kvcompile.calibration.python_text import python_families
@@ -63,20 +63,27 @@ def calibrate(
     probes: int,
     seed: int,
     path: str | os.PathLike[str] | None = None,
+    every: int = 1,
+    quotes: int = QUOTES,
 ) -> Calibration:
-    """Draw `fit` and `measure` episodes of every family, with contexts of `length` tokens, and `probes` retrieval
-    probes of half that length.
+    """Draw `fit` and `measure` episodes of each family, with contexts of `length` tokens, and `probes` retrieval probes
+    of half that length. Of the families that are there without `path`, one in `every` is taken; `quotes` are
+    asked for in each episode to measure on.
 
     No document is used both to fit and to measure, but for families too small to part. The families are what the Python
     installation carries, texts of our own, and with `path` (a file or folder) the user's text beside them, so that a
     plan for it does not forget everything else. Raises CalibrationError for a path without usable text.
     """
-    families = python_families() + authored_families()
+    families = (python_families() + authored_families())[::every]
     if path is not None:
         families.append(user_family(Path(path)))
     check_length(tokenizer, families[-1], LEAST_TOKENS)
     drawn = [
-        tuple(draw_episodes(tokenizer, families, length, count * len(families), seed, replay=replay, part=part))
+        tuple(
+            draw_episodes(
+                tokenizer, families, length, count * len(families), seed, replay=replay, part=part, quotes=quotes
+            )
+        )
         for count, replay, part in ((fit, True, (0, 2)), (measure, False, (1, 2)))
     ]
     asked = tuple(draw_probes(tokenizer, families, max(length // 2, 1), probes, seed))

@@ -75,9 +75,10 @@ def draw_episodes(
     *,
     replay: bool,
     part: tuple[int, int] = (0, 1),
+    quotes: int = QUOTES,
 ) -> list[Episode]:
     """`count` episodes, the families in turn, with contexts of `length` tokens and each with a continuation and
-    questions; with `replay` up to 1024 tokens of the context are repeated, otherwise quotes are asked for.
+    questions; with `replay` up to 1024 tokens of the context are repeated, otherwise `quotes` are asked for.
 
     A family whose text does not fill a context and its continuation is served once more. Of `part` (i, n), only every
     n-th document from the i-th on is used, so that episodes for different purposes have no text in common; a family too
@@ -93,13 +94,14 @@ def draw_episodes(
             streams[number % len(families)],
             length,
             random.Random(f"{seed}:{purpose} {number}"),
-            replay,
+            0 if replay else quotes,
         )
         for number in range(count)
     ]
 
 
-def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, replay: bool) -> Episode:
+def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, quotes: int) -> Episode:
+    """With so many quotes; with a replay in place of none."""
     facts, questions = _facts(tokenizer, rng, QUESTIONS)
     bos = opening(tokenizer)
     room = max(length - len(bos) - sum(map(len, facts)), len(facts) + 1)
@@ -112,13 +114,13 @@ def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: r
     context = np.concatenate([*pieces, text[depths[-1] : room]])
     # The true continuation, as what a model says itself of a text that it has half forgotten would tell less.
     asked = [FollowUp("continuation", 0, text[room:]), *questions]
-    if replay:
+    if not quotes:
         prompt = token_ids(tokenizer, REPLAY_PROMPT)
         start = rng.randrange(max(len(context) - REPLAYED, 0) + 1)
         stop = min(start + REPLAYED, len(context))
         asked.append(FollowUp("replay", len(prompt) - 1, np.concatenate([prompt, context[start:stop]])))
         return Episode(family.name, context, tuple(asked), (start, stop))
-    asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:QUOTES]]
+    asked += [_quote(tokenizer, context, prompt, rng) for prompt in QUOTE_PROMPTS[:quotes]]
     return Episode(family.name, context, tuple(asked))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,16 +11,16 @@ import click
 
 from kvcompile import compiler
 from kvcompile.allocators import ALLOCATORS, FILE
-from kvcompile.artifacts import Artifact, ModelError, TargetError, fetch, write
-from kvcompile.artifacts.checks import show
+from kvcompile.artifacts import Artifact, fetch, write
 from kvcompile.assemble import stored_parts
 from kvcompile.cli import output, progress, tables
 from kvcompile.cli.launched import launched
+from kvcompile.cli.wanted import check_name, outputs
+from kvcompile.effort import PROFILE_TOKENS, QUICK, THOROUGH, Effort
 from kvcompile.kernels.codecs import names
 from kvcompile.problem import KV_DTYPES, Options, check_out, check_sequences
-from kvcompile.problem.memory import parse_bytes, parse_memory
+from kvcompile.problem.memory import parse_bytes
 from kvcompile.report.summary import summary
-from kvcompile.stages import PROFILE_TOKENS, QUICK, THOROUGH, Effort
 
 
 class AllocatorName(click.Choice[str]):
@@ -83,8 +82,8 @@ POLICIES = ("recent", "window", "h2o", "snapkv", "scored")
 )
 @click.option(
     "--quick", is_flag=True,
-    help=f"Profile less, for a first look, in a third of the time: contexts of {QUICK.tokens} tokens, half of the "
-    "episodes. Says what that gives up.",
+    help=f"Profile less, for a first look, in a quarter of the time: contexts of {QUICK.tokens} tokens, one episode of "
+    "every other family to fit on and one to measure on. Says what that gives up.",
 )  # fmt: skip
 @click.option(
     "--profile-tokens", type=click.IntRange(64), metavar="N",
@@ -142,7 +141,11 @@ def command(
             write(one, file)  # once all targets are known to be possible
     else:
         effort = (QUICK if quick else THOROUGH).at(profile_tokens)
-        built = _from_model(str(model), wanted, options, calib, refine, seed or 0, effort, memory)
+        from kvcompile.kernels.native.measuring import compiled_ahead
+
+        # Before transformers is imported, which takes about as long as the compiler.
+        with compiled_ahead() if launched().local == 0 else nullcontext():
+            built = _from_model(str(model), wanted, options, calib, refine, seed or 0, effort, memory)
     if not built:
         return  # one of several processes, of which the first writes and reports
     seconds = time.perf_counter() - start
@@ -158,42 +161,6 @@ def command(
     if given_up := built[0].calibration.get("quick"):
         click.echo(f"  quick     {given_up}")
     click.echo(f"  time      {seconds:.1f} s")
-
-
-def check_name(model: str) -> None:
-    """Refuse what cannot even be asked for as a path.
-
-    Raises:
-        ModelError: another user's home folder that is not there, or a name that is too long.
-    """
-    try:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
-            Path(model).expanduser().stat()
-    except RuntimeError:
-        raise ModelError(f"{model} is in the home folder of nobody here: expected another path, or a hub id") from None
-    except OSError as error:
-        raise ModelError(
-            f"{show(model)} is no name of a model ({error.strerror}): expected a path or a hub id"
-        ) from None
-
-
-def outputs(mem: str, path: Path) -> dict[str, Path]:
-    """The file of every target in `mem`: `path` itself where there is one target.
-
-    Raises:
-        TargetError: an amount that is none, or one that comes twice.
-        ArtifactError: several targets, and a folder in place of a file.
-    """
-    texts = [part.strip() for part in mem.split(",")]
-    amounts = [parse_memory(text) for text in texts]
-    if len(texts) == 1:
-        return {texts[0]: path}
-    if not path.name:
-        check_out(path)  # a folder, which has no name to go by
-    files = {text: path.with_name(f"{path.stem}-{text.replace('%', 'pct')}{path.suffix}") for text in texts}
-    if len({(one.amount, one.is_share) for one in amounts}) < len(texts):
-        raise TargetError(f"--mem {mem} names a target twice: expected different ones")
-    return files
 
 
 def _from_model(

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 
@@ -63,3 +65,18 @@ def fast_arithmetic(model: Any) -> Iterator[None]:
             tensor.data = before
         for tensor, dtype in widened.items():
             tensor.data = tensor.data.to(dtype)
+
+
+@contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within, the OpenBLAS that numpy and scipy bring has one thread: its others spin for a while after each call, and
+    take the processor from torch's (docs/profiling.md)."""
+    found = ThreadpoolController()
+    brought = [
+        one.filepath
+        for one in found.lib_controllers
+        if one.user_api == "blas"
+        and {"numpy", "scipy"} & {part.split(".")[0] for part in Path(one.filepath).parts[-3:]}
+    ]
+    with found.select(filepath=brought).limit(limits=1):
+        yield

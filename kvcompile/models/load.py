@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Mxfp4C
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from kvcompile.artifacts.errors import ModelError
+from kvcompile.effort import PROFILE_TOKENS
 from kvcompile.models.aliases import closest, hub_id
 from kvcompile.models.arithmetic import align
 from kvcompile.models.checkpoint import Checkpoint
@@ -26,7 +27,6 @@ from kvcompile.models.progress import no_progress_bars
 from kvcompile.models.resident import is_streamed
 from kvcompile.models.room import fits, weight_bytes
 from kvcompile.models.streamed import lacking, stream
-from kvcompile.stages import PROFILE_TOKENS
 
 SEEING = ("gemma3", "gemma4", "gemma4_unified")
 """Families of which checkpoints that see too are loaded as decoders of text, under a `model_type` with `_text`."""

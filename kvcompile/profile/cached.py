@@ -9,6 +9,7 @@ import numpy as np
 
 from kvcompile.artifacts import ModelIdentity
 from kvcompile.calibration import Calibration
+from kvcompile.effort import THOROUGH
 from kvcompile.models.cache_dir import cache_dir
 from kvcompile.models.room import room
 from kvcompile.profile.held import complaining
@@ -17,7 +18,7 @@ from kvcompile.profile.resume import Sums, load, profile_key, save
 from kvcompile.profile.rotation import read_rotaries
 from kvcompile.profile.setting import Material
 from kvcompile.profile.structure import device_of, head_dim, planned_layers
-from kvcompile.stages import DEFAULT_SINK, THOROUGH, Report, Rotary
+from kvcompile.stages import DEFAULT_SINK, Report, Rotary
 
 
 def profile(

@@ -9,10 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kvcompile.effort import THOROUGH
 from kvcompile.profile.calls import Calls
 from kvcompile.profile.context import FollowUp
 from kvcompile.profile.ranks import Ranks
-from kvcompile.stages import RETRIEVAL, THOROUGH, Rotary
+from kvcompile.stages import RETRIEVAL, Rotary
 
 
 class Episode(Protocol):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from stored import assert_reads_alike
 
 from kvcompile.kernels import Buffers, HeadSpec, LayerLayout, Transform, append, compact, native, ragged_decode
-from kvcompile.kernels.native import build, library
+from kvcompile.kernels.native import build, library, measuring
 from kvcompile.kernels.ragged_decode import reference
 
 LAYOUT = LayerLayout.from_heads(
@@ -236,7 +237,7 @@ def test_without_a_compiler_everything_goes_through_torch(afresh: Path, monkeypa
 def test_a_source_that_does_not_compile_is_said_once(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = afresh / "broken.c"
     broken.write_text("no C", encoding="utf-8")
-    monkeypatch.setattr(library, "SOURCE", broken)
+    monkeypatch.setattr(library, "SOURCE", replace(library.SOURCE, file=broken))
     with pytest.warns(UserWarning, match="goes through torch"):
         assert not native.usable(torch.zeros(1), 64, LAYOUT)
     assert not native.usable(torch.zeros(1), 64, LAYOUT)
@@ -251,6 +252,52 @@ def test_it_is_compiled_once(afresh: Path) -> None:
     library.library.cache_clear()
     assert native.usable(torch.zeros(1), 64, LAYOUT)
     assert made.stat().st_ino == before.st_ino
+
+
+@needs_compiler
+def test_what_a_profile_needs_is_compiled_ahead_once(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KVCOMPILE_KERNELS", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    made: list[str] = []
+    compiling = build._compile
+
+    def counted(command: list[str], flags: list[str], source: Path, file: Path) -> None:
+        made.append(source.stem)
+        compiling(command, flags, source, file)
+
+    monkeypatch.setattr(build, "_compile", counted)
+    with measuring.compiled_ahead():
+        # Asked for meanwhile, from the last one on: who asks waits for what is being made.
+        assert all(build.library(source) is not None for source in reversed(measuring.SOURCES))
+    assert sorted(made) == sorted(source.file.stem for source in measuring.SOURCES)
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_ahead_is_left_to_who_asks_for_it(afresh: Path) -> None:
+    broken = afresh / "broken.c"
+    broken.write_text("no C", encoding="utf-8")
+    source = build.Source(broken, (), (), "this")
+    with build.ahead([source]):
+        pass
+    with pytest.warns(UserWarning, match="this goes through torch"):
+        assert build.library(source) is None
+
+
+@needs_compiler
+def test_what_is_not_begun_is_left_in_the_end(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, end = threading.Event(), threading.Event()
+    made: list[Path] = []
+
+    def compiling(command: list[str], flags: list[str], source: Path, file: Path) -> None:
+        made.append(source)
+        begun.set()
+        assert end.wait(60)
+
+    monkeypatch.setattr(build, "_compile", compiling)
+    with build.ahead(measuring.SOURCES):
+        assert begun.wait(60)
+        threading.Timer(0.2, end.set).start()
+    assert made == [measuring.SOURCES[0].file]
 
 
 @needs_compiler

@@ -67,6 +67,14 @@ def test_every_family_takes_its_turn(tokenizer: Any) -> None:
     assert len(calibration.probes) == 2
 
 
+def test_fewer_families_leave_the_users_in(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text("Once upon a time there was a kettle. " * 200)
+    calibration = draw(tokenizer, path=tmp_path, every=3)
+    assert calibration.families == (*NAMES[::3], "user")
+    assert [episode.family for episode in calibration.fit] == [*NAMES[::3], "user"]
+    assert [episode.family for episode in calibration.measure] == [*NAMES[::3], "user"]
+
+
 def test_what_is_fitted_on_is_not_measured_on(tokenizer: Any) -> None:
     calibration = draw(tokenizer, length=512)
     for one, two in zip(calibration.fit, calibration.measure, strict=True):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from kvcompile.artifacts import prefill_bytes, read
-from kvcompile.stages import QUICK, THOROUGH
+from kvcompile.effort import QUICK, THOROUGH
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,11 @@ def test_a_quick_build_says_that_it_is_one(kvcompile, model_folder, tmp_path, tm
     assert "  quick " not in out
     thorough = read(tmp_path / "a.kvb")
     assert "quick" not in thorough.calibration
-    assert thorough.calibration["episodes"] == 2 * quick.calibration["episodes"]
+    assert quick.calibration["sources"] == thorough.calibration["sources"][:: QUICK.every]
+    for artifact, effort in ((thorough, THOROUGH), (quick, QUICK)):
+        calibration = artifact.calibration
+        assert calibration["episodes"] == len(calibration["sources"]) * (effort.fit + effort.measure)
+        assert calibration["probes"] == effort.probes
     plans = [len(artifact.calibration["checked_plans"]) for artifact in (thorough, quick)]
     assert plans == [THOROUGH.checks, QUICK.checks]
 
