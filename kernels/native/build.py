@@ -22,7 +22,8 @@ from pathlib import Path
 THREADS = (("-fopenmp",), ())
 """Options for several threads, and where the compiler has none for one."""
 
-_COMPILING = threading.Lock()
+_LOCKS: dict[Path, threading.Lock] = {}
+"""One for each library, held while it is made."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ def library(source: Source) -> ctypes.CDLL | None:
 @contextmanager
 def ahead(sources: Sequence[Source]) -> Iterator[None]:
     """Within, the sources are compiled one after the other, beside what the block does: a compiler takes a second or
-    two for each. Who asks for a `library` meanwhile waits for it. In the end, those not begun are left."""
+    two for each. Who asks for the `library` of one that is begun waits for it. In the end, those not begun are left."""
     found, nice, stopped = compiler(), shutil.which("nice"), threading.Event()
     # Threads of the block that share work in equal parts would wait for the one beside the compiler.
-    before = () if nice is None else (nice, "-n", "19")
+    before = () if nice is None else (nice, "-n", "10")
 
     def compile_all() -> None:
         for source in sources:
@@ -85,7 +86,7 @@ def _made(source: Source, found: str, threads: tuple[str, ...], before: tuple[st
     texts = [file.read_bytes() for file in (source.file, *source.headers)]
     key = repr((texts, *source.flags, [*threads], found, os.stat(found).st_mtime_ns, processor()))
     file = root / "native" / f"{source.file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    with _COMPILING:
+    with _LOCKS.setdefault(file, threading.Lock()):
         if not file.is_file():
             _compile([*before, found], [*source.flags, *threads], source.file, file)
     return file
