@@ -67,8 +67,8 @@ def calibrate(
     quotes: int = QUOTES,
 ) -> Calibration:
     """Draw `fit` and `measure` episodes of each family, with contexts of `length` tokens, and `probes` retrieval probes
-    of half that length. Of the families that are there without `path`, one in `every` is taken; `quotes` are
-    asked for in each episode to measure on.
+    of half that length. Of the families that are there without `path`, one in `every` is taken; each episode to measure
+    on asks for so many `quotes`.
 
     No document is used both to fit and to measure, but for families too small to part. The families are what the Python
     installation carries, texts of our own, and with `path` (a file or folder) the user's text beside them, so that a

@@ -94,14 +94,16 @@ def draw_episodes(
             streams[number % len(families)],
             length,
             random.Random(f"{seed}:{purpose} {number}"),
-            0 if replay else quotes,
+            None if replay else quotes,
         )
         for number in range(count)
     ]
 
 
-def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, quotes: int) -> Episode:
-    """With so many quotes; with a replay in place of none."""
+def _episode(
+    tokenizer: Any, family: Family, stream: Stream, length: int, rng: random.Random, quotes: int | None
+) -> Episode:
+    """With so many quotes; None: with a replay."""
     facts, questions = _facts(tokenizer, rng, QUESTIONS)
     bos = opening(tokenizer)
     room = max(length - len(bos) - sum(map(len, facts)), len(facts) + 1)
@@ -114,7 +116,7 @@ def _episode(tokenizer: Any, family: Family, stream: Stream, length: int, rng: r
     context = np.concatenate([*pieces, text[depths[-1] : room]])
     # The true continuation, as what a model says itself of a text that it has half forgotten would tell less.
     asked = [FollowUp("continuation", 0, text[room:]), *questions]
-    if not quotes:
+    if quotes is None:
         prompt = token_ids(tokenizer, REPLAY_PROMPT)
         start = rng.randrange(max(len(context) - REPLAYED, 0) + 1)
         stop = min(start + REPLAYED, len(context))

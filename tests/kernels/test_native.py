@@ -256,13 +256,14 @@ def test_it_is_compiled_once(afresh: Path) -> None:
 
 @needs_compiler
 def test_what_a_profile_needs_is_compiled_ahead_once(afresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KVCOMPILE_KERNELS", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     made: list[str] = []
+    beside: list[bool] = []
     compiling = build._compile
 
     def counted(command: list[str], flags: list[str], source: Path, file: Path) -> None:
         made.append(source.stem)
+        beside.append(threading.current_thread() is not threading.main_thread())
         compiling(command, flags, source, file)
 
     monkeypatch.setattr(build, "_compile", counted)
@@ -270,6 +271,7 @@ def test_what_a_profile_needs_is_compiled_ahead_once(afresh: Path, monkeypatch: 
         # Asked for meanwhile, from the last one on: who asks waits for what is being made.
         assert all(build.library(source) is not None for source in reversed(measuring.SOURCES))
     assert sorted(made) == sorted(source.file.stem for source in measuring.SOURCES)
+    assert any(beside)
 
 
 @needs_compiler
